@@ -152,17 +152,15 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _merged_linear(adapter: nn.Module) -> nn.Linear:
-    weight, bias = getattr(adapter, "weight", None), adapter.linear.bias
+    weight, bias = getattr(adapter, "weight", None), getattr(adapter.linear, "bias", None)
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{type(adapter).__name__} has no weight to merge; give it a property `weight`")
     out_features, in_features = weight.shape
-    # skip_init: the weight is overwritten, so no random numbers are drawn for it.
-    linear = nn.utils.skip_init(
-        nn.Linear, in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    linear.weight.copy_(weight)
+    # Made on the meta device, the layer draws no random numbers for a weight that is replaced anyway.
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.clone())
     if bias is not None:
-        linear.bias.copy_(bias)
+        linear.bias = nn.Parameter(bias.clone())
     return linear.train(adapter.training)
 
 

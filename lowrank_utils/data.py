@@ -189,7 +189,7 @@ def _download(root: Path) -> None:
         raise DataError(
             f"MNIST can't be stored in {root} ({error.strerror}). Set LOWRANK_DATA_DIR to a folder that "
             "holds MNIST/raw, or use the data set 'mnist-5k', which needs no files"
-        ) from error
+        ) from None
     try:
         MNIST(staging, train=True, download=True)
         _verify(staging, remedy="")
@@ -205,10 +205,11 @@ def _download(root: Path) -> None:
             "LOWRANK_DATA_DIR to a folder that holds MNIST/raw, or use the data set 'mnist-5k'"
         ) from None
     except (OSError, RuntimeError, EOFError) as error:
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"MNIST could not be downloaded ({error}). Use the data set 'mnist-5k', which needs no network, "
-            f"or put the four files {', '.join(MNIST_FILES)}, uncompressed, into {root / 'MNIST' / 'raw'}"
-        ) from error
+            "MNIST could not be downloaded. Use the data set 'mnist-5k', which needs no network, or put the "
+            f"four files {', '.join(MNIST_FILES)}, uncompressed, into {root / 'MNIST' / 'raw'} ({reason})"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

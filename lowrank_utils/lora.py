@@ -125,9 +125,9 @@ class AdaptedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
         super().__init__()
         W = check_linear(linear).weight
-        same_place = {"device": W.device, "dtype": W.dtype}
+        out_dim, in_dim = W.shape
         self.linear = linear
-        self.lora = LoRALayer(*W.T.shape, rank, alpha, **same_place, **lora_options)
+        self.lora = LoRALayer(in_dim, out_dim, rank, alpha, device=W.device, dtype=W.dtype, **lora_options)
 
     @property
     def in_features(self) -> int:

@@ -135,7 +135,8 @@ def plot_confusion(axes: Axes, labels: Tensor, predictions: Tensor, title: str) 
 
     Args:
         axes: where to draw.
-        labels, predictions: (n,), whole numbers from 0 to 9.
+        labels: (n,), whole numbers from 0 to 9.
+        predictions: (n,), the same for what the model says.
         title: shown above.
     """
     counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10).cpu()
@@ -146,7 +147,13 @@ def plot_confusion(axes: Axes, labels: Tensor, predictions: Tensor, title: str) 
             if counts[row, column]:
                 color = PALETTE["paper"] if share[row, column] > 0.5 else PALETTE["ink"]
                 axes.text(
-                    column, row, int(counts[row, column]), ha="center", va="center", fontsize=8, color=color
+                    column,
+                    row,
+                    str(int(counts[row, column])),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=color,
                 )
     axes.set(title=title, xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     axes.grid(False)

@@ -32,7 +32,7 @@ def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
     check_whole_number("seed", seed, minimum=0)
     check_floating_dtype("dtype", dtype)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (some libraries draw from this state)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(True)
@@ -110,7 +110,8 @@ def train(
         seed: of the generator that shuffles, which nothing else draws from.
         validation: digits to measure after each epoch, never to learn from.
         optimizer: called with the trainable parameters and the learning rate.
-        device, dtype: where and in which precision to train; by default, where the model is.
+        device: where to train; by default, where the model is.
+        dtype: in which precision to train; by default, the model's.
         progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
 
     Raises:
@@ -188,7 +189,7 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 4096) -> float:
     model.eval()
     try:
         correct = sum(
-            int((model(images).argmax(dim=1) == labels).sum())
+            torch.sum(model(images).argmax(dim=1) == labels).item()
             for images, labels in zip(
                 digits.images.split(batch_size), digits.labels.split(batch_size), strict=True
             )
