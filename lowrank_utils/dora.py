@@ -10,8 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils._arguments import check_last_dimension
-from lowrank_utils.decompose import row_norms
+from lowrank_utils.decompose import magnitude_and_direction, row_norms
 from lowrank_utils.lora import AdaptedLinear
+
+
+def row_scale(m: Tensor, V: Tensor, detach_norm: bool) -> Tensor:
+    """Return c = m/‖V‖, by which each output is multiplied.
+
+    A zero row has no direction; its c is 1, so that A and B still get a gradient.
+
+    Args:
+        m: the magnitude, (out,).
+        V: the directional matrix W + ΔW, (out, in).
+        detach_norm: treat ‖V‖ as a constant in the backward pass.
+
+    Returns:
+        Shape (out,), in the dtype of m.
+    """
+    # Rounded as m is: at the start c is then exactly 1 in every dtype.
+    norm = row_norms(V.detach() if detach_norm else V).to(m.dtype)
+    return torch.where(norm > 0, m / torch.where(norm > 0, norm, 1), 1)
 
 
 class LinearWithDoRAMerged(AdaptedLinear):
@@ -37,29 +55,14 @@ class LinearWithDoRAMerged(AdaptedLinear):
         self, linear: nn.Linear, rank: int, alpha: float, *, detach_norm: bool = True, **lora_options: Any
     ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
-        W = linear.weight.detach()
-        self.m = nn.Parameter(row_norms(W).to(W.dtype))
+        self.m = nn.Parameter(magnitude_and_direction(linear.weight.detach()).magnitude)
         self.detach_norm = detach_norm
-
-    def directional_matrix(self) -> Tensor:
-        """Return V = W + ΔW, (out, in): its rows' directions count, their lengths don't."""
-        return super().weight
-
-    def row_scale(self, V: Tensor) -> Tensor:
-        """Return c = m/‖V‖, by which each output is multiplied, (out,).
-
-        A zero row has no direction; its c is 1, so that A and B still get a gradient.
-        """
-        norm = row_norms(V.detach() if self.detach_norm else V)
-        # Rounded as m is: at the start c is then exactly 1 in every dtype.
-        norm = norm.to(self.m.dtype)
-        return torch.where(norm > 0, self.m / torch.where(norm > 0, norm, 1), 1)
 
     @property
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, c ⊙ V, (out, in)."""
-        V = self.directional_matrix()
-        return self.row_scale(V).unsqueeze(1) * V
+        V = self.linear.weight + self.lora.delta_weight()
+        return row_scale(self.m, V, self.detach_norm).unsqueeze(1) * V
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
@@ -77,8 +80,8 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        c = self.row_scale(self.directional_matrix())
+        V = self.linear.weight + self.lora.delta_weight()
         y = F.linear(x, self.linear.weight) + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
-        y = c.to(y.dtype) * y
+        y = row_scale(self.m, V, self.detach_norm).to(y.dtype) * y
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,0 +1,79 @@
+"""Make nbval strict: it skips pictures and cells that were never run, and its kernels inherit pytest's environment."""
+
+import base64
+import io
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.image
+import nbval.plugin
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+
+from execute_notebooks import kernel_environment
+
+# Root mean square difference of two pictures, as a fraction of full scale. It lets through another
+# anti-aliasing of the same drawing, and not another drawing; the plotted numbers are printed or asserted besides.
+PICTURE_TOLERANCE = 0.02
+
+
+def picture_difference(stored: str, new: str) -> float:
+    """Return the root mean square difference of two base64 PNGs from 0 to 1; 1 if their sizes differ."""
+    first, second = (
+        matplotlib.image.imread(io.BytesIO(base64.b64decode(p)), format="png") for p in (stored, new)
+    )
+    if first.shape != second.shape:
+        return 1.0
+    return float(np.sqrt(np.mean((first - second) ** 2)))
+
+
+def pictures(outputs):
+    """Return the PNGs among a cell's outputs, in order."""
+    return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+class StrictCell(nbval.plugin.IPyNbCell):
+    """A cell whose pictures are compared too, and which must have been executed when it was stored."""
+
+    def runtest(self):
+        if self.cell.execution_count is None and self.cell.source.strip():
+            self.raise_cell_error(
+                "the stored cell was never executed: run tools/execute_notebooks.py on the notebook"
+            )
+        super().runtest()
+
+    def compare_outputs(self, test, ref, skip_compare=None):
+        if not super().compare_outputs(test, ref, skip_compare):
+            return False
+        stored, new = pictures(ref), pictures(test)
+        if len(stored) != len(new):
+            self.comparison_traceback.append(f"{len(stored)} stored pictures, {len(new)} drawn now")
+            return False
+        for number, (before, after) in enumerate(zip(stored, new, strict=True), start=1):
+            difference = picture_difference(before, after)
+            if difference > PICTURE_TOLERANCE:
+                self.comparison_traceback.append(
+                    f"picture {number} differs by {difference:.3f} (allowed: {PICTURE_TOLERANCE})"
+                )
+                return False
+        return True
+
+
+class StrictNotebook(nbval.plugin.IPyNbFile):
+    """A notebook whose kernel starts in the environment that its stored outputs were made in."""
+
+    def setup(self):
+        with mock.patch.dict(os.environ, kernel_environment(), clear=True):
+            super().setup()
+
+
+def pytest_configure():
+    # nbval looks these names up when it collects, so its own option and hooks stay in charge.
+    nbval.plugin.IPyNbCell = StrictCell
+    nbval.plugin.IPyNbFile = StrictNotebook
+    # Kernels run in notebooks/, where a relative folder would be another one.
+    if folder := os.environ.get("LOWRANK_DATA_DIR"):
+        os.environ["LOWRANK_DATA_DIR"] = str(Path(folder).absolute())
