@@ -90,20 +90,20 @@ def load_mnist(
         raise ValueError(f"unknown data set {name!r}; there are {' and '.join(map(repr, DATA_SETS))}")
     check_whole_number("seed", seed, minimum=0)
     dtype = torch.get_default_dtype() if dtype is None else check_floating_dtype("dtype", dtype)
-    generator = torch.Generator().manual_seed(seed)
     if name == "mnist-5k":
-        images, labels = _read_embedded()
-        rest, test = _stratified_split(images, labels, 1_000, generator)
-        held_out = 500 if validation is None else validation
+        rest, test = _stratified_split(_read_embedded(), held_out=1_000, seed=seed)
+        default_validation = 500
     else:
         rest, test = _read_whole()
-        held_out = 5_000 if validation is None else validation
-    check_whole_number("validation", held_out, minimum=0)
-    if held_out >= len(rest.labels):
+        default_validation = 5_000
+    held_out = default_validation if validation is None else check_whole_number("validation", validation, 0)
+    classes = len(rest.labels.unique())
+    if held_out != 0 and not classes <= held_out <= len(rest.labels) - classes:
         raise ValueError(
-            f"validation must leave images to train on, so be below {len(rest.labels)}; got {held_out}"
+            f"validation must be 0, or leave each class a digit on both sides: from {classes} to "
+            f"{len(rest.labels) - classes}; got {held_out}"
         )
-    train, validate = _stratified_split(*rest, held_out, generator)
+    train, validate = _stratified_split(rest, held_out, seed)
 
     def ready(digits: Digits) -> Digits:
         grey = digits.images.to(device=device, dtype=dtype) / 255
@@ -119,22 +119,18 @@ def _read_embedded() -> Digits:
     return Digits(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _stratified_split(
-    images: Tensor, labels: Tensor, held_out: int, generator: torch.Generator
-) -> tuple[Digits, Digits]:
+def _stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, Digits]:
     """Shuffle, and hold out ``held_out`` digits with each class in its share of the whole."""
-    order = torch.randperm(len(labels), generator=generator)
-    classes = labels[order]
-    # The position of each digit within its class, as a fraction: taking the smallest fractions
-    # first takes every class at the same pace.
-    within = torch.empty(len(labels), dtype=torch.float64)
-    for digit in classes.unique():
-        members = (classes == digit).nonzero().squeeze(1)
-        within[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[within.argsort(stable=True)[:held_out]] = True
-    kept, taken = order[~chosen], order[chosen]
-    return Digits(images[kept], labels[kept]), Digits(images[taken], labels[taken])
+    from sklearn.model_selection import train_test_split
+
+    every = np.arange(len(digits.labels))
+    if held_out == 0:
+        kept, taken = np.random.default_rng(seed).permutation(every), every[:0]
+    else:
+        kept, taken = train_test_split(every, test_size=held_out, stratify=digits.labels, random_state=seed)
+    return Digits(digits.images[kept], digits.labels[kept]), Digits(
+        digits.images[taken], digits.labels[taken]
+    )
 
 
 def _read_whole() -> tuple[Digits, Digits]:

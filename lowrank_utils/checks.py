@@ -1,0 +1,420 @@
+"""What the exercises call: each check takes the learner's function and says what is right, or gives a hint.
+
+A check knows the mistakes that are often made and names the one it recognises. It never shows the answer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
+from lowrank_utils.dora import LinearWithDoRA
+from lowrank_utils.lora import LinearWithLoRA
+from lowrank_utils.training import MultilayerPerceptron
+
+
+class ExerciseError(AssertionError):
+    """The answer isn't right yet; the message is a hint."""
+
+
+def _compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> None:
+    """Accept ``answer`` if it equals ``expected``, else raise the hint of the mistake that it equals.
+
+    ``mistakes`` maps a hint to the value that this mistake gives.
+    """
+    __tracebackhide__ = True  # a traceback would show the line with the expected value
+    if isinstance(expected, tuple):
+        if not isinstance(answer, tuple) or len(answer) != len(expected):
+            raise ExerciseError(f"{name} must be a tuple of {len(expected)}; got {type(answer).__name__}")
+        for place, part in enumerate(expected):
+            hints = {hint: wrong[place] for hint, wrong in mistakes.items() if wrong[place] is not None}
+            _compare(f"{name}[{place}]", answer[place], part, hints)
+        return
+    for hint, wrong in mistakes.items():
+        if _equal(answer, wrong) and not _equal(wrong, expected):
+            raise ExerciseError(hint)
+    if isinstance(expected, Tensor):
+        if not isinstance(answer, Tensor):
+            raise ExerciseError(f"{name} must be a tensor; got {type(answer).__name__}")
+        if answer.shape != expected.shape:
+            raise ExerciseError(
+                f"{name} has the wrong shape: {tuple(answer.shape)} instead of {tuple(expected.shape)}"
+            )
+        if answer.dtype != expected.dtype:
+            raise ExerciseError(f"{name} has the wrong dtype: {answer.dtype} instead of {expected.dtype}")
+    if not _equal(answer, expected):
+        raise ExerciseError(f"{name} isn't right yet; try a small example by hand and compare each step")
+
+
+def _equal(first: Any, second: Any) -> bool:
+    try:
+        first, second = torch.as_tensor(first), torch.as_tensor(second)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    if first.shape != second.shape:
+        return False
+    return torch.allclose(first.double(), second.double(), rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def _example(seed: int = 0) -> dict[str, Any]:
+    """Return a layer's parts with in ≠ out, a bias, a moved m, a batch, and an alpha that isn't 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": draw(5, 7),
+        "weight": draw(4, 7),
+        "bias": draw(4),
+        "A": draw(7, 3),
+        "B": draw(3, 4),
+        "alpha": 2.5,
+        "m": draw(4).abs() + 0.5,
+    }
+
+
+def _copies(example: dict[str, Any], *names: str) -> list[Any]:
+    return [example[name].clone() if isinstance(example[name], Tensor) else example[name] for name in names]
+
+
+def _correct(exercise: str) -> None:
+    print(f"Exercise {exercise}: correct")
+
+
+def check_adapter_parameters(function: Callable[[int, int, int], int]) -> None:
+    """Check exercise 1.1, how many numbers A and B hold."""
+    __tracebackhide__ = True
+    for n_in, n_out, r in [(784, 128, 4), (10, 2, 1), (30, 50, 7)]:
+        mistakes = {
+            "A and B are stored, not their product: what are their shapes?": n_in * n_out,
+            "that is A alone; B has numbers too": n_in * r,
+            "that is B alone; A has numbers too": r * n_out,
+            "A isn't as tall as B is wide: in and out may differ": 2 * n_in * r,
+            "the rank isn't a factor of the product in·out": r * n_in * n_out,
+        }
+        _compare("adapter_parameters", function(n_in, n_out, r), r * (n_in + n_out), mistakes)
+    _correct("1.1")
+
+
+def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
+    """Check exercise 1.2, the smallest rank that keeps a share of the squared norm."""
+    __tracebackhide__ = True
+
+    def first_above(kept: Tensor, share: float) -> int:
+        return int((kept >= share).nonzero()[0, 0]) + 1
+
+    for values, share in [
+        ([4.0, 2.0, 2.0, 1.0], 0.9),
+        ([3.0, 3.0, 3.0, 3.0], 0.5),
+        ([9.0, 1.0, 1.0, 1.0, 1.0], 0.95),
+    ]:
+        sigma = torch.tensor(values, dtype=torch.float64)
+        kept = sigma.square().cumsum(0) / sigma.square().sum()
+        expected = first_above(kept, share)
+        mistakes = {
+            "the squared norm adds up squares of the singular values": first_above(
+                sigma.cumsum(0) / sigma.sum(), share
+            ),
+            "one too few: an index counts from 0, a rank from 1": expected - 1,
+            "one too many: the first rank that reaches the share is enough": expected + 1,
+        }
+        _compare("smallest_rank", function(sigma.clone(), share), expected, mistakes)
+    _correct("1.2")
+
+
+def check_apply_update(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Check exercise 1.3, x(W + AB) without the product A·B."""
+    __tracebackhide__ = True
+    e = _example()
+    x, weight, A, B = _copies(e, "x", "weight", "A", "B")
+    base = e["x"] @ e["weight"].T
+    mistakes = {
+        "that is x·W alone; the update is missing": base,
+        "that is the update alone": e["x"] @ e["A"] @ e["B"],
+    }
+    _compare("apply_update", function(x, weight, A, B), base + e["x"] @ e["A"] @ e["B"], mistakes)
+    if not torch.equal(weight, e["weight"]):
+        raise ExerciseError("weight was changed in place; the base must stay as it is")
+    with FlopCounterMode(display=False) as counter:
+        function(torch.randn(2, 300), torch.randn(200, 300), torch.randn(300, 1), torch.randn(1, 200))
+    if counter.get_total_flops() > 2 * (2 * 300 * 200 + 2 * (300 + 200)):
+        raise ExerciseError("right, but A·B was built in full: multiply x by A first")
+    _correct("1.3")
+
+
+def check_scaling(function: Callable[[float, int, bool], float]) -> None:
+    """Check exercise 2.1, the alpha to pass for PEFT's scalings."""
+    __tracebackhide__ = True
+    for alpha, rank, rslora in [(8.0, 4, False), (8.0, 16, True), (3.0, 64, False)]:
+        root = rank**0.5
+        mistakes = {
+            "divide instead of multiplying: a larger rank means a smaller factor": alpha
+            * (root if rslora else rank),
+            "that is the other rule: √r belongs to rsLoRA": alpha / (rank if rslora else root),
+            "that is the article's rule, alpha as it is": alpha,
+        }
+        _compare("scaling", function(alpha, rank, rslora), alpha / (root if rslora else rank), mistakes)
+    _correct("2.1")
+
+
+def check_lora_output(function: Callable[..., Tensor]) -> None:
+    """Check exercise 2.2, the output of a wrapped linear layer."""
+    __tracebackhide__ = True
+    e = _example()
+    base, update = e["x"] @ e["weight"].T, e["x"] @ e["A"] @ e["B"]
+    mistakes = {
+        "the update isn't scaled: where is alpha?": base + e["bias"] + update,
+        "alpha is used as it is here, not divided by the rank": base + e["bias"] + e["alpha"] / 3 * update,
+        "alpha scales the update alone, not the frozen layer": e["alpha"] * (base + e["bias"] + update),
+        "the bias is missing": base + e["alpha"] * update,
+        "the frozen layer is missing": e["alpha"] * update,
+        "the bias is scaled; it belongs to the frozen layer": base + e["alpha"] * (update + e["bias"]),
+    }
+    answer = function(*_copies(e, "x", "weight", "bias", "A", "B", "alpha"))
+    _compare("lora_output", answer, base + e["bias"] + e["alpha"] * update, mistakes)
+    _correct("2.2")
+
+
+def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None:
+    """Check exercise 2.3, that nothing but A and B is trainable in any model."""
+    __tracebackhide__ = True
+    model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+    replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1, targets="linear*")
+    function(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {name for name, _ in model.named_parameters() if name.endswith((".lora.A", ".lora.B"))}
+    if not trainable:
+        raise ExerciseError("everything is frozen, the adapters too")
+    if missing := sorted(adapters - trainable):
+        raise ExerciseError(f"these must be trainable: {', '.join(missing)}")
+    if extra := sorted(trainable - adapters):
+        raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")
+    _correct("2.3")
+
+
+def check_merged_weight(function: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Check exercise 3.1, the merged weight in torch's shape."""
+    __tracebackhide__ = True
+    e = _example()
+    weight, A, B, alpha = _copies(e, "weight", "A", "B", "alpha")
+    delta = (e["A"] @ e["B"]).T
+    mistakes = {
+        "the update isn't scaled: where is alpha?": e["weight"] + delta,
+        "torch stores (out, in); this is its transpose": (e["weight"] + e["alpha"] * delta).T,
+        "alpha scales the update alone": e["alpha"] * (e["weight"] + delta),
+        "that is ΔW alone": e["alpha"] * delta,
+    }
+    _compare("merged_weight", function(weight, A, B, alpha), e["weight"] + e["alpha"] * delta, mistakes)
+    if not torch.equal(weight, e["weight"]):
+        raise ExerciseError("weight was changed in place; then there is no way back")
+    _correct("3.1")
+
+
+def check_multiplications(function: Callable[[int, int, int, int], int]) -> None:
+    """Check exercise 3.2, the multiplications of an unmerged layer's forward pass."""
+    __tracebackhide__ = True
+    for b, n_in, n_out, r in [(64, 784, 128, 4), (3, 10, 20, 2)]:
+        frozen, thin = b * n_in * n_out, b * r * (n_in + n_out)
+        mistakes = {
+            "the frozen layer's product is missing": thin,
+            "that is the frozen layer alone": frozen,
+            "A·B isn't built in the unmerged form": frozen + r * n_in * n_out,
+            "each row of the batch goes through A and B too": frozen + r * (n_in + n_out),
+            "x·A costs b·in·r; and then the product with B?": frozen + b * r * n_in,
+        }
+        _compare("multiplications", function(b, n_in, n_out, r), frozen + thin, mistakes)
+    _correct("3.2")
+
+
+def check_merge(function: Callable[[LinearWithLoRA], nn.Linear]) -> None:
+    """Check exercise 3.3, a plain linear layer from an adapted one."""
+    __tracebackhide__ = True
+    for bias in (True, False):
+        layer = LinearWithLoRA(nn.Linear(7, 4, bias=bias, dtype=torch.float64), rank=2, alpha=2.5)
+        nn.init.normal_(layer.lora.B)
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        x = torch.randn(5, 7, dtype=torch.float64)
+        expected = layer(x).detach()
+        merged = function(layer)
+        if type(merged) is not nn.Linear:
+            raise ExerciseError(f"return a plain nn.Linear; got {type(merged).__name__}")
+        if (merged.bias is not None) != bias:
+            raise ExerciseError("the merged layer must have a bias exactly if the linear layer has one")
+        if any(not torch.equal(value, before[name]) for name, value in layer.state_dict().items()):
+            raise ExerciseError("the adapted layer was changed; work on a copy")
+        mistakes = {"the update is missing": layer.linear(x).detach()}
+        _compare("the merged layer's output", merged(x).detach(), expected, mistakes)
+        if merged.bias is layer.linear.bias and bias:
+            raise ExerciseError("both layers share one bias: training one would change the other; clone it")
+    _correct("3.3")
+
+
+def check_unit_vector(function: Callable[[Tensor], Tensor]) -> None:
+    """Check exercise 4.1, the direction of a vector, also of a zero one."""
+    __tracebackhide__ = True
+    v = torch.tensor([3.0, -4.0, 12.0], dtype=torch.float64)
+    mistakes = {
+        "that is divided by the sum of the entries; the length is √(v·v)": v / v.sum(),
+        "that is divided by the sum of absolute values; the length is √(v·v)": v / v.abs().sum(),
+        "that is divided by the squared length: take the root": v / v.square().sum(),
+        "that is the vector itself": v,
+    }
+    _compare("unit_vector", function(v.clone()), v / 13, mistakes)
+    zero = torch.zeros(3, dtype=torch.float64)
+    hint = {"a zero vector gives NaN: 0/0 must be caught": zero / zero}
+    _compare("unit_vector of zero", function(zero.clone()), zero, hint)
+    _correct("4.1")
+
+
+def check_split_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Check exercise 4.2, magnitudes and directions per output neuron."""
+    __tracebackhide__ = True
+    weight = _example()["weight"]
+    rows, columns = weight.norm(dim=1), weight.norm(dim=0)
+    mistakes = {
+        "that is one norm per input: a row of torch's weight belongs to an output": (columns, None),
+        "m must have the shape (out,): drop the dimension that keepdim leaves": (rows.unsqueeze(1), None),
+        "these are squared lengths": (rows.square(), None),
+        "the directions are divided along the wrong axis": (None, weight / columns),
+        "the second part must be the directions, not the weight": (None, weight),
+    }
+    _compare("split_rows", function(weight.clone()), (rows, weight / rows.unsqueeze(1)), mistakes)
+    _correct("4.2")
+
+
+def check_weight_norm_gradients(function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Check exercise 4.3, the gradients of g and v in weight normalisation."""
+    __tracebackhide__ = True
+    e = _example(1)
+    grad_w, g, v = e["bias"], e["m"][0], e["m"].flip(0)
+    unit, length = v / v.norm(), v.norm()
+    grad_g = grad_w @ unit
+    mistakes = {
+        "g's gradient is the part of ∇w along v: divide v by its length": (grad_w @ v, None),
+        "v's gradient still has a part along v: subtract it": (None, g / length * grad_w),
+        "v's gradient is scaled by g/‖v‖": (None, grad_w - grad_g * unit),
+        "v's gradient is divided by ‖v‖ too": (None, g * (grad_w - grad_g * unit)),
+    }
+    answer = function(grad_w.clone(), g.clone(), v.clone())
+    _compare("weight_norm_gradients", answer, (grad_g, g / length * (grad_w - grad_g * unit)), mistakes)
+    _correct("4.3")
+
+
+def _dora_parts(e: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return V and c of an example."""
+    V = e["weight"] + e["alpha"] * (e["A"] @ e["B"]).T
+    return V, e["m"] / V.norm(dim=1)
+
+
+def check_dora_scale(function: Callable[..., Tensor]) -> None:
+    """Check exercise 5.1, c = m/‖V‖."""
+    __tracebackhide__ = True
+    e = _example()
+    V, c = _dora_parts(e)
+    unscaled = e["weight"] + (e["A"] @ e["B"]).T
+    mistakes = {
+        "that divides by the norms of W; V is W + ΔW": e["m"] / e["weight"].norm(dim=1),
+        "upside down: c makes the rows as long as m": 1 / c,
+        "alpha is missing in ΔW": e["m"] / unscaled.norm(dim=1),
+        "c must have the shape (out,)": c.unsqueeze(1),
+        "that is 1/‖V‖; where is m?": 1 / V.norm(dim=1),
+    }
+    _compare("dora_scale", function(*_copies(e, "weight", "A", "B", "alpha", "m")), c, mistakes)
+    _correct("5.1")
+
+
+def check_dora_output(function: Callable[..., Tensor]) -> None:
+    """Check exercise 5.2, the exact unmerged output of DoRA."""
+    __tracebackhide__ = True
+    e = _example()
+    V, c = _dora_parts(e)
+    x, bias, m = e["x"], e["bias"], e["m"]
+    base, update = x @ e["weight"].T, e["alpha"] * (x @ e["A"] @ e["B"])
+    mistakes = {
+        "the bias is scaled; it isn't part of W": c * (base + update + bias),
+        "that is LoRA: nothing is scaled by c": base + update + bias,
+        "c scales the frozen product too, not the update alone": base + c * update + bias,
+        "the norm is taken per example; it belongs to the weight": base
+        + m * F.normalize(update, dim=1)
+        + bias,
+        "that divides by the norms of W; V is W + ΔW": m / e["weight"].norm(dim=1) * (base + update) + bias,
+        "multiplied by m, but not divided by ‖V‖": m * (base + update) + bias,
+        "the bias is missing": c * (base + update),
+        "alpha is missing": c * (base + update / e["alpha"]) + bias,
+    }
+    answer = function(*_copies(e, "x", "weight", "bias", "A", "B", "alpha", "m"))
+    _compare("dora_output", answer, F.linear(x, c.unsqueeze(1) * V, bias), mistakes)
+    _correct("5.2")
+
+
+def check_magnitude_gradient(function: Callable[..., Tensor]) -> None:
+    """Check exercise 5.3, the gradient of the loss with respect to m."""
+    __tracebackhide__ = True
+    e = _example()
+    V, c = _dora_parts(e)
+    grad_y = _example(2)["x"][:, :4]
+    per_example = grad_y * (e["x"] @ V.T)
+    expected = (per_example / V.norm(dim=1)).sum(dim=0)
+    mistakes = {
+        "every example of the batch adds its part: sum, don't average": expected / 5,
+        "divide by ‖V‖: y contains m only as m/‖V‖": per_example.sum(dim=0),
+        "m itself drops out of its own derivative": (per_example * c).sum(dim=0),
+        "m has one entry per output: sum over the batch": per_example / V.norm(dim=1),
+    }
+    answer = function(grad_y.clone(), e["x"].clone(), V.clone())
+    _compare("magnitude_gradient", answer, expected, mistakes)
+    _correct("5.3")
+
+
+def check_standard_error(function: Callable[[float, int], float]) -> None:
+    """Check exercise 6.1, the standard error of an accuracy."""
+    __tracebackhide__ = True
+    for p, n in [(0.85, 1000), (0.5, 25)]:
+        mistakes = {
+            "that is the variance: take the root": p * (1 - p) / n,
+            "that is the spread of one answer: divide by the number of digits under the root": (p * (1 - p))
+            ** 0.5,
+            "the root goes over n as well": (p * (1 - p)) ** 0.5 / n,
+            "the 1 − p is missing": (p / n) ** 0.5,
+        }
+        _compare("standard_error", function(p, n), (p * (1 - p) / n) ** 0.5, mistakes)
+    _correct("6.1")
+
+
+def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Check exercise 6.2, mean and standard error of paired differences."""
+    __tracebackhide__ = True
+    first = torch.tensor([0.81, 0.86, 0.84, 0.90], dtype=torch.float64)
+    second = torch.tensor([0.80, 0.84, 0.83, 0.87], dtype=torch.float64)
+    d = first - second
+    unpaired = ((first.var() + second.var()) / 4).sqrt()
+    mistakes = {
+        "the order is first − second": (-d.mean(), None),
+        "that treats the runs as unrelated; take the differences first": (None, unpaired),
+        "that is the spread of the differences; their mean is steadier, by √n": (None, d.std()),
+        "the mean was estimated from the same numbers: divide by n − 1": (None, d.std(correction=0) / 2),
+    }
+    _compare("paired_difference", function(first.clone(), second.clone()), (d.mean(), d.std() / 2), mistakes)
+    _correct("6.2")
+
+
+def check_magnitude_only(function: Callable[[nn.Module], int]) -> None:
+    """Check exercise 6.3, a DoRA model of which only the magnitudes are trained."""
+    __tracebackhide__ = True
+    model = MultilayerPerceptron(20, 8, 6, 3)
+    replace_linear_layers(model, LinearWithDoRA, rank=2, alpha=1)
+    freeze_linear_layers(model)
+    count = function(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if any(".lora." in name for name in trainable):
+        raise ExerciseError("A and B are still trainable")
+    if trainable != {f"layers.{index}.m" for index in (0, 2, 4)}:
+        raise ExerciseError(f"trainable must be the three m and nothing else; got {sorted(trainable)}")
+    mistakes = {"count the numbers, not the tensors": 3}
+    _compare("magnitude_only", count, 8 + 6 + 3, mistakes)
+    _correct("6.3")
