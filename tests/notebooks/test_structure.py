@@ -1,0 +1,248 @@
+"""A lint for what every notebook of the series promises its readers."""
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+
+from alt_texts import ALT_TEXTS
+
+LINES_PER_CELL = 15
+# Longer cells, up to 20 lines, each with its reason.
+LONG_CELLS = {
+    ("02_lora_layer", "class LoRALayer(nn.Module):"): "the whole class, which is the package's",
+    ("05_dora", "def properties(layer):"): "four properties that are read side by side",
+}
+
+WORDS_PER_MINUTE = 180
+SECONDS_PER_CODE_LINE = 4
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def text_of_outputs(cell):
+    """Return all that a cell shows as text."""
+    parts = []
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            parts.append(output.text)
+        elif output.output_type == "error":
+            parts.append(output.evalue)
+        else:
+            parts.append(str(output.data.get("text/plain", "")))
+    return "\n".join(parts)
+
+
+def has_picture(cell):
+    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+
+
+def test_it_is_in_normal_form(path, root):
+    script = root / "tools" / "execute_notebooks.py"
+    run = subprocess.run(
+        [sys.executable, script, "--check", path], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_cell_was_executed_in_order(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_errors_stand_only_where_a_tag_expects_them(notebook):
+    for cell in code_cells(notebook):
+        raised = any(output.output_type == "error" for output in cell.outputs)
+        assert raised == ("raises-exception" in tags(cell)), cell.source
+
+
+def test_the_file_is_small(path):
+    assert path.stat().st_size < 1_000_000
+
+
+def test_it_opens_with_what_a_reader_asks_first(notebook, path):
+    first = notebook.cells[0].source
+    assert re.match(rf"# {int(path.stem[:2])}\. \S", first)
+    question = first.split("\n\n")[1]
+    assert question.startswith("*")
+    assert question.endswith("?*")
+    for part in ("**You will do**", "**You will learn**", "**You need**"):
+        assert part in first
+
+
+def test_the_stated_minutes_are_those_of_its_text_and_exercises(notebook):
+    words = lines = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            shown = re.sub(r"<details>.*?</details>|!\[[^]]*\]", "", cell.source, flags=re.DOTALL)
+            words += len(shown.split())
+        elif not {"exercise", "solution"} & set(tags(cell)):
+            lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+    reading = words / WORDS_PER_MINUTE + lines * SECONDS_PER_CODE_LINE / 60
+    everything = "\n".join(cell.source for cell in text_cells(notebook))
+    exercises = sum(map(int, re.findall(r"\((?:warm-up|core|stretch), (\d+) minutes\)", everything)))
+    stated = re.search(r"About (\d+) minutes to read and run, (\d+) for the exercises", everything)
+    assert stated is not None
+    assert abs(int(stated[1]) - reading) <= 3, f"{reading:.1f} minutes at {WORDS_PER_MINUTE} words a minute"
+    assert int(stated[2]) == exercises
+
+
+def test_links_to_other_files_lead_somewhere(notebook, path):
+    for cell in text_cells(notebook):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", cell.source):
+            if "://" not in target:
+                assert (path.parent / target).is_file(), target
+
+
+def test_previous_and_next_are_the_neighbours(notebook, path):
+    series = sorted(path.parent.glob("*.ipynb"))
+    place = series.index(path)
+    for cell in (notebook.cells[0], notebook.cells[-1]):
+        assert "[Contents](../README.md)" in cell.source
+        for word, other in (("Previous", place - 1), ("Next", place + 1)):
+            found = re.search(rf"{word}: \[([^]]+)\]\(([^)]+)\)", cell.source)
+            assert (found is not None) == (0 <= other < len(series))
+            if found:
+                assert found[2] == series[other].name
+                assert found[1].startswith(f"{other + 1}. ")
+
+
+def test_headings_are_in_order(notebook):
+    # Fenced code may have lines that begin with #; none of the notebooks uses fences.
+    levels = [
+        len(match)
+        for cell in text_cells(notebook)
+        for match in re.findall(r"^(#+) ", cell.source, flags=re.MULTILINE)
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_it_closes_with_exercises_and_with_what_was_learned(notebook):
+    headings = re.findall(
+        r"^## (.+)$", "\n".join(cell.source for cell in text_cells(notebook)), flags=re.MULTILINE
+    )
+    assert headings[-2:] == ["Exercises", "What you can do now"]
+    assert "**Further reading**" in notebook.cells[-1].source
+    assert "arXiv" in notebook.cells[-1].source
+
+
+def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(notebook, path):
+    number = int(path.stem[:2])
+    titles = [cell.source for cell in text_cells(notebook) if cell.source.startswith("### Exercise")]
+    assert [re.search(r"\((\S+), \d+ minutes\)", title)[1] for title in titles] == [
+        "warm-up",
+        "core",
+        "stretch",
+    ]
+    assert all("<details><summary>Hint" in title for title in titles)
+    stubs = [cell for cell in code_cells(notebook) if "exercise" in tags(cell)]
+    solutions = [cell for cell in code_cells(notebook) if "solution" in tags(cell)]
+    for place, (stub, solution) in enumerate(zip(stubs, solutions, strict=True), start=1):
+        name = f"Exercise {number}.{place}"
+        assert titles[place - 1].startswith(f"### {name}: ")
+        assert stub.outputs[0].ename == "NotImplementedError"
+        assert stub.outputs[0].evalue.startswith(f"{name}: ")
+        assert solution.source.startswith(f"# Solution {number}.{place}\n")
+        assert f"{name}: correct" in text_of_outputs(solution)
+        assert solution.metadata.jupyter.source_hidden
+        assert "hide-input" in tags(solution)
+        # The stub and its solution call the same check on a function of the same name.
+        assert (
+            stub.source.split("\n\n")[-1].strip() == re.search(r"^check_.*$", solution.source, flags=re.MULTILINE)[0]
+        )
+
+
+def test_set_up_can_be_run_twice(notebook):
+    """The first code cell only imports and sets: nothing in it adds to what was there."""
+    allowed = {"reproducible", "use_style"}
+    for node in ast.parse(code_cells(notebook)[0].source).body:
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Call)
+            assert node.value.func.id in allowed
+        else:
+            assert isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def test_what_is_drawn_or_trained_is_reproducible(notebook):
+    everything = "\n".join(cell.source for cell in code_cells(notebook))
+    assert re.search(r"^reproducible\(", everything, flags=re.MULTILINE)
+    assert re.search(r"^use_style\(\)$", everything, flags=re.MULTILINE)
+
+
+def test_code_cells_are_short(notebook, path):
+    for cell in code_cells(notebook):
+        lines = cell.source.splitlines()
+        imports_only = all(
+            isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in ast.parse(cell.source).body
+        )
+        if imports_only:
+            continue
+        limit = 20 if (path.stem, lines[0]) in LONG_CELLS else LINES_PER_CELL
+        assert len(lines) <= limit, f"{len(lines)} lines:\n{cell.source}"
+        assert max(map(len, lines)) <= 120, max(lines, key=len)
+
+
+def test_no_output_is_a_by_product(notebook):
+    """Neither what matplotlib returns nor a wall time, which would differ in every run."""
+    for cell in code_cells(notebook):
+        shown = text_of_outputs(cell)
+        assert not re.search(r"<matplotlib|<Figure|Text\(|\[<|Line2D", shown.replace("<Figure size", "")), (
+            shown
+        )
+        assert not re.search(r"\b\d+(\.\d+)? ?(s|ms|µs|seconds)\b", shown), shown
+
+
+def test_every_plot_is_followed_by_words(notebook):
+    cells = notebook.cells
+    for place, cell in enumerate(cells):
+        if cell.cell_type == "code" and has_picture(cell) and "solution" not in tags(cell):
+            assert cells[place + 1].cell_type == "markdown", cell.source
+
+
+def test_drawings_carry_their_alt_text(notebook):
+    for cell in text_cells(notebook):
+        for alt, name in re.findall(r"!\[([^]]*)\]\(\.\./figures/(\w+)\.svg\)", cell.source):
+            assert alt == ALT_TEXTS[name].text
+        assert len(re.findall(r"!\[", cell.source)) == len(
+            re.findall(r"!\[[^]]+\]\(\.\./figures/", cell.source)
+        )
+
+
+NUMBER = re.compile(r"(?<![\w.,/^])[+−-]?\d[\d,]*(?:\.\d+)?%?(?![\w/])")
+
+
+def test_measured_numbers_in_prose_come_from_an_output_above(notebook):
+    """A number with a decimal point or a percent sign stands in an output or in code above.
+
+    Numbers of a paper are left alone: their sentence says whose they are.
+    """
+    seen = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            seen += "\n" + cell.source + "\n" + text_of_outputs(cell)
+            continue
+        if cell.source.startswith("### Exercise") or "**Further reading**" in cell.source:
+            continue
+        prose = re.sub(
+            r"\]\([^)]*\)|\$\$.*?\$\$|!\[[^]]*\]|`[^`]*`|^#+ .*$|^\|.*$", " ", cell.source, flags=re.S | re.M
+        )
+        for sentence in re.split(r"(?<=[.:?!])\s|\n\n", prose):
+            if re.search(r"\bpapers?\b|[Ii]t reports|arXiv|article's numbers|series starts", sentence):
+                continue
+            for number in NUMBER.findall(sentence):
+                plain = number.lstrip("+").replace("−", "-")
+                if "." in plain or "%" in plain:
+                    assert plain in seen, f"{number!r} in: {sentence}"
