@@ -4,6 +4,7 @@ It prints a line for each check, which starts with ``ok`` or with ``MEND`` and t
 exit status is 1 if there is something to mend.
 """
 
+import io
 import os
 import platform
 import subprocess
@@ -176,6 +177,9 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     """Run all checks, print a line for each, and return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A folder's name may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     status = 0
     for name, check in CHECKS.items():
         try:

@@ -133,9 +133,12 @@ def _stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits,
     )
 
 
-def _read_whole() -> tuple[Digits, Digits]:
-    from torchvision.datasets import MNIST
+def mnist_folder() -> Path:
+    """Return the folder in which torchvision finds the whole MNIST, downloaded if need be, and checked.
 
+    Raises:
+        DataError: a file is missing or altered, or the download failed.
+    """
     if folder := os.environ.get("LOWRANK_DATA_DIR"):
         root = Path(folder).expanduser()
         if not root.is_dir():
@@ -150,6 +153,13 @@ def _read_whole() -> tuple[Digits, Digits]:
             _download(root)
         remedy = f"Delete {root / 'MNIST'}, and it is downloaded again"
     _verify(root, remedy)
+    return root
+
+
+def _read_whole() -> tuple[Digits, Digits]:
+    from torchvision.datasets import MNIST
+
+    root = mnist_folder()
     train, test = (MNIST(root, train=part) for part in (True, False))
     return Digits(train.data, train.targets), Digits(test.data, test.targets)
 

@@ -1,0 +1,9 @@
+"""Run all benchmarks, and write their results to notebooks/results/."""
+
+import article_protocol
+import training_loop
+
+if __name__ == "__main__":
+    for benchmark in (article_protocol, training_loop):
+        print(benchmark.__doc__.splitlines()[0])
+        print(f"  written to {benchmark.main()}")
