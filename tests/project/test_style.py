@@ -1,0 +1,26 @@
+"""ruff and mypy find nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "--no-cache"],
+        ["ruff", "format", "--check", "--no-cache"],
+        ["mypy", "--cache-dir", "{cache}"],
+    ],
+    ids=["ruff check", "ruff format", "mypy"],
+)
+def test_finds_nothing(command, tmp_path):
+    words = [word.format(cache=tmp_path) for word in command]
+    run = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,285 @@
+"""Each exercise's check accepts the solution, refuses known mistakes with the right hint, and shows no answer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowrank_utils import checks
+from lowrank_utils.adapt import freeze_linear_layers
+from lowrank_utils.checks import ExerciseError
+
+
+def V_of(weight, A, B, alpha):
+    return weight + alpha * (A @ B).T
+
+
+def dora(x, weight, bias, A, B, alpha, m):
+    c = m / V_of(weight, A, B, alpha).norm(dim=1)
+    return c * (x @ weight.T + alpha * (x @ A @ B)) + bias
+
+
+def merge(layer, weight=None, bias="clone"):
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=torch.float64)
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight if weight is None else weight)
+        if layer.bias is not None:
+            plain.bias.copy_(layer.bias)
+    if bias == "shared" and layer.bias is not None:
+        plain.bias = layer.linear.bias
+    return plain
+
+
+def merge_in_place(layer):
+    with torch.no_grad():
+        layer.linear.weight += layer.lora.delta_weight()
+    return layer.linear
+
+
+def freeze_right(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora." in name)
+
+
+def only_magnitudes(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".m"))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def magnitudes_and_factors(model):
+    freeze_linear_layers(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def nothing_at_all(model):
+    model.requires_grad_(False)
+    return 0
+
+
+def tensors_counted(model):
+    only_magnitudes(model)
+    return sum(p.requires_grad for p in model.parameters())
+
+
+def in_place_merge_of_weight(weight, A, B, alpha):
+    weight += alpha * (A @ B).T
+    return weight
+
+
+def in_place_update(x, weight, A, B):
+    weight += (A @ B).T
+    return x @ weight.T
+
+
+def hard_coded_parameters(*_):
+    return 3_648
+
+
+def weight_norm(grad_w, g, v):
+    unit = v / v.norm()
+    return grad_w @ unit, g / v.norm() * (grad_w - (grad_w @ unit) * unit)
+
+
+def kept_share(sigma, share):
+    return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
+
+
+SOLUTIONS = {
+    "adapter_parameters": lambda i, o, r: r * (i + o),
+    "smallest_rank": lambda s, share: kept_share(s, share) + 1,
+    "apply_update": lambda x, w, A, B: x @ w.T + (x @ A) @ B,
+    "scaling": lambda a, r, rs: a / (r**0.5 if rs else r),
+    "lora_output": lambda x, w, b, A, B, a: x @ w.T + b + a * (x @ A @ B),
+    "freeze_all_but_adapters": freeze_right,
+    "merged_weight": V_of,
+    "multiplications": lambda b, i, o, r: b * i * o + b * r * (i + o),
+    "merge": merge,
+    "unit_vector": lambda v: v / v.norm() if v.norm() > 0 else v,
+    "split_rows": lambda w: (w.norm(dim=1), w / w.norm(dim=1, keepdim=True)),
+    "weight_norm_gradients": weight_norm,
+    "dora_scale": lambda w, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1),
+    "dora_output": dora,
+    "magnitude_gradient": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(0),
+    "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
+    "paired_difference": lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5),
+    "magnitude_only": only_magnitudes,
+}
+
+# exercise → [(a wrong answer, words of its hint)]
+MISTAKES = {
+    "adapter_parameters": [
+        (lambda i, o, r: i * o, "not their product"),  # noqa: ARG005
+        (lambda i, o, r: i * r, "that is A alone"),  # noqa: ARG005
+        (lambda i, o, r: r * o, "that is B alone"),  # noqa: ARG005
+        (lambda i, o, r: 2 * i * r, "in and out may differ"),  # noqa: ARG005
+        (hard_coded_parameters, "isn't right yet"),
+    ],
+    "smallest_rank": [
+        (lambda s, share: int((s.cumsum(0) / s.sum() < share).sum()) + 1, "adds up squares"),
+        (kept_share, "one too few"),
+        (lambda s, share: kept_share(s, share) + 2, "one too many"),
+        (lambda s, share: len(s) + 5, "isn't right yet"),  # noqa: ARG005
+    ],
+    "apply_update": [
+        (lambda x, w, A, B: x @ w.T, "the update is missing"),  # noqa: ARG005
+        (lambda x, w, A, B: x @ A @ B, "the update alone"),  # noqa: ARG005
+        (lambda x, w, A, B: x @ (w.T + A @ B), "A·B was built in full"),
+        (in_place_update, "changed in place"),
+        (lambda x, w, A, B: (x @ w.T + x @ A @ B).float(), "wrong dtype"),
+    ],
+    "scaling": [
+        (lambda a, r, rs: a * (r**0.5 if rs else r), "divide instead"),
+        (lambda a, r, rs: a / (r if rs else r**0.5), "the other rule"),
+        (lambda a, r, rs: a, "article's rule"),  # noqa: ARG005
+    ],
+    "lora_output": [
+        (lambda x, w, b, A, B, a: x @ w.T + b + x @ A @ B, "where is alpha"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a: x @ w.T + b + a / B.shape[0] * (x @ A @ B), "not divided by the rank"),
+        (lambda x, w, b, A, B, a: a * (x @ w.T + b + x @ A @ B), "not the frozen layer"),
+        (lambda x, w, b, A, B, a: x @ w.T + a * (x @ A @ B), "bias is missing"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a: a * (x @ A @ B), "frozen layer is missing"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a: x @ w.T + a * (x @ A @ B + b), "bias is scaled"),
+        (lambda x, w, b, A, B, a: (x @ w.T + b + a * (x @ A @ B)).T, "wrong shape"),
+    ],
+    "freeze_all_but_adapters": [
+        (freeze_linear_layers, "not every layer is an nn.Linear"),
+        (lambda model: model.requires_grad_(False), "everything is frozen"),
+        (lambda model: model, "still trainable"),
+        (lambda model: [p.requires_grad_(n.endswith("A")) for n, p in model.named_parameters()], "must be trainable"),
+    ],
+    "merged_weight": [
+        (lambda w, A, B, a: w + (A @ B).T, "where is alpha"),  # noqa: ARG005
+        (lambda w, A, B, a: w.T + a * (A @ B), "its transpose"),
+        (lambda w, A, B, a: a * (w + (A @ B).T), "alpha scales the update alone"),
+        (lambda w, A, B, a: a * (A @ B).T, "ΔW alone"),  # noqa: ARG005
+        (in_place_merge_of_weight, "changed in place"),
+    ],
+    "multiplications": [
+        (lambda b, i, o, r: b * r * (i + o), "frozen layer's product is missing"),
+        (lambda b, i, o, r: b * i * o, "frozen layer alone"),  # noqa: ARG005
+        (lambda b, i, o, r: b * i * o + r * i * o, "isn't built"),
+        (lambda b, i, o, r: b * i * o + r * (i + o), "each row of the batch"),
+        (lambda b, i, o, r: b * i * o + b * r * i, "and then the product with B"),
+    ],
+    "merge": [
+        (lambda layer: layer, "plain nn.Linear"),
+        (merge_in_place, "was changed"),
+        (lambda layer: merge(layer, weight=layer.linear.weight), "the update is missing"),
+        (lambda layer: merge(layer, bias="shared"), "share one bias"),
+        (lambda layer: nn.Linear(7, 4, bias=False, dtype=torch.float64), "must have a bias"),  # noqa: ARG005
+    ],
+    "unit_vector": [
+        (lambda v: v / v.sum(), "sum of the entries"),
+        (lambda v: v / v.abs().sum(), "absolute values"),
+        (lambda v: v / v.square().sum(), "take the root"),
+        (lambda v: v / v.norm(), "NaN"),
+        (lambda v: v, "the vector itself"),
+    ],
+    "split_rows": [
+        (lambda w: (w.norm(dim=0), w / w.norm(dim=0)), "one norm per input"),
+        (lambda w: (w.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True)), "keepdim"),
+        (lambda w: (w.square().sum(1), w / w.norm(dim=1, keepdim=True)), "squared lengths"),
+        (lambda w: (w.norm(dim=1), w / w.norm(dim=0)), "wrong axis"),
+        (lambda w: (w.norm(dim=1), w), "not the weight"),
+        (lambda w: w.norm(dim=1), "tuple of 2"),
+    ],
+    "weight_norm_gradients": [
+        (lambda gw, g, v: (gw @ v, gw), "divide v by its length"),  # noqa: ARG005
+        (lambda gw, g, v: (gw @ v / v.norm(), g / v.norm() * gw), "subtract it"),
+        (lambda gw, g, v: (weight_norm(gw, g, v)[0], weight_norm(gw, g, v)[1] * v.norm() / g), "scaled by g"),
+        (lambda gw, g, v: (weight_norm(gw, g, v)[0], weight_norm(gw, g, v)[1] * v.norm()), "divided by ‖v‖"),
+    ],
+    "dora_scale": [
+        (lambda w, A, B, a, m: m / w.norm(dim=1), "V is W"),  # noqa: ARG005
+        (lambda w, A, B, a, m: V_of(w, A, B, a).norm(dim=1) / m, "upside down"),
+        (lambda w, A, B, a, m: m / V_of(w, A, B, 1).norm(dim=1), "alpha is missing"),  # noqa: ARG005
+        (lambda w, A, B, a, m: (m / V_of(w, A, B, a).norm(dim=1)).unsqueeze(1), "shape"),
+        (lambda w, A, B, a, m: 1 / V_of(w, A, B, a).norm(dim=1), "where is m"),  # noqa: ARG005
+    ],
+    "dora_output": [
+        (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m) + dora(x * 0, w, 0, A, B, a, m) + b * m
+            / V_of(w, A, B, a).norm(dim=1), "bias is scaled"),
+        (lambda x, w, b, A, B, a, m: x @ w.T + b + a * (x @ A @ B), "that is LoRA"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a, m: x @ w.T + m / V_of(w, A, B, a).norm(dim=1) * a * (x @ A @ B) + b,
+            "frozen product too"),
+        (lambda x, w, b, A, B, a, m: x @ w.T + m * F.normalize(x @ A @ B, dim=1) + b, "per example"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a, m: m / w.norm(dim=1) * (x @ w.T + a * (x @ A @ B)) + b, "norms of W"),
+        (lambda x, w, b, A, B, a, m: m * (x @ w.T + a * (x @ A @ B)) + b, "not divided"),
+        (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m), "bias is missing"),  # noqa: ARG005
+    ],
+    "magnitude_gradient": [
+        (lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).mean(0), "don't average"),
+        (lambda gy, x, V: (gy * (x @ V.T)).sum(0), "divide by"),
+        (lambda gy, x, V: gy * (x @ V.T) / V.norm(dim=1), "sum over the batch"),
+    ],
+    "standard_error": [
+        (lambda p, n: p * (1 - p) / n, "take the root"),
+        (lambda p, n: (p * (1 - p)) ** 0.5, "divide by the number"),  # noqa: ARG005
+        (lambda p, n: (p * (1 - p)) ** 0.5 / n, "over n as well"),
+        (lambda p, n: (p / n) ** 0.5, "1 − p"),
+    ],
+    "paired_difference": [
+        (lambda a, b: ((b - a).mean(), (a - b).std() / 2), "first − second"),
+        (lambda a, b: ((a - b).mean(), ((a.var() + b.var()) / 4).sqrt()), "unrelated"),
+        (lambda a, b: ((a - b).mean(), (a - b).std()), "steadier"),
+        (lambda a, b: ((a - b).mean(), (a - b).std(correction=0) / 2), "n − 1"),
+    ],
+    "magnitude_only": [
+        (magnitudes_and_factors, "A and B are still trainable"),
+        (nothing_at_all, "the three m"),
+        (tensors_counted, "not the tensors"),
+    ],
+}  # fmt: skip
+
+
+def untouched(*_):
+    raise NotImplementedError("Exercise 0.0: write it")
+
+
+def test_every_check_is_tested():
+    names = {name.removeprefix("check_") for name in vars(checks) if name.startswith("check_")}
+    assert names == SOLUTIONS.keys() == MISTAKES.keys()
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_the_solution_passes(name, capsys):
+    getattr(checks, f"check_{name}")(SOLUTIONS[name])
+    assert capsys.readouterr().out.endswith(": correct\n")
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_an_untouched_exercise_shows_its_own_message(name):
+    with pytest.raises(NotImplementedError, match="write it"):
+        getattr(checks, f"check_{name}")(untouched)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "hint"),
+    [(name, wrong, hint) for name, cases in MISTAKES.items() for wrong, hint in cases],
+    ids=[f"{name}: {hint}" for name, cases in MISTAKES.items() for _, hint in cases],
+)
+def test_a_known_mistake_gets_its_hint(name, wrong, hint, capsys):
+    with pytest.raises(ExerciseError) as raised:
+        getattr(checks, f"check_{name}")(wrong)
+    assert hint in str(raised.value)
+    assert "correct" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+@pytest.mark.parametrize("nonsense", [None, "42", float("nan")])
+def test_nonsense_is_refused(name, nonsense):
+    with pytest.raises(ExerciseError):
+        getattr(checks, f"check_{name}")(lambda *_: nonsense)
+
+
+def test_the_core_exercises_know_four_mistakes_or_more():
+    core = [
+        "smallest_rank",
+        "lora_output",
+        "multiplications",
+        "split_rows",
+        "dora_output",
+        "paired_difference",
+    ]
+    assert all(len(MISTAKES[name]) >= 4 for name in core)
