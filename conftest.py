@@ -8,12 +8,18 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib.image
-import nbval.plugin
 import numpy as np
+from nbval.plugin import IPyNbCell, IPyNbFile
 
 sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 from execute_notebooks import kernel_environment
+
+nbval_runtest, nbval_compare_outputs, nbval_setup = (
+    IPyNbCell.runtest,
+    IPyNbCell.compare_outputs,
+    IPyNbFile.setup,
+)
 
 # Root mean square difference of two pictures, as a fraction of full scale. It lets through another
 # anti-aliasing of the same drawing, and not another drawing; the plotted numbers are printed or asserted besides.
@@ -35,45 +41,44 @@ def pictures(outputs):
     return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 
 
-class StrictCell(nbval.plugin.IPyNbCell):
-    """A cell whose pictures are compared too, and which must have been executed when it was stored."""
+def runtest(cell):
+    """Run a cell of a notebook, which must have been executed when it was stored."""
+    if cell.cell.execution_count is None and cell.cell.source.strip():
+        cell.raise_cell_error(
+            "the stored cell was never executed: run tools/execute_notebooks.py on the notebook"
+        )
+    nbval_runtest(cell)
 
-    def runtest(self):
-        if self.cell.execution_count is None and self.cell.source.strip():
-            self.raise_cell_error(
-                "the stored cell was never executed: run tools/execute_notebooks.py on the notebook"
+
+def compare_outputs(cell, test, ref, skip_compare=None):
+    """Compare a cell's outputs as nbval does, and its pictures too."""
+    if not nbval_compare_outputs(cell, test, ref, skip_compare):
+        return False
+    stored, new = pictures(ref), pictures(test)
+    if len(stored) != len(new):
+        cell.comparison_traceback.append(f"{len(stored)} stored pictures, {len(new)} drawn now")
+        return False
+    for number, (before, after) in enumerate(zip(stored, new, strict=True), start=1):
+        difference = picture_difference(before, after)
+        if difference > PICTURE_TOLERANCE:
+            cell.comparison_traceback.append(
+                f"picture {number} differs by {difference:.3f} (allowed: {PICTURE_TOLERANCE})"
             )
-        super().runtest()
-
-    def compare_outputs(self, test, ref, skip_compare=None):
-        if not super().compare_outputs(test, ref, skip_compare):
             return False
-        stored, new = pictures(ref), pictures(test)
-        if len(stored) != len(new):
-            self.comparison_traceback.append(f"{len(stored)} stored pictures, {len(new)} drawn now")
-            return False
-        for number, (before, after) in enumerate(zip(stored, new, strict=True), start=1):
-            difference = picture_difference(before, after)
-            if difference > PICTURE_TOLERANCE:
-                self.comparison_traceback.append(
-                    f"picture {number} differs by {difference:.3f} (allowed: {PICTURE_TOLERANCE})"
-                )
-                return False
-        return True
+    return True
 
 
-class StrictNotebook(nbval.plugin.IPyNbFile):
-    """A notebook whose kernel starts in the environment that its stored outputs were made in."""
-
-    def setup(self):
-        with mock.patch.dict(os.environ, kernel_environment(), clear=True):
-            super().setup()
+def setup(notebook):
+    """Start a notebook's kernel in the environment that its stored outputs were made in."""
+    with mock.patch.dict(os.environ, kernel_environment(), clear=True):
+        nbval_setup(notebook)
 
 
 def pytest_configure():
-    # nbval looks these names up when it collects, so its own option and hooks stay in charge.
-    nbval.plugin.IPyNbCell = StrictCell
-    nbval.plugin.IPyNbFile = StrictNotebook
+    # nbval has no hooks for these, so its methods are wrapped; its options and its collection stay in charge.
+    IPyNbCell.runtest = runtest
+    IPyNbCell.compare_outputs = compare_outputs
+    IPyNbFile.setup = setup
     # Kernels run in notebooks/, where a relative folder would be another one.
     if folder := os.environ.get("LOWRANK_DATA_DIR"):
         os.environ["LOWRANK_DATA_DIR"] = str(Path(folder).absolute())

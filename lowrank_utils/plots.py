@@ -69,6 +69,16 @@ def use_style() -> None:
     )
 
 
+def legend_above(figure: Figure) -> None:
+    """Put the legend above all axes, where no line can run through it.
+
+    Args:
+        figure: the names are those of its first axes.
+    """
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+
+
 def plot_history(histories: dict[str, History]) -> Figure:
     """Draw loss and accuracy against epochs, a line per training run.
 
@@ -94,8 +104,7 @@ def plot_history(histories: dict[str, History]) -> Figure:
     right.set(xlabel="epoch", ylabel=f"{'validation' if held_out else 'training'} accuracy (fraction)")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    # Above the axes, where no line can run through it.
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(histories))
+    legend_above(figure)
     return figure
 
 

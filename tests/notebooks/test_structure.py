@@ -161,7 +161,8 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(no
         assert "hide-input" in tags(solution)
         # The stub and its solution call the same check on a function of the same name.
         assert (
-            stub.source.split("\n\n")[-1].strip() == re.search(r"^check_.*$", solution.source, flags=re.MULTILINE)[0]
+            stub.source.split("\n\n")[-1].strip()
+            == re.search(r"^check_.*$", solution.source, flags=re.MULTILINE)[0]
         )
 
 

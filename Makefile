@@ -1,0 +1,41 @@
+# Each target sets itself up: tools/environment.py makes .venv on a bare Python 3.11 or newer, once.
+#
+#   make lab TORCH=cpu                  torch without CUDA: a tenth of the download on Linux
+#   make lab LAB_ARGS=--no-browser      further arguments for JupyterLab
+#   make test PYTEST_ARGS="-k merged"   further arguments for pytest
+#   make lab PYTHON=python3.12          another Python to make .venv with
+
+ifeq ($(OS),Windows_NT)
+PYTHON ?= py
+else
+PYTHON ?= python3
+endif
+
+SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
+
+.PHONY: help lab test check figures notebooks bench clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "On Linux, make lab TORCH=cpu downloads a tenth: torch without CUDA, which is all that the series needs."
+
+lab: ## Open JupyterLab at notebook 01, on this machine only.
+	@$(SETUP) lab $(LAB_ARGS)
+
+test: ## Run all tests; the notebooks are run and compared with their stored outputs.
+	@$(SETUP) test $(PYTEST_ARGS)
+
+check: ## Say whether this machine is set up, and what to mend.
+	@$(SETUP) check
+
+figures: ## Draw the figures.
+	@$(SETUP) run figures/draw_all.py
+
+notebooks: ## Run the notebooks and store their outputs.
+	@$(SETUP) run tools/execute_notebooks.py
+
+bench: ## Measure speed and memory.
+	@$(SETUP) run benchmarks/run.py
+
+clean: ## Remove the environment and what tools left behind.
+	@$(SETUP) clean

@@ -1,0 +1,156 @@
+"""pyproject.toml, constraints.txt, environment.yml and what is installed say the same."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+
+@pytest.fixture(scope="module")
+def project(root):
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def pins(root):
+    """Constraint by name, in the file's order."""
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.fixture(scope="module")
+def conda(root):
+    return yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+
+
+def installed(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_bound_to_one_system(name):
+    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
+
+
+def test_every_dependency_has_a_constraint_that_satisfies_it(project, pins):
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    wrong = []
+    for requirement in (Requirement(line) for lines in lists for line in lines):
+        name = canonicalize_name(requirement.name)
+        if name != project["name"] and not requirement.specifier.contains(pins.get(name, "0")):
+            wrong.append(f"{requirement} against {name}=={pins.get(name)}")
+    assert not wrong
+
+
+def test_every_constraint_is_what_is_installed(pins):
+    differing = {
+        name: (version, installed(name))
+        for name, version in pins.items()
+        # A build's label such as +cpu isn't part of the version. What only another system or list
+        # needs isn't installed.
+        if installed(name) is not None and Version(installed(name)).public != version
+    }
+    assert not differing, "constraint and installed version differ"
+
+
+def test_what_the_series_and_its_tests_need_is_installed_and_constrained(project, pins):
+    if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
+        pytest.skip("constraints.txt is complete for Linux and Python 3.11; others need a few more")
+    waiting = [Requirement(f"{project['name']}[lab,test]")]
+    seen = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ["", *requirement.extras]:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            if name == project["name"]:
+                lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+            else:
+                assert installed(name), f"{name} is missing"
+                lines = metadata.requires(name) or []
+            for line in map(Requirement, lines):
+                if line.marker is None or line.marker.evaluate({"extra": extra}):
+                    waiting.append(line)
+    needed = {name for name, _ in seen if name != project["name"] and not is_bound_to_one_system(name)}
+    assert len(needed) > 100
+    assert needed <= set(pins), "not constrained: freeze again"
+
+
+def test_constraints_are_exact_sorted_and_free_of_what_is_bound_to_one_system(root, pins, project):
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    body = [line for line in lines if not line.startswith("#")]
+    assert lines[: len(lines) - len(body)] == [line for line in lines if line.startswith("#")]
+    assert list(pins) == sorted(pins)
+    assert len(pins) == len(body)
+    for line in body:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*", line), line
+    assert not [name for name in pins if is_bound_to_one_system(name)]
+    assert project["name"] not in pins
+
+
+def test_conda_environment_carries_the_projects_name_and_installs_only_the_project(conda, project):
+    assert conda["name"] == project["name"]
+    assert conda["channels"] == ["conda-forge"]
+    *from_conda, pip = conda["dependencies"]
+    assert [line.split("=")[0] for line in from_conda] == ["python", "pip"]
+    assert pip == {"pip": ["-c constraints.txt", "-e .[lab]"]}
+    assert set(project["optional-dependencies"]) >= {"lab", "test"}
+
+
+def test_the_python_versions_agree(root, conda, project, tool):
+    oldest = ".".join(map(str, tool.MINIMUM))
+    assert project["requires-python"] == f">={oldest}"
+    (python,) = [line for line in conda["dependencies"] if str(line).startswith("python=")]
+    # The stored outputs come from the oldest Python, whose versions exist for the newer ones too.
+    assert python == f"python={oldest}"
+    assert f"Python {oldest}." in (root / "constraints.txt").read_text(encoding="utf-8")
+    assert SpecifierSet(project["requires-python"]).contains(".".join(map(str, sys.version_info[:3])))
+
+
+def test_ci_runs_the_tests_that_the_readme_names(root):
+    script = root / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert lines[-1] == "make test"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make isn't installed")
+def test_make_targets(root):
+    def make(*arguments):
+        # Without the variables of a make that runs these tests.
+        bare = {"PATH": os.environ["PATH"]}
+        command = ["make", "--no-print-directory", *arguments]
+        return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, check=True).stdout
+
+    def dry(*arguments):
+        return make("--dry-run", "PYTHON=py", *arguments).strip()
+
+    tool = "py tools/environment.py"
+    assert dry("lab") == f"{tool}  lab"
+    assert dry("lab", "TORCH=cpu", "LAB_ARGS=--no-browser") == f'{tool} "--torch=cpu" lab --no-browser'
+    assert dry("test", "PYTEST_ARGS=-k 'a b'") == f"{tool}  test -k 'a b'"
+    assert dry("check") == f"{tool}  check"
+    assert dry("clean") == f"{tool}  clean"
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    shown = make()
+    for target in phony.split():
+        assert re.search(rf"^make {target} +[A-Z].*\.$", shown, re.MULTILINE), target
+    for script in re.findall(r" run (\S+\.py)", makefile):
+        assert (root / script).is_file(), script

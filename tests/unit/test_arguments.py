@@ -1,0 +1,188 @@
+"""Wrong input to the layers is refused where it is made, with the argument's name, what came and what is allowed."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from support import ALL, every_wrapper, linear_layer, moved, normal
+from torch import nn
+
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_floating_dtype,
+    check_one_of,
+    check_whole_number,
+)
+from lowrank_utils.lora import LoRALayer
+
+RANKS = [
+    (0, ValueError, "rank must be a whole number, 1 or more; got 0"),
+    (-2, ValueError, "rank must be a whole number, 1 or more; got -2"),
+    (2.5, TypeError, r"rank must be a whole number, 1 or more; got 2\.5 \(float\)"),
+    (4.0, TypeError, r"rank must be a whole number, 1 or more; got 4\.0 \(float\)"),
+    (True, TypeError, r"rank must be a whole number, 1 or more; got True \(bool\)"),
+    ("4", TypeError, r"rank must be a whole number, 1 or more; got '4' \(str\)"),
+    (None, TypeError, r"rank must be a whole number, 1 or more; got None \(NoneType\)"),
+]
+
+ALPHAS = [
+    (float("nan"), ValueError, "alpha must be a finite number; got nan"),
+    (float("inf"), ValueError, "alpha must be a finite number; got inf"),
+    (-float("inf"), ValueError, "alpha must be a finite number; got -inf"),
+    pytest.param(10**400, ValueError, "alpha must be a finite number; got 1000", id="beyond a float"),
+    ("8", TypeError, r"alpha must be a finite number; got '8' \(str\)"),
+    (True, TypeError, r"alpha must be a finite number; got True \(bool\)"),
+    (None, TypeError, r"alpha must be a finite number; got None \(NoneType\)"),
+    (1j, TypeError, r"alpha must be a finite number; got 1j \(complex\)"),
+]
+
+
+class Head(nn.Module):
+    """A module of one's own with a linear layer in it, and no adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 5)
+
+
+@pytest.mark.parametrize(("rank", "error", "message"), RANKS)
+def test_a_wrong_rank_is_refused(rank, error, message):
+    with pytest.raises(error, match=message):
+        LoRALayer(7, 5, rank, 1.0)
+    for wrapper in ALL:
+        with pytest.raises(error, match=message):
+            wrapper(linear_layer(), rank, 1.0)
+
+
+@pytest.mark.parametrize(("alpha", "error", "message"), ALPHAS)
+def test_a_wrong_alpha_is_refused(alpha, error, message):
+    with pytest.raises(error, match=message):
+        LoRALayer(7, 5, 2, alpha)
+    for wrapper in ALL:
+        with pytest.raises(error, match=message):
+            wrapper(linear_layer(), 2, alpha)
+
+
+@pytest.mark.parametrize("argument", ["in_dim", "out_dim"])
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("7", TypeError)]
+)
+def test_a_wrong_size_is_refused_by_its_name(argument, size, error):
+    sizes = {"in_dim": 7, "out_dim": 5, argument: size}
+    with pytest.raises(error, match=f"{argument} must be a whole number, 1 or more; got "):
+        LoRALayer(**sizes, rank=2, alpha=1.0)
+
+
+@pytest.mark.parametrize("init", ["zeros", "", "Article", None, 1, ["peft"]])
+def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init):
+    message = r"init must be one of 'article', 'peft'; got "
+    with pytest.raises(ValueError, match=message):
+        LoRALayer(7, 5, 2, 1.0, init=init)
+    for wrapper in ALL:
+        with pytest.raises(ValueError, match=message):
+            wrapper(linear_layer(), 2, 1.0, init=init)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", TypeError), (torch.int64, ValueError)])
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error):
+    with pytest.raises(error, match="dtype must be a"):
+        LoRALayer(7, 5, 2, 1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("number", [4, np.int64(4), torch.tensor(4)])
+def test_whole_numbers_of_any_library_are_ranks(number):
+    assert LoRALayer(7, 5, number, 1.0).B.shape == (4, 5)
+
+
+@pytest.mark.parametrize("number", [2, 2.0, np.float64(2), np.float32(2), Fraction(2)])
+def test_real_numbers_of_any_library_are_alphas(number):
+    layer = moved(ALL[0], alpha=number)
+    x = normal(4, 7)
+    torch.testing.assert_close(layer(x), moved(ALL[0], alpha=2.0)(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), None, "linear", nn.Linear, Head()]
+)
+@every_wrapper
+def test_a_layer_that_is_not_linear_is_refused_by_its_type(wrapper, layer):
+    with pytest.raises(TypeError, match=rf"linear must be an nn\.Linear; got {type(layer).__name__}$"):
+        wrapper(layer, 2, 1.0)
+
+
+@every_wrapper
+def test_a_lazy_layer_is_refused_until_it_has_a_shape(wrapper):
+    lazy = nn.LazyLinear(5)
+    with pytest.raises(ValueError, match=r"linear \(LazyLinear\) has no shape yet: pass one batch"):
+        wrapper(lazy, 2, 1.0)
+    x = torch.ones(3, 7)
+    expected = lazy(x)
+    torch.testing.assert_close(wrapper(lazy, 2, 1.0)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
+@every_wrapper
+def test_a_weight_that_is_not_floating_point_is_refused(wrapper, dtype):
+    linear = nn.Linear(7, 5)
+    linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=f"linear must have a floating-point weight; got {dtype}"):
+        wrapper(linear, 2, 1.0)
+
+
+@pytest.mark.parametrize("inner", ALL)
+@pytest.mark.parametrize("outer", ALL)
+def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, outer):
+    adapter = moved(inner)
+    with pytest.raises(
+        TypeError,
+        match=rf"linear is already adapted \({inner.__name__}\).* Merge the first one with merge_adapters",
+    ):
+        outer(adapter, 2, 1.0)
+
+
+WRONG_INPUTS = [
+    (torch.ones(4, 6), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 6\)"),
+    (torch.ones(4, 8), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 8\)"),
+    (torch.ones(7, 4), ValueError, r"the last dimension of x must be in_features=7; got shape \(7, 4\)"),
+    (torch.ones(4, 1), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 1\)"),
+    (torch.ones(0), ValueError, r"the last dimension of x must be in_features=7; got shape \(0,\)"),
+    (torch.ones(()), ValueError, r"the last dimension of x must be in_features=7; got shape \(\)"),
+    (np.ones((4, 7)), TypeError, "x must be a tensor; got ndarray"),
+    ([[1.0] * 7], TypeError, "x must be a tensor; got list"),
+    (None, TypeError, "x must be a tensor; got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), WRONG_INPUTS)
+def test_a_wrong_input_is_refused_by_the_layer_and_by_all_wrappers(x, error, message):
+    for layer in (LoRALayer(7, 5, 2, 1.0), *(wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL)):
+        with pytest.raises(error, match=message):
+            layer(x)
+
+
+# --- The checks themselves ------------------------------------------------------------------------
+
+
+def test_checks_return_what_they_let_through():
+    assert check_whole_number("n", 3, 3) == 3
+    assert type(check_whole_number("n", np.int64(3), 0)) is int
+    assert check_finite_number("x", 0) == 0.0
+    assert type(check_finite_number("x", Fraction(1, 2))) is float
+    assert check_finite_number("x", 0.1, above=0) == 0.1
+    assert check_one_of("word", "b", ["b", "a"]) == "b"
+    assert check_floating_dtype("dtype", torch.bfloat16) is torch.bfloat16
+
+
+def test_a_limit_is_part_of_the_message_and_is_not_itself_allowed():
+    with pytest.raises(ValueError, match="n must be a whole number, 3 or more; got 2"):
+        check_whole_number("n", 2, 3)
+    with pytest.raises(ValueError, match="x must be a finite number larger than 0; got 0"):
+        check_finite_number("x", 0, above=0)
+    with pytest.raises(ValueError, match=r"x must be a finite number larger than 2\.5; got 2"):
+        check_finite_number("x", 2, above=2.5)
+
+
+def test_allowed_words_are_listed_in_order_and_in_quotes():
+    with pytest.raises(ValueError, match="word must be one of 'a', 'b'; got 'c'"):
+        check_one_of("word", "c", ["b", "a"])

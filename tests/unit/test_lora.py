@@ -1,0 +1,124 @@
+"""LoRALayer: what it computes, how it starts."""
+
+import math
+
+import pytest
+import torch
+from support import array, assert_close, every_wrapper, linear_layer, normal
+
+from lowrank_utils.lora import INITIALISATIONS, LoRALayer
+
+
+def random_layer(in_dim=7, out_dim=5, rank=3, alpha=1.7):
+    layer = LoRALayer(in_dim, out_dim, rank, alpha, dtype=torch.float64)
+    with torch.no_grad():
+        layer.B.copy_(normal(rank, out_dim, seed=5))
+    return layer
+
+
+def test_a_new_layer_maps_everything_to_zero_but_its_b_has_a_gradient():
+    layer = LoRALayer(7, 5, 3, 2.0)
+    x = normal(4, 7, dtype=torch.float32)
+    y = layer(x)
+    assert y.shape == (4, 5)
+    assert torch.equal(y, torch.zeros(4, 5))
+    (y * normal(4, 5, seed=1, dtype=torch.float32)).sum().backward()
+    assert layer.B.grad.abs().min() > 0
+    assert torch.equal(layer.A.grad, torch.zeros(7, 3))
+
+
+def test_the_output_is_alpha_times_x_a_b():
+    layer = random_layer()
+    x = normal(2, 4, 7)
+    expected = 1.7 * (x.numpy() @ array(layer.A) @ array(layer.B))
+    assert layer(x).shape == (2, 4, 5)
+    assert_close(layer(x), expected)
+
+
+def test_the_delta_weight_has_the_shape_of_torchs_weight_and_gives_the_same_output():
+    layer = random_layer()
+    x = normal(4, 7)
+    delta = layer.delta_weight()
+    assert delta.shape == (5, 7)
+    assert_close(delta, 1.7 * (array(layer.A) @ array(layer.B)).T)
+    assert_close(layer(x), x @ delta.T)
+
+
+@pytest.mark.parametrize("alpha", [0, -2, 0.5, 8])
+def test_alpha_is_the_scaling_itself_whatever_the_rank(alpha):
+    x = normal(4, 7)
+    for rank in (1, 2, 4):
+        layer, unit = random_layer(rank=rank, alpha=alpha), random_layer(rank=rank, alpha=1)
+        unit.load_state_dict(layer.state_dict())
+        assert_close(layer(x), alpha * unit(x))
+
+
+def test_alpha_is_read_at_every_call_so_it_can_be_changed_afterwards():
+    layer = random_layer(alpha=1.0)
+    x = normal(4, 7)
+    before = layer(x), layer.delta_weight()
+    layer.alpha = 3.0
+    assert_close(layer(x), 3 * before[0])
+    assert_close(layer.delta_weight(), 3 * before[1])
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_by_default_a_is_normal_with_standard_deviation_one_over_root_rank(rank):
+    A = LoRALayer(784, 10, rank, 1.0).A.detach()
+    assert A.std().item() == pytest.approx(1 / math.sqrt(rank), rel=0.03)
+    assert A.mean().item() == pytest.approx(0, abs=0.03 / math.sqrt(rank))
+    # A uniform distribution of that deviation would end at √3.
+    assert A.abs().max() > 2.5 / math.sqrt(rank)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_pefts_a_is_uniform_up_to_one_over_root_in_whatever_the_rank(rank):
+    A = LoRALayer(784, 10, rank, 1.0, init="peft").A.detach()
+    assert A.std().item() == pytest.approx(0.0206, abs=0.0004)
+    assert A.abs().max() <= 1 / 28
+    assert A.max() > 0.99 / 28
+    assert A.min() < -0.99 / 28
+
+
+@pytest.mark.parametrize("init", INITIALISATIONS)
+def test_every_initialisation_leaves_b_at_zero_and_needs_no_particular_dtype(init):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        layer = LoRALayer(7, 5, 3, 1.0, init=init, dtype=dtype)
+        assert layer.A.dtype == layer.B.dtype == dtype
+        assert torch.count_nonzero(layer.B) == 0
+        assert torch.count_nonzero(layer.A) == 21
+
+
+@every_wrapper
+def test_a_wrapper_passes_the_initialisation_on(wrapper):
+    linear = linear_layer(784, 10)
+    assert wrapper(linear, 4, 1.0, init="peft").lora.A.std().item() == pytest.approx(0.0206, abs=0.001)
+    assert wrapper(linear, 4, 1.0).lora.A.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_without_a_dtype_the_layer_takes_torchs_default():
+    assert LoRALayer(7, 5, 3, 1.0).A.dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    layer = LoRALayer(7, 5, 3, 1.0)
+    assert layer.A.dtype == layer.B.dtype == torch.float64
+
+
+def test_a_layer_on_the_meta_device_has_shapes_and_no_numbers():
+    layer = LoRALayer(7, 5, 3, 1.0, device="meta")
+    assert layer.A.is_meta
+    assert layer.B.is_meta
+    assert layer(torch.empty(4, 7, device="meta")).shape == (4, 5)
+
+
+@pytest.mark.parametrize(("in_dim", "out_dim", "rank"), [(3, 5, 6), (5, 3, 6), (1, 1, 2)])
+def test_a_rank_above_both_sides_warns_that_it_costs_more_than_the_weight(in_dim, out_dim, rank):
+    numbers = f"A and B hold {rank * (in_dim + out_dim)} numbers, the whole weight {in_dim * out_dim}"
+    with pytest.warns(UserWarning, match=rf"rank={rank} is larger than both sides .*{numbers}"):
+        layer = LoRALayer(in_dim, out_dim, rank, 1.0)
+    assert layer.A.shape == (in_dim, rank)
+
+
+@pytest.mark.parametrize(("in_dim", "out_dim", "rank"), [(3, 5, 5), (5, 3, 5), (3, 5, 4), (1, 1, 1)])
+def test_a_rank_up_to_the_longer_side_does_not_warn(in_dim, out_dim, rank):
+    # Warnings are errors in this project's tests.
+    assert LoRALayer(in_dim, out_dim, rank, 1.0).B.shape == (rank, out_dim)

@@ -1,0 +1,357 @@
+"""What holds for all four wrappers: the formulas, their gradients, and being a module like any other."""
+
+import copy
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support import (
+    ALL,
+    DORA,
+    LORA,
+    Reference,
+    array,
+    assert_close,
+    assert_same_state,
+    cases,
+    every_variant,
+    every_wrapper,
+    linear_layer,
+    move_all,
+    moved,
+    normal,
+    snapshot,
+    tolerance,
+)
+from torch import nn
+from torch.func import functional_call
+
+from lowrank_utils.adapt import merge_adapters, replace_linear_layers
+
+
+def assert_within_rounding(layer, x, y):
+    """Hold ``y`` against the NumPy formula, as closely as the dtype's rounding allows."""
+    reference = Reference.of(layer)
+    # Where W and ΔW nearly cancel, their direction is made of rounding errors.
+    assume(reference.error_unit(np.ones(x.shape[-1])).max() < 1e3)
+    x, y, dtype = array(x), array(y), y.dtype
+    error = np.abs(y - reference.output(x))
+    assert (error <= tolerance(dtype) * reference.error_unit(x)).all()
+
+
+# --- What comes out -------------------------------------------------------------------------
+
+
+@every_variant
+@given(case=cases())
+def test_the_output_is_that_of_the_formula(wrapper, options, case):
+    layer, x = case.adapter(wrapper, **options), case.x()
+    y = layer(x)
+    assert y.shape == (*case.batch, case.out_features)
+    assert y.dtype == case.dtype
+    assert_within_rounding(layer, x, y)
+
+
+@every_wrapper
+@given(case=cases())
+def test_the_weight_property_reproduces_the_forward_pass(wrapper, case):
+    layer, x = case.adapter(wrapper), case.x()
+    assert layer.weight.shape == (case.out_features, case.in_features)
+    assert layer.weight.dtype == case.dtype
+    assert_within_rounding(layer, x, F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize(("unmerged", "merged"), [LORA, DORA])
+@given(case=cases(dtypes=[torch.float64]))
+def test_the_merged_and_the_unmerged_form_agree(unmerged, merged, case):
+    first, second, x = case.adapter(unmerged), case.adapter(merged), case.x()
+    reference = Reference.of(first)
+    assume(reference.norm.min() > 1e-3)
+    unit = torch.from_numpy(reference.error_unit(array(x)))
+    assert ((first(x) - second(x)).abs() <= 1e-12 * unit).all()
+    # The check above is empty if B isn't felt.
+    assert not torch.allclose(first.weight, first.linear.weight)
+
+
+@every_wrapper
+@given(case=cases(dtypes=[torch.float64]), factors=st.tuples(st.floats(-3, 3), st.floats(-3, 3)))
+def test_without_the_bias_the_output_is_linear_in_the_input(wrapper, case, factors):
+    layer, x, z = case.adapter(wrapper), case.x(0), case.x(1)
+    reference = Reference.of(layer)
+    assume(reference.norm.min() > 1e-3)
+    b = 0 if layer.bias is None else layer.bias
+    p, q = factors
+    together = layer(p * x + q * z) - b
+    apart = p * (layer(x) - b) + q * (layer(z) - b)
+    unit = sum(reference.error_unit(array(t)) for t in (x, z, p * x, q * z)) * (1 + abs(p) + abs(q))
+    assert (np.abs(array(together - apart)) <= 1e-12 * unit).all()
+
+
+@every_wrapper
+@given(case=cases())
+def test_the_bias_is_added_as_it_is_and_not_scaled(wrapper, case):
+    layer = case.adapter(wrapper)
+    zero = torch.zeros_like(case.x())
+    expected = torch.zeros(case.out_features, dtype=case.dtype) if layer.bias is None else layer.bias
+    assert torch.equal(layer(zero), expected.expand(*case.batch, case.out_features))
+
+
+@every_wrapper
+def test_every_example_of_a_batch_is_mapped_as_if_it_were_alone(wrapper):
+    layer = moved(wrapper)
+    x = normal(2, 3, 7)
+    y = layer(x)
+    for i in range(2):
+        for j in range(3):
+            assert_close(y[i, j], layer(x[i, j]))
+
+
+@every_wrapper
+def test_an_empty_batch_can_be_trained_on(wrapper):
+    layer = moved(wrapper)
+    y = layer(torch.zeros(0, 7, dtype=torch.float64))
+    assert y.shape == (0, 5)
+    y.sum().backward()
+    assert torch.equal(layer.lora.A.grad, torch.zeros(7, 3, dtype=torch.float64))
+
+
+@every_wrapper
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_wrapper_gives_the_linear_layers_output(wrapper, bias, dtype):
+    linear = linear_layer(bias=bias, dtype=dtype)
+    layer = wrapper(linear, 3, 1.7)
+    x = normal(4, 7, dtype=dtype)
+    assert torch.equal(layer.weight, linear.weight)
+    if wrapper in LORA:
+        assert torch.equal(layer(x), linear(x))
+    else:
+        torch.testing.assert_close(layer(x), linear(x))
+
+
+# --- Gradients ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@every_variant
+def test_the_gradients_are_those_derived_by_hand(wrapper, options, bias):
+    layer = moved(wrapper, linear_layer(bias=bias), **options)
+    x, G = normal(4, 7, seed=20).requires_grad_(), normal(4, 5, seed=21)
+    (layer(x) * G).sum().backward()
+    expected = Reference.of(layer).gradients(array(x), array(G), options.get("detach_norm", True))
+    actual = {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    if not bias:
+        del expected["linear.bias"]
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name], torch.from_numpy(expected[name]))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "options"), [(w, {}) for w in LORA] + [(w, {"detach_norm": False}) for w in DORA]
+)
+def test_the_gradients_are_those_of_finite_differences(wrapper, options):
+    layer = moved(wrapper, linear_layer(4, 3), rank=2, **options)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def forward(x, *parameters):
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(forward, (normal(2, 4, seed=20).requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("wrapper", DORA)
+def test_the_detached_norm_gives_other_gradients_than_finite_differences(wrapper):
+    # Which shows that the comparison above would notice.
+    layer = moved(wrapper, linear_layer(4, 3), rank=2)
+
+    def forward(B):
+        return functional_call(layer, {"lora.B": B}, (normal(2, 4, seed=20),))
+
+    assert not torch.autograd.gradcheck(forward, (layer.lora.B,), raise_exception=False)
+
+
+@every_variant
+def test_a_frozen_linear_layer_gets_no_gradient_and_the_adapter_does(wrapper, options):
+    layer = moved(wrapper, **options)
+    layer.linear.requires_grad_(False)
+    layer(normal(4, 7)).pow(2).sum().backward()
+    for name, parameter in layer.named_parameters():
+        if name.startswith("linear"):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad.abs().max() > 0, name
+
+
+# --- A module like any other ----------------------------------------------------------------
+
+
+@every_wrapper
+def test_a_wrapper_answers_like_the_linear_layer_it_replaces(wrapper):
+    linear = linear_layer(7, 5)
+    layer = moved(wrapper, linear)
+    assert (layer.in_features, layer.out_features) == (7, 5)
+    assert layer.bias is linear.bias
+    assert wrapper(linear_layer(bias=False), 2, 1.0).bias is None
+
+
+@every_wrapper
+def test_the_linear_layer_is_kept_and_not_changed(wrapper):
+    linear = linear_layer()
+    before = snapshot(linear)
+    flags = [p.requires_grad for p in linear.parameters()]
+    layer = moved(wrapper, linear)
+    layer(normal(4, 7))
+    assert layer.linear is linear
+    assert_same_state(linear, before)
+    assert [p.requires_grad for p in linear.parameters()] == flags == [True, True]
+
+
+@every_wrapper
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_adapter_takes_the_dtype_of_the_layer_and_not_torchs_default(wrapper, dtype):
+    layer = wrapper(linear_layer(dtype=dtype), 3, 1.0)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+
+
+@every_wrapper
+def test_a_wrapper_can_be_built_and_run_on_the_meta_device(wrapper):
+    layer = wrapper(nn.Linear(7, 5, device="meta"), 3, 1.0)
+    assert all(p.is_meta for p in layer.parameters())
+    y = layer(torch.empty(4, 7, device="meta"))
+    assert y.is_meta
+    assert y.shape == (4, 5)
+    assert layer.weight.shape == (5, 7)
+
+
+@every_wrapper
+def test_a_deep_copy_shares_no_parameter_and_gives_the_same_output(wrapper):
+    layer = moved(wrapper)
+    twin = copy.deepcopy(layer)
+    x = normal(4, 7)
+    expected = layer(x).detach()
+    assert torch.equal(twin(x), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert torch.equal(layer(x), expected)
+    assert not torch.allclose(twin(x), expected)
+
+
+@every_wrapper
+def test_a_state_dict_carries_everything_into_a_fresh_wrapper(wrapper):
+    layer, fresh = moved(wrapper), wrapper(linear_layer(seed=50), 3, 1.7)
+    x = normal(4, 7)
+    assert not torch.allclose(fresh(x), layer(x))
+    assert str(fresh.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(fresh(x), layer(x))
+
+
+@every_wrapper
+def test_moving_a_wrapper_to_another_dtype_moves_all_of_it(wrapper):
+    layer = moved(wrapper)
+    x = normal(4, 7)
+    expected = layer(x).detach()
+    layer.to(torch.float32)
+    y = layer(x.float())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_wrapper
+def test_autocast_gives_the_dtype_of_a_linear_layer_and_a_close_value(wrapper):
+    linear = linear_layer(dtype=torch.float32)
+    layer = moved(wrapper, linear)
+    x = normal(4, 7, dtype=torch.float32).requires_grad_()
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, y = linear(x), layer(x)
+    assert y.dtype == plain.dtype == torch.bfloat16
+    reference = Reference.of(layer)
+    unit = reference.error_unit(array(x))
+    assert (np.abs(array(y) - array(exact)) <= tolerance(torch.bfloat16) * unit).all()
+    y.float().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+
+
+@every_wrapper
+def test_under_autocast_the_weight_keeps_the_precision_of_the_parameters(wrapper):
+    layer = moved(wrapper, linear_layer(dtype=torch.float32))
+    expected = layer.weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = layer.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, expected)
+
+
+COMPILERS = [os.environ.get("CXX") or "g++", "clang++", "c++", "cl"]
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in COMPILERS),
+    reason="torch.compile needs a C++ compiler, and this machine has none",
+)
+def test_torch_compile_gives_the_same_outputs_and_gradients():
+    # One compilation for all: it takes most of its time whatever the size.
+    sizes = [(7, 5), (5, 6), (6, 4), (4, 3)]
+    model = nn.Sequential(
+        *(
+            moved(w, linear_layer(*size, seed=10 * i))
+            for i, (w, size) in enumerate(zip(ALL, sizes, strict=True))
+        )
+    )
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    x = normal(4, 7, seed=20)
+    outputs = [network(x) for network in (model, compiled)]
+    assert_close(outputs[1], outputs[0])
+    for y in outputs:
+        y.pow(2).sum().backward()
+    for actual, expected in zip(compiled.parameters(), model.parameters(), strict=True):
+        assert expected.grad.abs().max() > 0
+        assert_close(actual.grad, expected.grad, rtol=1e-11)
+
+
+# --- Inside torch's own modules, which read weights instead of calling layers -----------------
+
+
+@every_wrapper
+def test_attention_uses_the_adapted_weight_of_its_output_projection(wrapper):
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = normal(3, 5, 8)
+    plain = attention(x, x, x)[0].detach()
+    assert replace_linear_layers(attention, wrapper, 2, 1.0) == ["out_proj"]
+    torch.testing.assert_close(attention(x, x, x)[0], plain)
+    move_all(attention)
+    adapted = attention(x, x, x)[0]
+    assert not torch.allclose(adapted, plain)
+    assert_close(adapted, merge_adapters(attention)(x, x, x)[0])
+    adapted.pow(2).sum().backward()
+    assert attention.out_proj.lora.B.grad.abs().max() > 0
+
+
+@every_wrapper
+def test_an_encoder_layer_gives_the_merged_models_outputs_in_training_and_on_the_fast_path(wrapper):
+    encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+    x = normal(3, 5, 8)
+    plain = encoder(x).detach()
+    names = replace_linear_layers(encoder, wrapper, 2, 1.0)
+    assert names == ["self_attn.out_proj", "linear1", "linear2"]
+    move_all(encoder)
+    merged = merge_adapters(encoder)
+    assert not torch.allclose(encoder(x), plain)
+    assert_close(encoder(x), merged(x))
+
+    encoder.eval()
+    merged.eval()
+    assert_close(encoder(x), merged(x))
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        fast = encoder(x)
+    assert "aten::_transformer_encoder_layer_fwd" in {event.key for event in profile.key_averages()}
+    with torch.no_grad():
+        assert_close(fast, merged(x))
