@@ -91,32 +91,25 @@ def run_data_loader(seed: int) -> dict[str, float]:
 
 def where_the_time_goes() -> dict[str, float]:
     """Return the shares of the in-memory run that its parts take, by cProfile."""
+    functions = {
+        "backward": ("_tensor.py", "backward"),
+        "optimizer": ("adam.py", "step"),
+        "accuracy": ("training.py", "accuracy"),
+        "loading": ("data.py", "load_mnist"),
+    }
     profile = cProfile.Profile()
     profile.runcall(run_in_memory, 0)
     rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    seconds = {}
-    for (file, _, function), (_, _, _, cumulative, callers) in rows.items():
-        name = f"{Path(file).stem}.{function}"
-        from_train = any(caller[2] in ("train", "run_in_memory") for caller in callers)
-        seconds[name] = max(seconds.get(name, 0.0), cumulative if from_train or "adam" in name else 0.0)
-    total = sum(row[2] for row in rows.values())
-    parts = {
-        "backward": seconds["_tensor.backward"],
-        "optimizer": max(
-            v
-            for k, v in seconds.items()
-            if k.startswith("adam.step") or k.endswith("profile_hook_step.<locals>.wrapper")
-        ),
-        "accuracy": seconds["training.accuracy"],
-        "loading": seconds["data.load_mnist"],
-    }
-    shares = {name: value / total for name, value in parts.items()}
+    total = sum(own for _, _, own, _, _ in rows.values())
+    cumulative = {(Path(file).name, function): row[3] for (file, _, function), row in rows.items()}
+    shares = {part: cumulative[key] / total for part, key in functions.items()}
     return shares | {"forward, loss, batches": 1 - sum(shares.values())}
 
 
 def main() -> Path:
     """Let both loops take turns, and return the file with the results."""
-    torch.set_default_dtype(torch.float32)
+    # One thread for both: with batches of 64 a second one gains nothing.
+    torch.set_num_threads(1)
     loops = {"in memory": run_in_memory, "DataLoader": run_data_loader}
     rounds: list[dict[str, Any]] = []
     with tqdm(total=ROUNDS * len(loops), unit="run") as bar:

@@ -110,12 +110,9 @@ def check_digits() -> str:
 
 def check_whole_mnist() -> str:
     """Verify the whole of MNIST if it is there, or if ``LOWRANK_DATA_DIR`` says that it is."""
-    from platformdirs import user_cache_path
+    from lowrank_utils.data import DataError, load_mnist, mnist_place
 
-    from lowrank_utils.data import DataError, load_mnist
-
-    folder = os.environ.get("LOWRANK_DATA_DIR")
-    root = Path(folder).expanduser() if folder else user_cache_path("lowrank_utils")
+    folder, root = os.environ.get("LOWRANK_DATA_DIR"), mnist_place()
     # Asking for what is neither there nor promised would start a download.
     if not folder and not (root / "MNIST").is_dir():
         return "not there, and not needed: a notebook that is asked for it downloads it"

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 
-def check_whole_number(name: str, value: Any, minimum: int) -> int:
-    """Return ``value`` as an ``int``; it must be a whole number of at least ``minimum``."""
-    allowed = f"a whole number, {minimum} or more"
+def check_whole_number(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """Return ``value`` as an ``int``; it must be a whole number from ``minimum`` to ``maximum``."""
+    allowed = (
+        f"a whole number, {minimum} or more" if maximum is None else f"a whole number, {minimum} to {maximum}"
+    )
     # True and False are ints to Python, but nobody means rank=True.
     if isinstance(value, bool):
         raise TypeError(f"{name} must be {allowed}; got {value!r} (bool)")
@@ -24,9 +26,14 @@ def check_whole_number(name: str, value: Any, minimum: int) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})") from None
-    if number < minimum:
+    if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {allowed}; got {number}")
     return number
+
+
+def check_seed(value: Any) -> int:
+    """Return ``value`` as an ``int``; it must be a seed that every library of random numbers takes."""
+    return check_whole_number("seed", value, minimum=0, maximum=2**32 - 1)
 
 
 def check_finite_number(name: str, value: Any, *, above: float | None = None) -> float:
@@ -34,7 +41,10 @@ def check_finite_number(name: str, value: Any, *, above: float | None = None) ->
     allowed = "a finite number" + ("" if above is None else f" larger than {above:g}")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or (above is not None and number <= above):
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
     return number
@@ -78,10 +88,18 @@ def check_last_dimension(x: Any, in_features: int) -> None:
         )
 
 
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
+
+    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
+    """
+    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
+
+
 def check_linear(linear: Any) -> nn.Linear:
     """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point weight."""
     kind = type(linear).__name__
-    if isinstance(getattr(linear, "linear", None), nn.Linear):
+    if is_adapter(linear):
         raise TypeError(
             f"linear is already adapted ({kind}); an adapter on an adapter isn't supported. "
             "Merge the first one with merge_adapters, or adapt the plain nn.Linear"

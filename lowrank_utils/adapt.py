@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def is_adapter(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
-
-    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
-    """
-    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
+from lowrank_utils._arguments import is_adapter
 
 
 def replace_linear_layers(
@@ -28,7 +22,8 @@ def replace_linear_layers(
 ) -> list[str]:
     """Replace linear layers of ``model`` by ``layer_class(linear, rank, alpha)``, in place.
 
-    A layer that the model uses in two places gets one adapter, used in both. Either all layers
+    A layer that the model uses in two places gets one adapter, used in both, also if ``targets``
+    matches only one of its names. Either all layers
     are replaced or, if anything is refused, none.
 
     Args:
@@ -58,7 +53,8 @@ def replace_linear_layers(
     layers = _linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers")
-    names = _matching_names(list(layers), targets)
+    matched = {layers[name] for name in _matching_names(list(layers), targets)}
+    names = [name for name, layer in layers.items() if layer in matched]
     if adapted := [name for name in names if is_adapter(layers[name])]:
         raise ValueError(
             f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
@@ -202,10 +198,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         new = [p for p in module.parameters(recurse=is_adapter(module)) if p not in seen]
         seen.update(new)
         if new:
-            per_layer[name or type(model).__name__] = (
-                sum(p.numel() for p in new if p.requires_grad),
-                sum(p.numel() for p in new if not p.requires_grad),
-            )
+            label = name or type(model).__name__
+            trainable, frozen = per_layer.get(label, (0, 0))
+            trainable += sum(p.numel() for p in new if p.requires_grad)
+            frozen += sum(p.numel() for p in new if not p.requires_grad)
+            per_layer[label] = (trainable, frozen)
     return ParameterCount(
         trainable=sum(trainable for trainable, _ in per_layer.values()),
         frozen=sum(frozen for _, frozen in per_layer.values()),

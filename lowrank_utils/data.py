@@ -4,6 +4,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from lowrank_utils._arguments import (
     check_finite_number,
     check_floating_dtype,
+    check_seed,
     check_whole_number,
 )
 
@@ -27,6 +30,10 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+
+
+# Where torchvision keeps them.
+RAW = Path("MNIST", "raw")
 
 
 class DataError(RuntimeError):
@@ -88,7 +95,7 @@ def load_mnist(
     """
     if not isinstance(name, str) or name not in DATA_SETS:
         raise ValueError(f"unknown data set {name!r}; there are {' and '.join(map(repr, DATA_SETS))}")
-    check_whole_number("seed", seed, minimum=0)
+    check_seed(seed)
     dtype = torch.get_default_dtype() if dtype is None else check_floating_dtype("dtype", dtype)
     if name == "mnist-5k":
         rest, test = _stratified_split(_read_embedded(), held_out=1_000, seed=seed)
@@ -133,22 +140,27 @@ def _stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits,
     )
 
 
+def mnist_place() -> Path:
+    """Return where the whole MNIST is looked for, whether it is there or not."""
+    folder = os.environ.get("LOWRANK_DATA_DIR")
+    return Path(folder).expanduser() if folder else user_cache_path("lowrank_utils")
+
+
 def mnist_folder() -> Path:
     """Return the folder in which torchvision finds the whole MNIST, downloaded if need be, and checked.
 
     Raises:
         DataError: a file is missing or altered, or the download failed.
     """
-    if folder := os.environ.get("LOWRANK_DATA_DIR"):
-        root = Path(folder).expanduser()
+    root = mnist_place()
+    if os.environ.get("LOWRANK_DATA_DIR"):
         if not root.is_dir():
             raise DataError(
                 f"LOWRANK_DATA_DIR names {root.absolute()}, which is no folder. Set it to the folder that "
                 f"holds MNIST/raw, unset it to download, or use the data set 'mnist-5k'"
             )
-        remedy = f"Put the four files {', '.join(MNIST_FILES)} of MNIST, uncompressed, into {root / 'MNIST' / 'raw'}"
+        remedy = f"Put the four files {', '.join(MNIST_FILES)} of MNIST, uncompressed, into {root / RAW}"
     else:
-        root = user_cache_path("lowrank_utils")
         if not (root / "MNIST").is_dir():
             _download(root)
         remedy = f"Delete {root / 'MNIST'}, and it is downloaded again"
@@ -157,16 +169,21 @@ def mnist_folder() -> Path:
 
 
 def _read_whole() -> tuple[Digits, Digits]:
-    from torchvision.datasets import MNIST
+    # torchvision's MNIST class would first read the pickles that its old versions left behind.
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    root = mnist_folder()
-    train, test = (MNIST(root, train=part) for part in (True, False))
-    return Digits(train.data, train.targets), Digits(test.data, test.targets)
+    train_images, train_labels, test_images, test_labels = (
+        str(mnist_folder() / RAW / name) for name in MNIST_FILES
+    )
+    return (
+        Digits(read_image_file(train_images), read_label_file(train_labels)),
+        Digits(read_image_file(test_images), read_label_file(test_labels)),
+    )
 
 
 def _verify(root: Path, remedy: str) -> None:
     """Refuse missing or altered files by name, and say the ``remedy``."""
-    raw = root / "MNIST" / "raw"
+    raw = root / RAW
     for name, digest in MNIST_FILES.items():
         file = raw / name
         try:
@@ -210,11 +227,11 @@ def _download(root: Path) -> None:
             "the MNIST download did not give the published files, so it was thrown away. Try again, set "
             "LOWRANK_DATA_DIR to a folder that holds MNIST/raw, or use the data set 'mnist-5k'"
         ) from None
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, HTTPException, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             "MNIST could not be downloaded. Use the data set 'mnist-5k', which needs no network, or put the "
-            f"four files {', '.join(MNIST_FILES)}, uncompressed, into {root / 'MNIST' / 'raw'} ({reason})"
+            f"four files {', '.join(MNIST_FILES)}, uncompressed, into {root / RAW} ({reason})"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -238,6 +255,6 @@ def invert(digits: Digits) -> Digits:
 
 def permute_pixels(digits: Digits, seed: int) -> Digits:
     """Return the digits with their pixels in another order, the same for all images and fixed by ``seed``."""
-    check_whole_number("seed", seed, minimum=0)
+    check_seed(seed)
     order = torch.randperm(digits.images.shape[1], generator=torch.Generator().manual_seed(seed))
     return Digits(digits.images[:, order.to(digits.images.device)], digits.labels)

@@ -23,18 +23,19 @@ class LowRankFactors(NamedTuple):
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """Return the length of each row, computed in float32 or wider.
+    """Return the length of each row, computed in float64.
 
-    Summing squares in bfloat16 would lose all but two or three digits.
+    Sums of squares in bfloat16 would lose all but two or three digits, and in float32 they
+    overflow or vanish for lengths that float32 itself can hold.
 
     Args:
         matrix: shape (rows, columns).
 
     Returns:
-        Shape (rows,), of dtype float32 or, for a float64 matrix, float64.
+        Shape (rows,), of dtype float64 (on Apple's GPUs, which don't have it, float32).
     """
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
+    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(matrix.to(_floating(matrix)), dim=1, dtype=wide)
 
 
 def magnitude_and_direction(tensor: Tensor) -> MagnitudeAndDirection:
@@ -58,7 +59,7 @@ def magnitude_and_direction(tensor: Tensor) -> MagnitudeAndDirection:
     if isinstance(tensor, Tensor) and tensor.dim() == 1:
         magnitude, direction = magnitude_and_direction(tensor.unsqueeze(0))
         return MagnitudeAndDirection(magnitude.squeeze(0), direction.squeeze(0))
-    magnitude = row_norms(check_matrix("tensor", tensor)).to(tensor.dtype)
+    magnitude = row_norms(check_matrix("tensor", tensor)).to(_floating(tensor))
     divisor = torch.where(magnitude > 0, magnitude, 1)
     return MagnitudeAndDirection(magnitude, tensor / divisor.unsqueeze(1))
 
@@ -82,7 +83,7 @@ def low_rank_approximation(matrix: Tensor, rank: int) -> LowRankFactors:
         TypeError: ``matrix`` isn't a tensor, or ``rank`` isn't a whole number.
         ValueError: ``matrix`` isn't two-dimensional, or ``rank`` is out of range.
     """
-    check_matrix("matrix", matrix)
+    matrix = check_matrix("matrix", matrix).to(_floating(matrix))
     check_whole_number("rank", rank, minimum=1)
     if rank > min(matrix.shape):
         raise ValueError(
@@ -130,6 +131,11 @@ def direction_change(weight: Tensor, reference: Tensor) -> Tensor:
         dim=1
     )
     return (1 - cosines).mean()
+
+
+def _floating(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of ``tensor``, or the default one in the place of whole numbers."""
+    return tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
 
 
 def _check_same_shape(weight: Tensor, reference: Tensor) -> None:

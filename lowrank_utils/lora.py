@@ -5,6 +5,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_utils._arguments import (
     check_finite_number,
+    check_floating_dtype,
     check_last_dimension,
     check_linear,
     check_one_of,
@@ -38,19 +40,30 @@ def peft_init(A: Tensor) -> Tensor:
 INITIALISATIONS = {"article": article_init, "peft": peft_init}
 
 
-def check_lora_arguments(in_dim: int, out_dim: int, rank: int, alpha: float, init: str) -> None:
-    """Refuse sizes below 1, an alpha that isn't finite, and an unknown initialisation."""
+def check_lora_arguments(
+    in_dim: int, out_dim: int, rank: int, alpha: float, init: str, dtype: torch.dtype | None
+) -> None:
+    """Refuse sizes below 1, an alpha that isn't finite, an unknown initialisation and a dtype without fractions."""
     check_whole_number("in_dim", in_dim, minimum=1)
     check_whole_number("out_dim", out_dim, minimum=1)
     check_whole_number("rank", rank, minimum=1)
     check_finite_number("alpha", alpha)
     check_one_of("init", init, INITIALISATIONS)
+    if dtype is not None:
+        check_floating_dtype("dtype", dtype)
     if rank > max(in_dim, out_dim):
         warnings.warn(
             f"rank={rank} is larger than both sides of the layer ({in_dim} in, {out_dim} out): "
             f"A and B hold {rank * (in_dim + out_dim):,} numbers, the whole weight {in_dim * out_dim:,}",
             stacklevel=4,
         )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep the precision of their factors."""
+    # The meta device, for one, has no autocast to switch off.
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class LoRALayer(nn.Module):
@@ -85,12 +98,12 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_lora_arguments(in_dim, out_dim, rank, alpha, init)
+        check_lora_arguments(in_dim, out_dim, rank, alpha, init, dtype)
         A = torch.empty(in_dim, rank, device=device, dtype=dtype)
         B = torch.zeros(rank, out_dim, device=device, dtype=dtype)
         self.A = nn.Parameter(INITIALISATIONS[init](A))
         self.B = nn.Parameter(B)
-        self.alpha = alpha
+        self.alpha = float(alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to s·x·A·B of shape (…, out)."""
@@ -100,7 +113,7 @@ class LoRALayer(nn.Module):
     def delta_weight(self) -> Tensor:
         """Return ΔW = s·(A·B)ᵀ in the shape of torch's weight, (out, in)."""
         # A weight is computed in the precision of its factors, also under autocast.
-        with torch.autocast(self.A.device.type, enabled=False):
+        with without_autocast(self.A.device):
             return self.alpha * (self.A @ self.B).T
 
 

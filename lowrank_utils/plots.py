@@ -1,12 +1,14 @@
 """The palette, the style, and the few plots that several notebooks draw."""
 
 from collections.abc import Sequence
+from itertools import cycle, permutations
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from lowrank_utils.training import History
@@ -79,6 +81,14 @@ def legend_above(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
+def _mixed_looks() -> list[Look]:
+    """Return further looks: the colour of one with the line and the marker of another."""
+    looks = list(LOOKS.values())
+    return [
+        first._replace(line=second.line, marker=second.marker) for first, second in permutations(looks, 2)
+    ]
+
+
 def plot_history(histories: dict[str, History]) -> Figure:
     """Draw loss and accuracy against epochs, a line per training run.
 
@@ -93,9 +103,10 @@ def plot_history(histories: dict[str, History]) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2)
     held_out = all(history.validation_accuracy for history in histories.values())
-    spare = [look for name, look in LOOKS.items() if not any(key.startswith(name) for key in histories)]
+    unused = [look for name, look in LOOKS.items() if not any(key.startswith(name) for key in histories)]
+    spare = cycle([*unused, *_mixed_looks()])
     for name, history in histories.items():
-        look = next((look for key, look in LOOKS.items() if name.startswith(key)), None) or spare.pop(0)
+        look = next((look for key, look in LOOKS.items() if name.startswith(key)), None) or next(spare)
         style = {"color": look.color, "linestyle": look.line, "marker": look.marker, "label": name}
         epochs = range(1, len(history.loss) + 1)
         left.plot(epochs, history.loss, **style)
@@ -103,7 +114,7 @@ def plot_history(histories: dict[str, History]) -> Figure:
     left.set(xlabel="epoch", ylabel="training loss (nats)", ylim=(0, None))
     right.set(xlabel="epoch", ylabel=f"{'validation' if held_out else 'training'} accuracy (fraction)")
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend_above(figure)
     return figure
 
@@ -122,18 +133,20 @@ def show_images(
     Returns:
         The figure.
     """
+    if len(images) == 0:
+        raise ValueError("images is empty; there is nothing to draw")
+    if titles and len(titles) != len(images):
+        raise ValueError(f"titles must be as many as images, {len(images)}, or none; got {len(titles)}")
     rows = -(-len(images) // columns)
-    size = 7.2 / columns
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(7.2, rows * (size + (0.3 if titles else 0.05))), squeeze=False
-    )
+    height = 7.2 / columns + (0.3 if titles else 0.05)
+    figure, grid = plt.subplots(rows, columns, figsize=(7.2, rows * height), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for index, (axes, image) in enumerate(
-        zip(grid.flat, images.detach().cpu().reshape(-1, 28, 28), strict=False)
-    ):
-        limit = float(image.abs().max()) if signed else 1.0
-        axes.imshow(image, cmap="RdBu_r" if signed else "gray_r", vmin=-limit if signed else 0, vmax=limit)
+    pictures = images.detach().double().cpu().numpy().reshape(-1, 28, 28)
+    for index, (axes, picture) in enumerate(zip(grid.flat, pictures, strict=False)):
+        # A picture of zeros is white, whatever the scale.
+        limit = (abs(picture).max() or 1.0) if signed else 1.0
+        axes.imshow(picture, cmap="RdBu_r" if signed else "gray_r", vmin=-limit if signed else 0, vmax=limit)
         if titles:
             axes.set_title(titles[index], fontsize=10)
     return figure
@@ -148,13 +161,13 @@ def plot_confusion(axes: Axes, labels: Tensor, predictions: Tensor, title: str) 
         predictions: (n,), the same for what the model says.
         title: shown above.
     """
-    counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10).cpu()
-    share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    counts = torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10).cpu().numpy()
+    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row in range(10):
         for column in range(10):
             if counts[row, column]:
-                color = PALETTE["paper"] if share[row, column] > 0.5 else PALETTE["ink"]
+                color = PALETTE["paper"] if share[row, column] > 0.67 else PALETTE["ink"]
                 axes.text(
                     column,
                     row,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_utils._arguments import check_finite_number, check_floating_dtype, check_whole_number
+from lowrank_utils._arguments import check_finite_number, check_floating_dtype, check_seed, check_whole_number
 from lowrank_utils.data import Digits
 
 
@@ -29,7 +29,7 @@ def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
         seed: 0 or more.
         dtype: torch's default dtype from now on.
     """
-    check_whole_number("seed", seed, minimum=0)
+    check_seed(seed)
     check_floating_dtype("dtype", dtype)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (some libraries draw from this state)
@@ -128,14 +128,17 @@ def train(
     """
     check_whole_number("epochs", epochs, minimum=1)
     check_whole_number("batch_size", batch_size, minimum=1)
-    check_whole_number("seed", seed, minimum=0)
+    check_seed(seed)
     check_finite_number("learning_rate", learning_rate, above=0)
     if dtype is not None:
         check_floating_dtype("dtype", dtype)
+    for name, part in {"digits": digits, "validation": validation}.items():
+        if part is not None and len(part.labels) == 0:
+            raise ValueError(f"{name} is empty; training needs at least one digit in it")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model has no trainable parameters: everything is frozen")
     model.to(device=device, dtype=dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("model has no trainable parameters: everything is frozen")
     digits = _beside(model, digits)
     validation = None if validation is None else _beside(model, validation)
     images, labels = digits
@@ -144,34 +147,30 @@ def train(
     update = optimizer(parameters, learning_rate)
     shuffle = torch.Generator().manual_seed(seed)
     history = History()
-    bar = (
-        tqdm(total=epochs * -(-len(labels) // batch_size), unit="step", leave=False, file=sys.stdout)
-        if progress
-        else None
-    )
+    # Given only to switch the bar off, so that TQDM_DISABLE decides otherwise.
+    silenced = {} if progress else {"disable": True}
+    steps = epochs * -(-len(labels) // batch_size)
     model.train()
-    for epoch in range(epochs):
-        total = torch.zeros((), device=images.device, dtype=torch.float64)
-        for batch in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            update.zero_grad()
-            loss.backward()
-            update.step()
-            total += loss.detach() * len(batch)
-            history.steps += 1
-            if bar is not None:
+    with tqdm(total=steps, unit="step", leave=False, file=sys.stdout, **silenced) as bar:
+        for epoch in range(epochs):
+            total = torch.zeros((), device=images.device, dtype=torch.float64)
+            for batch in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size):
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+                update.zero_grad()
+                loss.backward()
+                update.step()
+                total += loss.detach() * len(batch)
+                history.steps += 1
                 bar.update()
-        history.loss.append(total.item() / len(labels))
-        if not np.isfinite(history.loss[-1]):
-            raise FloatingPointError(
-                f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
-                f"try a learning rate smaller than {learning_rate:g}, and look for NaN in the images"
-            )
-        history.train_accuracy.append(accuracy(model, digits))
-        if validation is not None:
-            history.validation_accuracy.append(accuracy(model, validation))
-    if bar is not None:
-        bar.close()
+            history.loss.append(total.item() / len(labels))
+            if not np.isfinite(history.loss[-1]):
+                raise FloatingPointError(
+                    f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
+                    f"try a learning rate smaller than {learning_rate:g}, and look for NaN in the images"
+                )
+            history.train_accuracy.append(accuracy(model, digits))
+            if validation is not None:
+                history.validation_accuracy.append(accuracy(model, validation))
     return history
 
 
@@ -190,10 +189,11 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 4096) -> float:
         digits: at least one.
         batch_size: examples per forward pass; it bounds the memory and doesn't change the result.
     """
+    check_whole_number("batch_size", batch_size, minimum=1)
     if len(digits.labels) == 0:
         raise ValueError("digits is empty; accuracy needs at least one")
     digits = _beside(model, digits)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         correct = sum(
@@ -203,5 +203,6 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 4096) -> float:
             )
         )
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     return correct / len(digits.labels)

@@ -535,6 +535,16 @@ def test_parameters_of_a_module_that_also_has_children_are_counted():
     assert count.total == sum(p.numel() for p in model.parameters())
 
 
+def test_a_child_with_the_name_of_the_models_class_hides_nothing():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.Head = nn.Linear(2, 2)
+
+    assert count_parameters(Head()).total == 9
+
+
 # --- merge_adapters ----------------------------------------------------------------------------
 
 

@@ -172,7 +172,7 @@ def test_the_test_split_does_not_depend_on_how_many_are_held_out():
         ({"validation": 9}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 9"),
         ({"validation": 3_991}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 3991"),
         ({"validation": 4_000}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 4000"),
-        ({"seed": -1}, ValueError, "seed must be a whole number, 0 or more; got -1"),
+        ({"seed": -1}, ValueError, "seed must be a whole number, 0 to 4294967295; got -1"),
         ({"seed": 2**32}, ValueError, "seed must be .*; got 4294967296"),
         ({"seed": None}, TypeError, r"seed must be .*; got None \(NoneType\)"),
         ({"dtype": "float32"}, TypeError, r"dtype must be a torch dtype .*; got 'float32' \(str\)"),
@@ -705,7 +705,7 @@ def test_the_seed_fixes_the_permutation_and_the_global_generator_is_left_alone()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match="seed must be a whole number, 0 or more; got -1"):
+    with pytest.raises(ValueError, match="seed must be a whole number, 0 to 4294967295; got -1"):
         permute_pixels(digits, -1)
 
 

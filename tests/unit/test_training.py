@@ -300,7 +300,7 @@ REFUSED = [
     ({"epochs": True}, TypeError, r"epochs must be .*; got True \(bool\)"),
     ({"batch_size": 0}, ValueError, "batch_size must be a whole number, 1 or more; got 0"),
     ({"batch_size": "64"}, TypeError, r"batch_size must be .*; got '64' \(str\)"),
-    ({"seed": -1}, ValueError, "seed must be a whole number, 0 or more; got -1"),
+    ({"seed": -1}, ValueError, "seed must be a whole number, 0 to 4294967295; got -1"),
     ({"learning_rate": 0}, ValueError, "learning_rate must be a finite number larger than 0; got 0"),
     ({"learning_rate": -0.1}, ValueError, r"learning_rate must be .* larger than 0; got -0\.1"),
     ({"learning_rate": float("nan")}, ValueError, "learning_rate must be a finite number .*; got nan"),
@@ -498,8 +498,8 @@ def test_a_setting_of_the_workspace_that_is_already_made_is_kept(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((-1,), ValueError, "seed must be a whole number, 0 or more; got -1"),
-        ((1.0,), TypeError, r"seed must be a whole number, 0 or more; got 1\.0 \(float\)"),
+        ((-1,), ValueError, "seed must be a whole number, 0 to 4294967295; got -1"),
+        ((1.0,), TypeError, r"seed must be a whole number, 0 to 4294967295; got 1\.0 \(float\)"),
         ((None,), TypeError, r"seed must be .*; got None \(NoneType\)"),
         ((2**32,), ValueError, "seed must be .*; got 4294967296"),
         ((0, "float64"), TypeError, r"dtype must be a torch dtype .*; got 'float64' \(str\)"),
