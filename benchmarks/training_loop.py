@@ -108,8 +108,6 @@ def where_the_time_goes() -> dict[str, float]:
 
 def main() -> Path:
     """Let both loops take turns, and return the file with the results."""
-    # One thread for both: with batches of 64 a second one gains nothing.
-    torch.set_num_threads(1)
     loops = {"in memory": run_in_memory, "DataLoader": run_data_loader}
     rounds: list[dict[str, Any]] = []
     with tqdm(total=ROUNDS * len(loops), unit="run") as bar:

@@ -113,7 +113,7 @@ def load_mnist(
     train, validate = _stratified_split(rest, held_out, seed)
 
     def ready(digits: Digits) -> Digits:
-        grey = digits.images.to(device=device, dtype=dtype) / 255
+        grey = digits.images.to(device=device, dtype=dtype).div_(255)
         return Digits(grey.flatten(start_dim=1), digits.labels.to(device))
 
     return Splits(ready(train), ready(validate), ready(test))
@@ -128,12 +128,12 @@ def _read_embedded() -> Digits:
 
 def _stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, Digits]:
     """Shuffle, and hold out ``held_out`` digits with each class in its share of the whole."""
-    from sklearn.model_selection import train_test_split
-
     every = np.arange(len(digits.labels))
     if held_out == 0:
         kept, taken = np.random.default_rng(seed).permutation(every), every[:0]
     else:
+        from sklearn.model_selection import train_test_split
+
         kept, taken = train_test_split(every, test_size=held_out, stratify=digits.labels, random_state=seed)
     return Digits(digits.images[kept], digits.labels[kept]), Digits(
         digits.images[taken], digits.labels[taken]
@@ -172,9 +172,8 @@ def _read_whole() -> tuple[Digits, Digits]:
     # torchvision's MNIST class would first read the pickles that its old versions left behind.
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    train_images, train_labels, test_images, test_labels = (
-        str(mnist_folder() / RAW / name) for name in MNIST_FILES
-    )
+    raw = mnist_folder() / RAW
+    train_images, train_labels, test_images, test_labels = (str(raw / name) for name in MNIST_FILES)
     return (
         Digits(read_image_file(train_images), read_label_file(train_labels)),
         Digits(read_image_file(test_images), read_label_file(test_labels)),

@@ -61,7 +61,7 @@ class LinearWithDoRAMerged(AdaptedLinear):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, c ⊙ V, (out, in)."""
-        V = self.linear.weight + self.lora.delta_weight()
+        V = self.updated_weight()
         return row_scale(self.m, V, self.detach_norm).unsqueeze(1) * V
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        V = self.linear.weight + self.lora.delta_weight()
+        V = self.updated_weight()
         y = F.linear(x, self.linear.weight) + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
         y = row_scale(self.m, V, self.detach_norm).to(y.dtype) * y

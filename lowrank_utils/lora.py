@@ -62,8 +62,8 @@ def check_lora_arguments(
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which products keep the precision of their factors."""
     # The meta device, for one, has no autocast to switch off.
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 class LoRALayer(nn.Module):
@@ -111,10 +111,10 @@ class LoRALayer(nn.Module):
         return self.alpha * (x @ self.A @ self.B)
 
     def delta_weight(self) -> Tensor:
-        """Return ΔW = s·(A·B)ᵀ in the shape of torch's weight, (out, in)."""
+        """Return ΔW = s·(A·B)ᵀ = s·Bᵀ·Aᵀ in the shape of torch's weight, (out, in)."""
         # A weight is computed in the precision of its factors, also under autocast.
         with without_autocast(self.A.device):
-            return self.alpha * (self.A @ self.B).T
+            return self.alpha * (self.B.T @ self.A.T)
 
 
 class AdaptedLinear(nn.Module):
@@ -142,6 +142,13 @@ class AdaptedLinear(nn.Module):
         self.linear = linear
         self.lora = LoRALayer(in_dim, out_dim, rank, alpha, device=W.device, dtype=W.dtype, **lora_options)
 
+    def updated_weight(self) -> Tensor:
+        """Return W + ΔW, (out, in); for DoRA this is V."""
+        W, A, B = self.linear.weight, self.lora.A, self.lora.B
+        # One product that adds to W: half the time of a sum with delta_weight().
+        with without_autocast(W.device):
+            return torch.addmm(W, B.T, A.T, alpha=self.lora.alpha)
+
     @property
     def in_features(self) -> int:
         """Number of input features."""
@@ -154,8 +161,8 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer now amounts to, W + ΔW, (out, in)."""
-        return self.linear.weight + self.lora.delta_weight()
+        """The weight that the layer now amounts to, (out, in)."""
+        return self.updated_weight()
 
     @property
     def bias(self) -> Tensor | None:

@@ -153,16 +153,20 @@ def train(
     model.train()
     with tqdm(total=steps, unit="step", leave=False, file=sys.stdout, **silenced) as bar:
         for epoch in range(epochs):
-            total = torch.zeros((), device=images.device, dtype=torch.float64)
-            for batch in torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size):
-                loss = F.cross_entropy(model(images[batch]), labels[batch])
-                update.zero_grad()
+            losses = []
+            batches = torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size)
+            for batch in batches:
+                loss = F.cross_entropy(model(images.index_select(0, batch)), labels[batch])
+                for parameter in parameters:
+                    parameter.grad = None
                 loss.backward()
                 update.step()
-                total += loss.detach() * len(batch)
+                losses.append(loss.detach())
                 history.steps += 1
                 bar.update()
-            history.loss.append(total.item() / len(labels))
+            # Weighted, since the last batch may be smaller.
+            sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
+            history.loss.append((torch.stack(losses).cpu().double() @ sizes).item() / len(labels))
             if not np.isfinite(history.loss[-1]):
                 raise FloatingPointError(
                     f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
@@ -181,7 +185,7 @@ def _beside(model: nn.Module, digits: Digits) -> Digits:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, digits: Digits, batch_size: int = 4096) -> float:
+def accuracy(model: nn.Module, digits: Digits, batch_size: int = 512) -> float:
     """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to 1.
 
     Args:
