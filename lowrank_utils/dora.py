@@ -80,8 +80,8 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        V = self.updated_weight()
+        c = row_scale(self.m, self.updated_weight(), self.detach_norm)
         y = F.linear(x, self.linear.weight) + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
-        y = row_scale(self.m, V, self.detach_norm).to(y.dtype) * y
+        y = c.to(y.dtype) * y
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -156,7 +156,7 @@ def train(
             losses = []
             batches = torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size)
             for batch in batches:
-                loss = F.cross_entropy(model(images.index_select(0, batch)), labels[batch])
+                loss = F.cross_entropy(model(images.index_select(0, batch)), labels.index_select(0, batch))
                 for parameter in parameters:
                     parameter.grad = None
                 loss.backward()
