@@ -29,6 +29,10 @@ def test_accuracies_are_those_of_the_results(protocol):
         assert float(mean) == round(statistics.mean(scores[name]), 2)
         assert float(spread) == round(statistics.stdev(scores[name]), 2)
         assert len(scores[name]) >= 5
+    means = [statistics.mean(values) for values in scores.values()]
+    assert "closer together than the best and the worst seed of LoRA alone" in README
+    assert max(means) - min(means) < max(scores["LoRA"]) - min(scores["LoRA"])
+    assert min(means) < statistics.mean(scores["full fine-tuning"]) < max(means)
 
 
 def test_the_protocol_is_the_one_that_the_readme_names(protocol):
