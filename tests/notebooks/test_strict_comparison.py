@@ -1,0 +1,102 @@
+"""The comparison of stored outputs can fail: a spoilt copy of a notebook is caught, and an untouched one isn't."""
+
+import base64
+import io
+import os
+import shutil
+import subprocess
+import sys
+
+import matplotlib.image
+import nbformat
+import numpy as np
+import pytest
+from execute_notebooks import execute, normalise
+from nbformat.v4 import new_code_cell, new_notebook
+
+CELLS = [
+    "import matplotlib.pyplot as plt",
+    "print('seven', 7)",
+    "fig, axes = plt.subplots()\nline = axes.plot([1, 2, 4])",
+    "3 + 4",
+]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """A small notebook with text, a picture and a result, as the script stores it."""
+    notebook = new_notebook(cells=[new_code_cell(source) for source in CELLS])
+    execute(notebook, tmp_path_factory.mktemp("kernel"))
+    return normalise(notebook)
+
+
+def spoil_text(cells):
+    cells[1].outputs[0].text = "seven 8\n"
+
+
+def spoil_picture(cells):
+    data = cells[2].outputs[0].data
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data["image/png"])), format="png")
+    out = io.BytesIO()
+    matplotlib.image.imsave(out, np.ascontiguousarray(pixels[:, ::-1]), format="png")
+    data["image/png"] = base64.b64encode(out.getvalue()).decode()
+
+
+def drop_picture(cells):
+    del cells[2].outputs[0].data["image/png"]
+
+
+def drop_result(cells):
+    cells[3].outputs = []
+
+
+def never_run(cells):
+    cells[1].outputs, cells[1].execution_count = [], None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "caught"),
+    [
+        (None, None),
+        (spoil_text, "Cell 1"),
+        (spoil_picture, "Cell 2"),
+        (drop_picture, "Cell 2"),
+        (drop_result, "Cell 3"),
+        (never_run, "Cell 1"),
+    ],
+)
+def test_a_spoilt_output_is_caught(spoil, caught, executed, root, tmp_path):
+    notebook = nbformat.reads(executed, as_version=4)
+    if spoil is not None:
+        spoil(notebook.cells)
+    (tmp_path / "small.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    shutil.copy(root / "conftest.py", tmp_path)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(root / "tools" / "execute_notebooks.py", tmp_path / "tools")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "--color=no", "small.ipynb"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failed = {
+        line.split("::")[1].split(" - ")[0] for line in run.stdout.splitlines() if line.startswith("FAILED")
+    }
+    assert failed == ({caught} if caught else set()), run.stdout
+    assert (run.returncode == 0) == (caught is None)
+
+
+def test_executing_a_notebook_again_gives_the_stored_bytes(root):
+    path = root / "notebooks" / "05_dora.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    execute(notebook, path.parent)
+    again = nbformat.reads(normalise(notebook), as_version=4)
+    stored = nbformat.read(path, as_version=4)
+    # Pictures may differ in their anti-aliasing elsewhere; nbval's comparison allows for that.
+    for first, second in zip(again.cells, stored.cells, strict=True):
+        for outputs in (first.get("outputs", []), second.get("outputs", [])):
+            for output in outputs:
+                output.get("data", {}).pop("image/png", None)
+    assert again == stored
