@@ -32,7 +32,7 @@ from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 from lowrank_utils.training import MultilayerPerceptron, accuracy, train
 
-ROUNDS = 3
+ROUNDS = 5
 Stage = Callable[[nn.Module, int], float]
 
 
