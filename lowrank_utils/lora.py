@@ -145,7 +145,7 @@ class AdaptedLinear(nn.Module):
     def updated_weight(self) -> Tensor:
         """Return W + ΔW, (out, in); for DoRA this is V."""
         W, A, B = self.linear.weight, self.lora.A, self.lora.B
-        # One product that adds to W: half the time of a sum with delta_weight().
+        # One product that adds to W, which is faster than a sum with delta_weight().
         with without_autocast(W.device):
             return torch.addmm(W, B.T, A.T, alpha=self.lora.alpha)
 

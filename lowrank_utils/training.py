@@ -157,6 +157,7 @@ def train(
             batches = torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size)
             for batch in batches:
                 loss = F.cross_entropy(model(images.index_select(0, batch)), labels.index_select(0, batch))
+                # What zero_grad() does, without its bookkeeping: for small layers that is a part of each step.
                 for parameter in parameters:
                     parameter.grad = None
                 loss.backward()

@@ -63,6 +63,6 @@ def test_the_whole_mnist_runs_to_the_end(run):
     printed = run(data_set="mnist")
     assert "55,000 digits" in printed
     before = percent(r"pretrained network on rotated digits: ([\d.]+)%", printed)
-    assert percent(r"accuracy on the validation split: ([\d.]+)%", printed) > 0.9
+    assert percent(r"accuracy on the validation split: ([\d.]+)%", printed) > 0.94
     for method in ("full", "LoRA", "DoRA, norm detached", "DoRA, norm kept"):
-        assert percent(rf"{method} +[\d,]+ +([\d.]+)%", printed) > before + 0.2
+        assert percent(rf"{method} +[\d,]+ +([\d.]+)%", printed) > before + 0.3
