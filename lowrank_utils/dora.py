@@ -29,7 +29,8 @@ def row_scale(m: Tensor, V: Tensor, detach_norm: bool) -> Tensor:
     """
     # Rounded as m is: at the start c is then exactly 1 in every dtype.
     norm = row_norms(V.detach() if detach_norm else V).to(m.dtype)
-    return torch.where(norm > 0, m / torch.where(norm > 0, norm, 1), 1)
+    zero = norm == 0
+    return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
 
 
 class LinearWithDoRAMerged(AdaptedLinear):

@@ -186,7 +186,7 @@ def _beside(model: nn.Module, digits: Digits) -> Digits:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, digits: Digits, batch_size: int = 512) -> float:
+def accuracy(model: nn.Module, digits: Digits, batch_size: int = 2048) -> float:
     """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to 1.
 
     Args:
