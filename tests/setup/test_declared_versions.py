@@ -65,6 +65,19 @@ def test_every_constraint_is_what_is_installed(pins):
     assert not differing, "constraint and installed version differ"
 
 
+def test_every_constraint_runs_on_the_first_release_of_the_oldest_python(pins, project):
+    # A package may ask for 3.11.5, say, which resolving under a later 3.11 doesn't show.
+    oldest = Version(project["requires-python"].removeprefix(">=") + ".0")
+    asks_for_more = {
+        name: wanted
+        for name in pins
+        if installed(name)
+        and (wanted := metadata.metadata(name)["Requires-Python"])
+        and oldest not in SpecifierSet(wanted)
+    }
+    assert asks_for_more == {}
+
+
 def test_what_the_series_and_its_tests_need_is_installed_and_constrained(project, pins):
     if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
         pytest.skip("constraints.txt is complete for Linux and Python 3.11; others need a few more")
