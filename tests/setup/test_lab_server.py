@@ -156,8 +156,12 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(
 
     running = psutil.Process(process.pid)
     assert token not in " ".join(running.cmdline())
-    listening = {c.laddr.ip for c in running.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert listening == {"127.0.0.1"}
+
+    def listening():
+        return {c.laddr.ip for c in running.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    # The server says its address first and binds it when its event loop runs.
+    assert wait_for(listening, process) == {"127.0.0.1"}
 
     contents = f"{base}/api/contents"
     assert status_and_content(contents)[0] == 403
