@@ -11,9 +11,10 @@ import matplotlib.image
 import numpy as np
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from lowrank_utils._kernels import kernel_environment
 
-from execute_notebooks import kernel_environment
+# Tests import the project's scripts.
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 nbval_runtest, nbval_compare_outputs, nbval_setup = (
     IPyNbCell.runtest,

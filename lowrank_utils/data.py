@@ -98,7 +98,7 @@ def load_mnist(
     check_seed(seed)
     dtype = torch.get_default_dtype() if dtype is None else check_floating_dtype("dtype", dtype)
     if name == "mnist-5k":
-        rest, test = _stratified_split(_read_embedded(), held_out=1_000, seed=seed)
+        rest, test = stratified_split(_read_embedded(), held_out=1_000, seed=seed)
         default_validation = 500
     else:
         rest, test = _read_whole()
@@ -110,7 +110,7 @@ def load_mnist(
             f"validation must be 0, or leave each class a digit on both sides: from {classes} to "
             f"{len(rest.labels) - classes}; got {held_out}"
         )
-    train, validate = _stratified_split(rest, held_out, seed)
+    train, validate = stratified_split(rest, held_out, seed)
 
     def ready(digits: Digits) -> Digits:
         grey = digits.images.to(device=device, dtype=dtype).div_(255)
@@ -126,8 +126,17 @@ def _read_embedded() -> Digits:
     return Digits(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, Digits]:
-    """Shuffle, and hold out ``held_out`` digits with each class in its share of the whole."""
+def stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, Digits]:
+    """Shuffle by ``seed``, and hold out ``held_out`` digits with each class in its share of the whole.
+
+    Args:
+        digits: what to split.
+        held_out: how many; 0, or enough that each class has a digit on both sides.
+        seed: of the shuffling.
+
+    Returns:
+        The digits that are kept, and those that are held out.
+    """
     every = np.arange(len(digits.labels))
     if held_out == 0:
         kept, taken = np.random.default_rng(seed).permutation(every), every[:0]

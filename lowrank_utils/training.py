@@ -100,6 +100,7 @@ def train(
     seed: int = 0,
     validation: Digits | None = None,
     optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adam,
+    after_epoch: Callable[[nn.Module], None] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -118,6 +119,7 @@ def train(
         seed: of the generator that shuffles, which nothing else draws from.
         validation: digits to measure after each epoch, never to learn from.
         optimizer: called with the trainable parameters and the learning rate.
+        after_epoch: called with the model after each epoch, to look at it.
         device: where to train; by default, where the model is.
         dtype: in which precision to train; by default, the model's.
         progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
@@ -176,6 +178,8 @@ def train(
             history.train_accuracy.append(accuracy(model, digits))
             if validation is not None:
                 history.validation_accuracy.append(accuracy(model, validation))
+            if after_epoch is not None:
+                after_epoch(model)
     return history
 
 

@@ -9,7 +9,6 @@ the difference, and commit. Two runs write the same bytes.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from tqdm import tqdm
+
+from lowrank_utils._kernels import kernel_environment
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -34,17 +35,6 @@ NOTEBOOK_METADATA = {
         "pygments_lexer": "ipython3",
     },
 }
-
-
-def kernel_environment() -> dict[str, str]:
-    """Return the environment for a kernel whose outputs are stored or compared.
-
-    Progress bars would store how fast this machine is. Under pytest two variables change what a kernel
-    captures: ``PYTEST_CURRENT_TEST`` makes ipykernel drop what C code prints, and ``MPLBACKEND`` may
-    switch the pictures off.
-    """
-    left_out = {"PYTEST_CURRENT_TEST", "MPLBACKEND"}
-    return {name: value for name, value in os.environ.items() if name not in left_out} | {"TQDM_DISABLE": "1"}
 
 
 def execute(notebook: NotebookNode, folder: Path, timeout: int = 600) -> None:

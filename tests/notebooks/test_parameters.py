@@ -6,7 +6,8 @@ import re
 import nbformat
 import papermill
 import pytest
-from execute_notebooks import kernel_environment
+
+from lowrank_utils._kernels import kernel_environment
 
 NOTEBOOK = "06_finetuning_on_mnist.ipynb"
 

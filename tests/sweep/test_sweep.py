@@ -1,0 +1,214 @@
+"""A sweep runs each combination once, in parallel, on this machine or on dask, and survives being killed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import filelock
+import pandas as pd
+import psutil
+import pytest
+
+RANKS = ("-p", "ranks", "1", "2", "4", "8")
+
+
+def ranks_of(results):
+    return sorted({run["rank"] for result in results.values() for run in result["runs"]})
+
+
+def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(sweep, kept, tmp_path):
+    run = sweep("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", "--jobs", 2)
+    assert run.returncode == 0, run.stderr
+    results, failed = kept()
+    assert len(results) == 4
+    assert not failed
+    assert ranks_of(results) == [1, 4]
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert len(table) == 4 * 2 * 3
+    assert not table.duplicated(["shift", "method", "rank", "seed"]).any()
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    for picture in re.findall(r"\]\((\S+\.png)\)", report):
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+    assert "## The same rank: DoRA − LoRA" in report
+    assert "4 of 4 runs done" in run.stdout
+    # The bar says how many are done, running and left, and for how long.
+    assert re.search(r"0 done, 2 running, 2 left", run.stderr)
+    assert re.search(r"4 done, 0 running, 0 left.*about", run.stderr)
+    # Two jobs share the cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert {result["settings"]["threads"] for result in results.values()} == {str(max(1, cores // 2))}
+
+
+def test_a_finished_sweep_runs_nothing_again(sweep, kept, tmp_path):
+    assert sweep("-p", "ranks", 1).returncode == 0
+    (name,) = kept()[0]
+    before = (tmp_path / "out" / "runs" / name / "notebook.ipynb").stat()
+    again = sweep("-p", "ranks", 1)
+    assert again.returncode == 0
+    assert "running" not in again.stderr
+    after = (tmp_path / "out" / "runs" / name / "notebook.ipynb").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    # More of the grid runs only what is new.
+    more = sweep("-p", "ranks", 1, 2)
+    assert "0 done, 1 running, 0 left" in more.stderr
+    assert len(kept()[0]) == 2
+
+
+def test_a_dry_run_shows_the_grid_and_runs_nothing(sweep, tmp_path):
+    run = sweep(*RANKS, "--dry-run")
+    assert run.returncode == 0
+    assert run.stdout.count("to do") == 5  # a line each, and the sum
+    assert "ranks=[8]" in run.stdout
+    assert "4 runs: 0 done, 0 failed, 4 to do" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept):
+    run = sweep(*RANKS, PLANTED_FAILURE="[2];[8]")
+    assert run.returncode == 1
+    results, failed = kept()
+    assert ranks_of(results) == [1, 4]
+    assert len(failed) == 2
+    for folder in failed.values():
+        cells = json.loads((folder / "notebook.ipynb").read_text())["cells"]
+        errors = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
+        assert "planted failure at" in errors[0]["evalue"]
+        assert "planted failure" in (folder / "error.txt").read_text()
+        assert json.loads((folder / "parameters.json").read_text())["ranks"] in ([2], [8])
+        assert str(folder) in run.stderr
+    assert "2 of 4 runs done, 2 failed: --retry-failed" in run.stdout
+    assert "2 failed" in run.stderr
+
+    # Started again it doesn't run them, and still says so.
+    again = sweep(*RANKS)
+    assert again.returncode == 1
+    assert "running" not in again.stderr
+
+    # With the option it runs those and nothing else, also if one fails again.
+    retried = sweep(*RANKS, "-p", "shift", "rotation", "inversion", "--retry-failed", PLANTED_FAILURE="[8]")
+    assert retried.returncode == 1
+    assert "0 done, 2 running, 0 left" in retried.stderr
+    results, failed = kept()
+    assert ranks_of(results) == [1, 2, 4]
+    assert len(failed) == 1
+    assert sweep(*RANKS, "--retry-failed").returncode == 0
+    results, failed = kept()
+    assert ranks_of(results) == [1, 2, 4, 8]
+    assert not failed
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+# Killed before the first run has ended, between runs, and while the last is at work.
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_killed_sweep_goes_on_where_it_stopped(command, sweep, kept, tmp_path, after):
+    runs = tmp_path / "out" / "runs"
+    environment = os.environ | {"PLANTED_SECONDS": "1"}
+    with subprocess.Popen(
+        command(*RANKS, "--jobs", 2), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        wait_until(lambda: runs.is_dir() and len(list(runs.iterdir())) >= after)
+        time.sleep(0.3)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    done = {path.name: (path / "result.json").read_bytes() for path in runs.iterdir()}
+    assert len(done) >= after
+    kept()  # nothing half-written
+    psutil.wait_procs(children, timeout=30)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+    run = sweep(*RANKS, "--jobs", 2)
+    assert run.returncode == 0, run.stderr
+    if len(done) < 4:
+        assert f"0 done, {min(2, 4 - len(done))} running" in run.stderr
+    results, failed = kept()
+    assert ranks_of(results) == [1, 2, 4, 8]
+    assert not failed
+    for name, result in done.items():
+        assert (runs / name / "result.json").read_bytes() == result
+    assert len(pd.read_csv(tmp_path / "out" / "comparison.csv")) == 4 * 2 * 3
+    assert not list((tmp_path / "out").glob(".partial-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_an_interrupted_sweep_says_how_to_go_on(command, tmp_path):
+    environment = os.environ | {"PLANTED_SECONDS": "60"}
+    with subprocess.Popen(
+        command("-p", "ranks", 1),
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in said
+    assert not list((tmp_path / "out" / "runs").iterdir())
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    with filelock.FileLock(tmp_path / "out" / ".lock"):
+        run = sweep("-p", "ranks", 1)
+    assert run.returncode == 2
+    assert "another sweep is at work" in run.stderr
+
+
+@contextlib.contextmanager
+def dask_cluster(tmp_path):
+    """A scheduler and two workers, each a process of its own, on loopback."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    file = tmp_path / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    place = ["--host", "127.0.0.1"]
+    with contextlib.ExitStack() as stack:
+
+        def start(*words):
+            process = stack.enter_context(subprocess.Popen([*dask, *map(str, words)], cwd=tmp_path, **quiet))
+            stack.callback(process.kill)
+
+        start("scheduler", *place, "--port", 0, "--no-dashboard", "--scheduler-file", file)
+        wait_until(lambda: file.is_file() and file.stat().st_size > 0)
+        address = json.loads(file.read_text())["address"]
+        for _ in range(2):
+            start("worker", address, *place, "--nthreads", 1, "--no-dashboard", "--local-directory", tmp_path)
+        yield address
+
+
+def test_the_workers_of_a_dask_scheduler_give_the_same_results(sweep, kept, tmp_path):
+    from distributed import Client
+
+    alone = sweep(*RANKS, "--jobs", 1, "--threads", 1, out="alone")
+    assert alone.returncode == 0, alone.stderr
+    with dask_cluster(tmp_path) as address:
+        with Client(address) as client:
+            client.wait_for_workers(2, timeout=60)
+        # A run that fails on a worker is kept like any other.
+        run = sweep(*RANKS, "--scheduler", address, out="dask", PLANTED_FAILURE="")
+        assert run.returncode == 0, run.stderr
+        assert "0 done, 2 running, 2 left" in run.stderr
+    assert kept("alone") == kept("dask")
+    for name in kept("alone")[0]:
+        first, second = (tmp_path / out / "runs" / name / "result.json" for out in ("alone", "dask"))
+        assert first.read_bytes() == second.read_bytes()
+    for name in ("comparison.csv", "comparison.md"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "dask" / name).read_bytes()
+
+
+def test_a_scheduler_that_does_not_answer_is_one_clear_line(sweep):
+    run = sweep("-p", "ranks", 1, "--scheduler", "tcp://127.0.0.1:1")
+    assert run.returncode == 2
+    assert "no scheduler answers at tcp://127.0.0.1:1" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,106 @@
+"""The comparison's plots show the numbers that they are given."""
+
+import pytest
+from test_tables import SCORES, result
+
+from lowrank_utils.comparison_plots import (
+    METHOD_LOOKS,
+    plot_accuracy_by_parameters,
+    plot_accuracy_by_rank,
+    plot_differences,
+    plot_learning_curves,
+    plot_weight_changes,
+)
+from lowrank_utils.methods import METHODS
+from lowrank_utils.tables import differences, means, results_table
+
+
+@pytest.fixture
+def table():
+    return results_table([result(), result(shift="inversion")])
+
+
+def test_every_method_has_a_look_of_its_own():
+    assert list(METHOD_LOOKS) == list(METHODS)
+    cues = [(str(look.line), look.marker) for look in METHOD_LOOKS.values()]
+    assert len(set(cues)) == len(cues), "told apart without colour"
+
+
+def points(axes, name):
+    (container,) = [c for c in axes.containers if c.get_label() == name]
+    line = container.lines[0]
+    return [list(map(float, axis)) for axis in (line.get_xdata(), line.get_ydata())]
+
+
+def test_accuracy_by_parameters(table):
+    figure = plot_accuracy_by_parameters(means(table))
+    assert [axes.get_title() for axes in figure.axes] == ["rotation 45°", "inversion"]
+    x, y = points(figure.axes[0], "LoRA")
+    assert x == [200, 400]
+    assert y == pytest.approx([72, 80])
+    (frozen,) = [line for line in figure.axes[0].lines if line.get_label() == "frozen"]
+    assert frozen.get_ydata() == pytest.approx([30, 30])
+    assert figure.axes[0].get_ylabel() == "test accuracy (%)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["frozen", "LoRA", "DoRA"]
+
+
+def test_accuracy_by_rank_leaves_out_what_has_none(table):
+    figure = plot_accuracy_by_rank(means(table))
+    axes = figure.axes[0]
+    assert [c.get_label() for c in axes.containers] == ["LoRA", "DoRA"]
+    x, y = points(axes, "DoRA")
+    assert x == pytest.approx([2, 4], rel=0.05)
+    assert y == pytest.approx([74, 80.33333333])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "4"]
+
+
+def test_intervals_are_drawn(table):
+    summary = means(table)
+    figure = plot_accuracy_by_rank(summary)
+    (container,) = [c for c in figure.axes[0].containers if c.get_label() == "LoRA"]
+    segments = container.lines[2][0].get_segments()
+    rows = summary[(summary["method"] == "LoRA") & (summary["shift"] == "rotation")]
+    assert [segment[:, 1].tolist() for segment in segments] == [
+        pytest.approx([100 * row["low"], 100 * row["high"]]) for _, row in rows.iterrows()
+    ]
+
+
+def test_differences_are_a_line_each_with_both_intervals(table):
+    rows = differences(table, "DoRA", "LoRA")
+    figure = plot_differences(rows)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        *("rotation 45°, r = 2", "rotation 45°, r = 4", "inversion, r = 2", "inversion, r = 4")
+    ]
+    assert axes.get_xlabel() == "test accuracy, DoRA − LoRA (percentage points)"
+    thin, thick, mean = axes.lines[:3]
+    row = rows.iloc[0]
+    assert list(thin.get_xdata()) == pytest.approx([100 * row["low_corrected"], 100 * row["high_corrected"]])
+    assert list(thick.get_xdata()) == pytest.approx([100 * row["low"], 100 * row["high"]])
+    assert mean.get_xdata() == pytest.approx([100 * row["mean"]])
+    assert thick.get_linewidth() > thin.get_linewidth()
+
+
+def test_learning_curves_span_the_seeds():
+    figure = plot_learning_curves(result()["runs"], rank=2)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+    # What trains nothing has no curve, and neither has another rank.
+    assert set(lines) == {"frozen", "LoRA", "DoRA"}
+    values = SCORES["LoRA", 2]
+    assert lines["LoRA"][-1] == pytest.approx(100 * (sum(values) / 3 - 0.01))
+    shades = [shade.get_paths()[0].get_extents() for shade in axes.collections]
+    assert any(shade.y1 == pytest.approx(100 * (max(values) - 0.01)) for shade in shades)
+
+
+def test_weight_changes_of_one_layer_are_a_line_for_each_seed():
+    runs = result()["runs"]
+    for number, run in enumerate(runs):
+        run["changes"] = [[[0.1, 0.2], [0.3 + number, 0.4]], [[0.5, 0.6], [0.7 + number, 0.8]]]
+    figure = plot_weight_changes(runs, rank=2, layer=1)
+    (axes,) = figure.axes
+    assert len(axes.lines) == 2 * 3
+    first = next(number for number, run in enumerate(runs) if run["method"] == "LoRA")
+    assert list(axes.lines[0].get_xdata()) == [0.4, 0.8]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.3 + first, 0.7 + first])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "DoRA"]
