@@ -3,6 +3,7 @@
 #   make lab TORCH=cpu                  torch without CUDA: a tenth of the download on Linux
 #   make lab LAB_ARGS=--no-browser      further arguments for JupyterLab
 #   make test PYTEST_ARGS="-k merged"   further arguments for pytest
+#   make compare COMPARE_ARGS=--dry-run further arguments for lowrank-compare
 #   make lab PYTHON=python3.12          another Python to make .venv with
 
 ifeq ($(OS),Windows_NT)
@@ -13,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks bench clean
+.PHONY: help lab test check figures notebooks compare bench clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +34,9 @@ figures: ## Draw the figures.
 
 notebooks: ## Run the notebooks and store their outputs.
 	@$(SETUP) run tools/execute_notebooks.py
+
+compare: ## Run the default comparison, and refresh its results; it goes on where it was stopped.
+	@$(SETUP) run -m lowrank_utils.comparison notebooks/comparison.yaml --publish notebooks/results $(COMPARE_ARGS)
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py

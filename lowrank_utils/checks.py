@@ -433,3 +433,98 @@ def check_magnitude_only(function: Callable[[nn.Module], int]) -> None:
         raise ExerciseError(f"trainable must be the three m and nothing else; got {sorted(trainable)}")
     mistakes = {"count the numbers, not the tensors": 3}
     _compare("magnitude_only", count, 8 + 6 + 3, mistakes)
+
+
+@_exercise("7.1")
+def check_chosen_rate(function: Callable[[dict[float, list[float]]], float]) -> None:
+    """Check exercise 7.1, the learning rate with the highest mean validation accuracy."""
+    __tracebackhide__ = True
+    # One lucky seed, the largest rate, the worst mean and the first entry each lead to another rate.
+    scores = {
+        0.1: [0.20, 0.30],
+        0.001: [0.70, 0.71],
+        0.01: [0.80, 0.82],
+        0.003: [0.60, 0.95],
+        0.03: [0.50, 0.60],
+    }
+    expected = 0.01
+    mistakes = {
+        "that rate has the best single run; go by the mean over the seeds": 0.003,
+        "return the learning rate, not its score": 0.81,
+        "that is the largest rate; the scores decide": 0.1,
+        "that is the smallest rate; the scores decide": 0.001,
+    }
+    given = {rate: list(values) for rate, values in scores.items()}
+    _compare("chosen_rate", function(given), expected, mistakes)
+    if given != scores:
+        raise ExerciseError("scores was changed; leave it as it is")
+
+
+@_exercise("7.2")
+def check_interval(function: Callable[[Tensor, float], tuple[Any, Any]]) -> None:
+    """Check exercise 7.2, the t interval of a mean of paired differences."""
+    __tracebackhide__ = True
+    d, t = torch.tensor([0.010, 0.022, -0.004, 0.016, 0.011], dtype=torch.float64), 2.776
+    mean, spread, root = d.mean(), d.std(), 5**0.5
+    biased = d.std(correction=0)
+    mistakes = {
+        "that is the spread of the differences; their mean is steadier, by √n": (
+            mean - t * spread,
+            mean + t * spread,
+        ),
+        "divide by √n, not by n": (mean - t * spread / 5, mean + t * spread / 5),
+        "the mean was estimated from the same numbers: take the standard deviation with n − 1": (
+            mean - t * biased / root,
+            mean + t * biased / root,
+        ),
+        "that is one standard error; t times as many belong to 95%": (
+            mean - spread / root,
+            mean + spread / root,
+        ),
+        "the lower end comes first": (mean + t * spread / root, mean - t * spread / root),
+    }
+    answer = function(d.clone(), t)
+    if isinstance(answer, tuple) and len(answer) == 2:
+        # Numbers are as good as tensors.
+        answer = torch.as_tensor(answer[0]).double(), torch.as_tensor(answer[1]).double()
+    _compare("interval", answer, (mean - t * spread / root, mean + t * spread / root), mistakes)
+
+
+@_exercise("7.3")
+def check_matched_ranks(function: Callable[[list[tuple[int, int]], int], list[int]]) -> None:
+    """Check exercise 7.3, ranks that give LoRA as many numbers as DoRA."""
+    __tracebackhide__ = True
+    cases = [
+        ([(784, 128), (128, 256), (256, 10)], 4, [4, 5, 4]),
+        ([(20, 30), (10, 100), (5, 7)], 1, [1, 2, 1]),
+        ([(50, 10), (10, 40)], 2, [2, 3]),
+    ]
+    for layers, rank, expected in cases:
+        answer = function(list(layers), rank)
+        if not isinstance(answer, list) or len(answer) != len(layers):
+            raise ExerciseError(
+                f"matched_ranks must be a list with a rank for each of {len(layers)} layers; got {answer!r}"
+            )
+        magnitudes = sum(n_out for _, n_out in layers)
+        most = max(range(len(layers)), key=lambda i: sum(layers[i]))
+        widest = max(range(len(layers)), key=lambda i: layers[i][1])
+        mistakes = {
+            "no layer has got one more rank": [rank] * len(layers),
+            "one more rank in every layer is too much: m has one number per output, a rank has in + out": [
+                rank + 1
+            ]
+            * len(layers),
+            "that is the layer in which one more rank costs most; which comes nearest to the number of magnitudes?": [
+                rank + (i == most) for i in range(len(layers))
+            ],
+            "that is the layer with the most outputs; what does one more rank cost there?": [
+                rank + (i == widest) for i in range(len(layers))
+            ],
+        }
+        for hint, wrong in mistakes.items():
+            if answer == wrong != expected:
+                raise ExerciseError(hint)
+        if answer != expected:
+            raise ExerciseError(
+                f"matched_ranks isn't right yet for the layers {layers}: together their m have {magnitudes} numbers"
+            )

@@ -1,8 +1,9 @@
 """Differences between methods, taken seed by seed, with intervals that say how sure they are."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -77,7 +78,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def paired_difference(
-    first: Mapping[Hashable, float], second: Mapping[Hashable, float], comparisons: int = 1
+    first: Mapping[Any, float], second: Mapping[Any, float], comparisons: int = 1
 ) -> Difference:
     """Return by how much ``first`` exceeds ``second``, taking the difference for each seed.
 

@@ -67,7 +67,9 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"rank": "Int64"})
 
 
-def differences(table: pd.DataFrame, first: str, second: str, rank_factor: int = 1) -> pd.DataFrame:
+def differences(
+    table: pd.DataFrame, first: str, second: str, rank_factor: int = 1, exceeds: str = "is better"
+) -> pd.DataFrame:
     """Return the paired difference of two methods' test accuracies, for each task and rank.
 
     All rows are one family: the corrected intervals hold together.
@@ -75,34 +77,37 @@ def differences(table: pd.DataFrame, first: str, second: str, rank_factor: int =
     Args:
         table: as ``results_table`` gives it.
         first: the method whose accuracy is positive in the difference.
-        second: the other.
+        second: the other. A method without a rank is paired with each rank of the other one.
         rank_factor: the rank of ``second`` as a multiple of that of ``first``.
+        exceeds: what the verdict says of the method with the larger values.
 
     Returns:
-        A row each: the columns of ``TASK``, first, second, rank (of the first), and the attributes of
-        ``intervals.Difference``; ``verdict`` holds for a margin of one percentage point.
+        A row each: the columns of ``TASK``, first, second, rank (of the first, if it has one), and the attributes
+        of ``intervals.Difference``; ``verdict`` holds for a margin of one percentage point.
     """
     for method in (first, second):
         if method not in METHODS:
             raise ValueError(f"methods are {', '.join(METHODS)}; got {method!r}")
     pairs = []
     for values, group in table.groupby(TASK, sort=False):
-        scores = {
-            (method, None if pd.isna(rank) else int(rank)): dict(zip(part["seed"], part["test"], strict=True))
-            for (method, rank), part in group.groupby(["method", "rank"], sort=False, dropna=False)
-        }
-        for method, rank in scores:
-            other = rank * rank_factor if rank is not None and METHODS[second].has_rank else None
-            if method == first and (second, other) in scores:
-                pairs.append((values, rank, scores[method, rank], scores[second, other]))
+        scores: dict[str, dict[int | None, dict[int, float]]] = {first: {}, second: {}}
+        for (method, rank), part in group.groupby(["method", "rank"], sort=False, dropna=False):
+            if method in scores:
+                by_seed = dict(zip(part["seed"], part["test"], strict=True))
+                scores[method][None if pd.isna(rank) else int(rank)] = by_seed
+        for rank, one in scores[first].items():
+            for other, two in scores[second].items():
+                if rank is None or other is None or other == rank * rank_factor:
+                    pairs.append((values, other if rank is None else rank, one, two))
     rows = []
     for values, rank, one, two in pairs:
         difference = paired_difference(one, two, comparisons=len(pairs))
+        verdict = difference.verdict().replace("is better", exceeds)
         rows.append(
             dict(zip(TASK, values, strict=True))
             | {"first": first, "second": second, "rank": rank}
             | vars(difference)
-            | {"verdict": difference.verdict().replace("first", first).replace("second", second)}
+            | {"verdict": verdict.replace("first", first).replace("second", second)}
         )
     columns = [*TASK, "first", "second", "rank"]
     return pd.DataFrame(rows, columns=None if rows else columns).astype({"rank": "Int64"})

@@ -79,9 +79,12 @@ def test_what_a_killed_sweep_left_half_written_is_removed(tmp_path):
 
 
 def test_one_at_a_time(store):
-    with pytest.raises(
-        SweepError, match=r"another sweep is at work in .*; wait for it or choose another --out"
-    ), Store(store.folder).locked():
+    with (
+        pytest.raises(
+            SweepError, match=r"another sweep is at work in .*; wait for it or choose another --out"
+        ),
+        Store(store.folder).locked(),
+    ):
         pytest.fail("both are in")
 
 

@@ -22,16 +22,22 @@ def ranks_of(results):
 
 
 def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(sweep, kept, tmp_path):
-    run = sweep("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", "--jobs", 2)
+    published = tmp_path / "published"
+    words = ("--jobs", 2, "--publish", published, "--name", "small")
+    run = sweep("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", *words)
     assert run.returncode == 0, run.stderr
     results, failed = kept()
     assert len(results) == 4
     assert not failed
     assert ranks_of(results) == [1, 4]
-    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    table = pd.read_csv(tmp_path / "out" / "small.csv")
     assert len(table) == 4 * 2 * 3
     assert not table.duplicated(["shift", "method", "rank", "seed"]).any()
-    report = (tmp_path / "out" / "comparison.md").read_text()
+    report = (tmp_path / "out" / "small.md").read_text()
+    assert {file.name for file in published.iterdir()} == {
+        file.name for file in (tmp_path / "out").iterdir() if file.is_file() and file.name != ".lock"
+    }
+    assert (published / "small.md").read_text() == report
     for picture in re.findall(r"\]\((\S+\.png)\)", report):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
     assert "## The same rank: DoRA − LoRA" in report
@@ -68,9 +74,10 @@ def test_a_dry_run_shows_the_grid_and_runs_nothing(sweep, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept):
-    run = sweep(*RANKS, PLANTED_FAILURE="[2];[8]")
+def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept, tmp_path):
+    run = sweep(*RANKS, "--publish", tmp_path / "published", PLANTED_FAILURE="[2];[8]")
     assert run.returncode == 1
+    assert not (tmp_path / "published").exists(), "half a grid isn't published"
     results, failed = kept()
     assert ranks_of(results) == [1, 4]
     assert len(failed) == 2

@@ -142,6 +142,17 @@ def test_a_method_without_a_rank_is_compared_with_each():
     assert rows["mean"].tolist() == pytest.approx([0.44, 0.80333333 - 0.3])
 
 
+def test_it_does_not_matter_which_of_the_two_has_no_rank():
+    rows = differences(results_table([result()]), "frozen", "DoRA")
+    assert rows["rank"].tolist() == [2, 4]
+    assert rows["mean"].tolist() == pytest.approx([-0.44, 0.3 - 0.80333333])
+
+
+def test_what_exceeds_is_named_as_asked():
+    rows = differences(results_table([result()]), "DoRA", "frozen", exceeds="varies more")
+    assert rows["verdict"].tolist() == ["DoRA varies more"] * 2
+
+
 def test_tasks_are_not_mixed():
     other = {key: [value - 0.1 for value in values] for key, values in SCORES.items()}
     other[("LoRA", 2)] = [0.9, 0.9, 0.9]
