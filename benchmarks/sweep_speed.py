@@ -34,7 +34,7 @@ def seconds(workers: int) -> float:
         for name, values in PARAMETERS.items():
             command += ["-p", name, *values]
         start = time.perf_counter()
-        subprocess.run(
+        subprocess.run(  # noqa: S603
             [*command, "--threads", "1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         return time.perf_counter() - start

@@ -497,6 +497,7 @@ def check_matched_ranks(function: Callable[[list[tuple[int, int]], int], list[in
     cases = [
         ([(784, 128), (128, 256), (256, 10)], 4, [4, 5, 4]),
         ([(20, 30), (10, 100), (5, 7)], 1, [1, 2, 1]),
+        ([(5, 40), (200, 20), (60, 30)], 2, [2, 2, 3]),
         ([(50, 10), (10, 40)], 2, [2, 3]),
     ]
     for layers, rank, expected in cases:

@@ -85,6 +85,24 @@ def kept_share(sigma, share):
     return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
 
 
+def t_interval(differences, t, correction=1):
+    half = t * differences.std(correction=correction) / len(differences) ** 0.5
+    return differences.mean() - half, differences.mean() + half
+
+
+def matched_ranks(layers, rank, distance=None):
+    magnitudes = sum(n_out for _, n_out in layers)
+    distance = distance or (lambda pair: abs(sum(pair) - magnitudes))
+    nearest = min(range(len(layers)), key=lambda i: distance(layers[i]))
+    return [rank + (i == nearest) for i in range(len(layers))]
+
+
+def scores_emptied(scores):
+    best = max(scores, key=lambda rate: sum(scores[rate]))
+    scores.clear()
+    return best
+
+
 SOLUTIONS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
     "smallest_rank": lambda s, share: kept_share(s, share) + 1,
@@ -104,6 +122,9 @@ SOLUTIONS = {
     "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "paired_difference": lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5),
     "magnitude_only": only_magnitudes,
+    "chosen_rate": lambda scores: max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate])),
+    "interval": t_interval,
+    "matched_ranks": matched_ranks,
 }
 
 # exercise → [(a wrong answer, words of its hint)]
@@ -229,6 +250,31 @@ MISTAKES = {
         (magnitudes_and_factors, "A and B are still trainable"),
         (nothing_at_all, "the three m"),
         (tensors_counted, "not the tensors"),
+    ],
+    "chosen_rate": [
+        (lambda scores: max(scores, key=lambda rate: max(scores[rate])), "best single run"),
+        (lambda scores: max(sum(values) / len(values) for values in scores.values()), "not its score"),
+        (max, "the largest rate"),
+        (min, "the smallest rate"),
+        (lambda scores: sorted(scores, key=lambda rate: sum(scores[rate]))[1], "isn't right yet"),
+        (scores_emptied, "was changed"),
+    ],
+    "interval": [
+        (lambda d, t: (d.mean() - t * d.std(), d.mean() + t * d.std()), "steadier"),
+        (lambda d, t: (d.mean() - t * d.std() / 5, d.mean() + t * d.std() / 5), "not by n"),
+        (lambda d, t: t_interval(d, t, correction=0), "with n − 1"),
+        (lambda d, t: t_interval(d, 1), "one standard error"),  # noqa: ARG005
+        (lambda d, t: t_interval(d, t)[::-1], "lower end comes first"),
+        (lambda d, t: t_interval(d, 1.96), "isn't right yet"),  # noqa: ARG005
+        (lambda d, t: list(t_interval(d, t)), "must be a tuple of 2"),
+    ],
+    "matched_ranks": [
+        (lambda layers, r: [r] * len(layers), "no layer has got"),
+        (lambda layers, r: [r + 1] * len(layers), "in every layer is too much"),
+        (lambda layers, r: matched_ranks(layers, r, lambda pair: -sum(pair)), "costs most"),
+        (lambda layers, r: matched_ranks(layers, r, lambda pair: -pair[1]), "most outputs"),
+        (lambda layers, r: r + 1, "with a rank for each of 3 layers"),  # noqa: ARG005
+        (lambda layers, r: [r, r + 1, r], "a rank for each of 2 layers"),  # noqa: ARG005
     ],
 }  # fmt: skip
 
