@@ -26,7 +26,7 @@ def decompose(d: Drawing, y: float) -> None:
     square(d, 3.65, y, "DoRA", "V / ‖V‖", size=14)
     below = y - SIDE / 2 - 0.2
     d.text(1.05, below, "{pretrained|frozen}")
-    d.text(2.35, below, "{m|magnitude} (out, 1)")
+    d.text(2.35, below, "{m|magnitude} (out,)")
     d.text(3.65, below, "{direction|DoRA}")
     for height, text in (
         (0.34, "{m|magnitude} = ‖{W|frozen}‖, the length of each row:"),

@@ -38,7 +38,7 @@ def equation(d: Drawing, y: float) -> None:
     d.text(5.11, y, "⊙", size=18)
     title = weight.top[1] + 0.42
     d.lines(weight.x, title, "{W|frozen} (out, in)", "as torch stores it")
-    d.lines(magnitude.x, title, "{m|magnitude} (out, 1)", "lengths")
+    d.lines(magnitude.x, title, "{m|magnitude} (out,)", "lengths")
     d.lines(direction.x, title, "{direction|DoRA} (out, in)", "each row of length 1")
     row = W[MARKED]
     squares = " + ".join(str(number**2) for number in row)

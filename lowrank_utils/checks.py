@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
+from lowrank_utils.adapt import replace_linear_layers
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 from lowrank_utils.training import MultilayerPerceptron
@@ -58,7 +58,13 @@ def _compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) ->
     for hint, wrong in mistakes.items():
         if _equal(answer, wrong) and not _equal(wrong, expected):
             raise ExerciseError(hint)
-    if isinstance(expected, Tensor):
+    # A single number may come as a tensor without dimensions or as Python's.
+    numbers = isinstance(answer, (int, float)) or not isinstance(expected, Tensor)
+    if numbers and torch.as_tensor(expected).ndim == 0:
+        if isinstance(answer, (list, tuple)) or (isinstance(answer, Tensor) and answer.ndim > 0):
+            shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else ""
+            raise ExerciseError(f"{name} must be one number; got a {type(answer).__name__.lower()}{shape}")
+    elif isinstance(expected, Tensor):
         if not isinstance(answer, Tensor):
             raise ExerciseError(f"{name} must be a tensor; got {type(answer).__name__}")
         if answer.shape != expected.shape:
@@ -126,8 +132,8 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
     def first_above(kept: Tensor, share: float) -> int:
         return int((kept >= share).nonzero()[0, 0]) + 1
 
-    # The first case tells a miscount from a wrong sum, which agree there.
-    cases = [([3.0, 3.0, 3.0, 3.0], 0.5), ([4.0, 2.0, 2.0, 1.0], 0.9), ([9.0, 1.0, 1.0, 1.0, 1.0], 0.95)]
+    # In the first case all mistakes give different ranks.
+    cases = [([6, 3, 2, 2, 2, 2, 1], 0.75), ([1] * 16, 0.5), ([9, 1, 1, 1, 1], 0.95), ([4, 2, 2, 1], 1.0)]
     for values, share in cases:
         sigma = torch.tensor(values, dtype=torch.float64)
         kept = sigma.square().cumsum(0) / sigma.square().sum()
@@ -136,10 +142,23 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
             "the squared norm adds up squares of the singular values": first_above(
                 sigma.cumsum(0) / sigma.sum(), share
             ),
+            "kept and share are both of the squared norm: don't take the root": first_above(
+                kept.sqrt(), share
+            ),
+            "that compares the relative error; kept share = 1 − relative error²": first_above(
+                kept, 1 - (1 - share) ** 2
+            ),
             "one too few: an index counts from 0, a rank from 1": expected - 1,
             "one too many: the first rank that reaches the share is enough": expected + 1,
         }
         _compare("smallest_rank", function(sigma.clone(), share), expected, mistakes)
+    # Adding these squares one by one rounds each time, which torch.sum largely avoids.
+    sigma = torch.tensor([1.0, *[1.75e-8] * 200], dtype=torch.float64)
+    if function(sigma.clone(), 1.0) > len(sigma):
+        raise ExerciseError(
+            f"with share = 1 and {len(sigma)} singular values the rank is more than there are: cumsum and sum round "
+            "differently, so divide by the last entry of cumsum"
+        )
 
 
 @_exercise("1.3")
@@ -199,17 +218,24 @@ def check_lora_output(function: Callable[..., Tensor]) -> None:
 def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None:
     """Check exercise 2.3, that nothing but A and B is trainable in any model."""
     __tracebackhide__ = True
-    model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
-    replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1, targets="linear*")
-    function(model)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapters = {name for name, _ in model.named_parameters() if name.endswith((".lora.A", ".lora.B"))}
-    if not trainable:
-        raise ExerciseError("everything is frozen, the adapters too")
-    if missing := sorted(adapters - trainable):
-        raise ExerciseError(f"these must be trainable: {', '.join(missing)}")
-    if extra := sorted(trainable - adapters):
-        raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")
+    for before in (True, False):
+        model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+        replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1, targets="linear*")
+        model.requires_grad_(before)
+        function(model)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {name for name, _ in model.named_parameters() if name.endswith((".lora.A", ".lora.B"))}
+        if not before and not trainable:
+            raise ExerciseError("make A and B trainable also where they were frozen before")
+        if not trainable:
+            raise ExerciseError(
+                "everything is frozen, the adapters too (if you use isinstance: the model that is checked has "
+                "the package's classes, which the cell above the exercises imports)"
+            )
+        if missing := sorted(adapters - trainable):
+            raise ExerciseError(f"these must be trainable: {', '.join(missing)}")
+        if extra := sorted(trainable - adapters):
+            raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")
 
 
 @_exercise("3.1")
@@ -243,6 +269,9 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             "each row of the batch goes through A and B too": frozen + r * (n_in + n_out),
             "x·A costs b·in·r; and then the product with B?": frozen + b * r * n_in,
         }
+        for what, width in {"the output": n_out, "x·A": r, "x": n_in}.items():
+            hint = f"the scaling of {what} isn't counted here, only the three matrix products"
+            mistakes[hint] = frozen + thin + b * width
         _compare("multiplications", function(b, n_in, n_out, r), frozen + thin, mistakes)
 
 
@@ -250,11 +279,12 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
 def check_merge(function: Callable[[LinearWithLoRA], nn.Linear]) -> None:
     """Check exercise 3.3, a plain linear layer from an adapted one."""
     __tracebackhide__ = True
-    for bias in (True, False):
-        layer = LinearWithLoRA(nn.Linear(7, 4, bias=bias, dtype=torch.float64), rank=2, alpha=2.5)
+    # One of the two dtypes isn't torch's default.
+    for bias, dtype in [(True, torch.float64), (False, torch.float64), (True, torch.float32)]:
+        layer = LinearWithLoRA(nn.Linear(7, 4, bias=bias, dtype=dtype), rank=2, alpha=2.5)
         nn.init.normal_(layer.lora.B)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
-        x = torch.randn(5, 7, dtype=torch.float64)
+        x = torch.randn(5, 7, dtype=dtype)
         expected = layer(x).detach()
         merged = function(layer)
         if type(merged) is not nn.Linear:
@@ -263,10 +293,16 @@ def check_merge(function: Callable[[LinearWithLoRA], nn.Linear]) -> None:
             raise ExerciseError("the merged layer must have a bias exactly if the linear layer has one")
         if any(not torch.equal(value, before[name]) for name, value in layer.state_dict().items()):
             raise ExerciseError("the adapted layer was changed; work on a copy")
-        mistakes = {"the update is missing": layer.linear(x).detach()}
-        _compare("the merged layer's output", merged(x).detach(), expected, mistakes)
-        if merged.bias is layer.linear.bias and bias:
-            raise ExerciseError("both layers share one bias: training one would change the other; clone it")
+        for name, parameter in merged.named_parameters():
+            if parameter.dtype != dtype:
+                raise ExerciseError(f"{name} has the wrong dtype: {parameter.dtype} instead of {dtype}")
+            if parameter.data_ptr() in {p.data_ptr() for p in layer.parameters()}:
+                raise ExerciseError(
+                    f"both layers' {name} share memory: training one would change the other; clone it"
+                )
+        if dtype == torch.float64:  # in float32 the two forms differ by their roundings
+            mistakes = {"the update is missing": layer.linear(x).detach()}
+            _compare("the merged layer's output", merged(x).detach(), expected, mistakes)
 
 
 @_exercise("4.1")
@@ -281,6 +317,14 @@ def check_unit_vector(function: Callable[[Tensor], Tensor]) -> None:
         "that is the vector itself": v,
     }
     _compare("unit_vector", function(v.clone()), v / 13, mistakes)
+    for entries, recognised in [
+        ((0.0, 2.0), "this vector has a zero in it, but isn't a zero vector: decide by the length"),
+        ((1.0, -1.0), "these entries have a sum of 0, but a length: decide by the length"),
+        ((3e-5, 4e-5), "a vector shorter than 1 must become longer: divide by its length, however short"),
+    ]:
+        v = torch.tensor(entries, dtype=torch.float64)
+        if not _equal(answer := function(v.clone()), v / v.norm()):
+            _compare("unit_vector", answer, v / v.norm(), {recognised: answer})
     zero = torch.zeros(3, dtype=torch.float64)
     hint = {"a zero vector gives NaN: 0/0 must be caught": zero / zero}
     _compare("unit_vector of zero", function(zero.clone()), zero, hint)
@@ -365,6 +409,16 @@ def check_dora_output(function: Callable[..., Tensor]) -> None:
     }
     answer = function(*_copies(e, "x", "weight", "bias", "A", "B", "alpha", "m"))
     _compare("dora_output", answer, F.linear(x, c.unsqueeze(1) * V, bias), mistakes)
+    with FlopCounterMode(display=False) as counter:
+        function(
+            *(torch.randn(size) for size in [(50, 30), (20, 30), (20,), (30, 2), (2, 20)]),
+            2.5,
+            torch.rand(20),
+        )
+    if counter.get_total_flops() < 2 * 50 * (30 * 20 + 2 * (30 + 20)):
+        raise ExerciseError(
+            "right, but that is the merged form: x must meet W and A·B apart, as in LoRA's unmerged form"
+        )
 
 
 @_exercise("5.3")
@@ -423,8 +477,11 @@ def check_magnitude_only(function: Callable[[nn.Module], int]) -> None:
     """Check exercise 6.3, a DoRA model of which only the magnitudes are trained."""
     __tracebackhide__ = True
     model = MultilayerPerceptron(20, 8, 6, 3)
+    model.norm = nn.LayerNorm(3)
     replace_linear_layers(model, LinearWithDoRA, rank=2, alpha=1)
-    freeze_linear_layers(model)
+    # The other way round: what must learn is frozen, and the rest is not.
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(".m"))
     count = function(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if any(".lora." in name for name in trainable):

@@ -5,6 +5,7 @@ from itertools import cycle, permutations
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -120,7 +121,11 @@ def plot_history(histories: dict[str, History]) -> Figure:
 
 
 def show_images(
-    images: Tensor, titles: Sequence[str] = (), columns: int = 10, signed: bool = False
+    images: Tensor,
+    titles: Sequence[str] = (),
+    columns: int = 10,
+    signed: bool = False,
+    quantile: float = 1.0,
 ) -> Figure:
     """Draw images of 784 pixels in a grid.
 
@@ -129,6 +134,8 @@ def show_images(
         titles: one per image, or none.
         columns: images per row.
         signed: colour each image from blue (most negative) over white (zero) to red (most positive).
+        quantile: of the absolute values of a signed image, the one from which on its colour is full.
+            Below 1, a few extreme pixels don't make all others pale.
 
     Returns:
         The figure.
@@ -145,7 +152,7 @@ def show_images(
     pictures = images.detach().double().cpu().numpy().reshape(-1, 28, 28)
     for index, (axes, picture) in enumerate(zip(grid.flat, pictures, strict=False)):
         # A picture of zeros is white, whatever the scale.
-        limit = (abs(picture).max() or 1.0) if signed else 1.0
+        limit = (np.quantile(abs(picture), quantile) or abs(picture).max() or 1.0) if signed else 1.0
         axes.imshow(picture, cmap="RdBu_r" if signed else "gray_r", vmin=-limit if signed else 0, vmax=limit)
         if titles:
             axes.set_title(titles[index], fontsize=10)

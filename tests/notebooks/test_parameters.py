@@ -48,6 +48,18 @@ def test_every_parameter_has_a_type_and_a_meaning(root):
         assert parameter["help"]
 
 
+def test_the_test_split_is_looked_at_in_one_cell(root):
+    """Settings are chosen, and networks looked into, on the validation split."""
+    cells = nbformat.read(root / "notebooks" / NOTEBOOK, as_version=4).cells
+    looking = [
+        c.source for c in cells if c.cell_type == "code" and re.search(r"splits\.test|_test\b", c.source)
+    ]
+    assert len(looking) == 1
+    assert "rotated test digits" in looking[0]
+    place = [cell.source for cell in cells].index(looking[0])
+    assert cells[place - 1].source.endswith("Now the test split, once.")
+
+
 # Exercise cells raise by design, and papermill says so for each of them.
 @pytest.mark.filterwarnings("ignore")
 def test_another_rank_and_seed_run_to_the_end(run):

@@ -8,6 +8,7 @@ from torch import nn
 from lowrank_utils import checks
 from lowrank_utils.adapt import freeze_linear_layers
 from lowrank_utils.checks import ExerciseError
+from lowrank_utils.lora import LinearWithLoRA, LoRALayer
 
 
 def V_of(weight, A, B, alpha):
@@ -19,15 +20,27 @@ def dora(x, weight, bias, A, B, alpha, m):
     return c * (x @ weight.T + alpha * (x @ A @ B)) + bias
 
 
-def merge(layer, weight=None, bias="clone"):
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=torch.float64)
+def merge(layer, weight=None, bias="clone", dtype="the layer's"):
+    dtype = layer.weight.dtype if dtype == "the layer's" else dtype
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
     with torch.no_grad():
         plain.weight.copy_(layer.weight if weight is None else weight)
         if layer.bias is not None:
             plain.bias.copy_(layer.bias)
     if bias == "shared" and layer.bias is not None:
         plain.bias = layer.linear.bias
+    if bias == "shared data" and layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.data)
     return plain
+
+
+def merge_in_default_dtype(layer, default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        return merge(layer, dtype=None)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def merge_in_place(layer):
@@ -41,6 +54,37 @@ def freeze_right(model):
         parameter.requires_grad_(".lora." in name)
 
 
+def freeze_by_class(classes):
+    def freeze(model):
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, classes):
+                for factor in (
+                    (module.A, module.B) if hasattr(module, "A") else (module.lora.A, module.lora.B)
+                ):
+                    factor.requires_grad_(True)
+
+    return freeze
+
+
+def freeze_by_attribute(model):
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for module in model.modules():
+        if hasattr(module, "lora"):
+            module.lora.requires_grad_(True)
+
+
+class LocalLoRALayer(nn.Module):
+    """Stands for a class that a notebook defines: another one than the package's."""
+
+
+def freeze_the_rest_only(model):
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".A", ".B")):
+            parameter.requires_grad_(False)
+
+
 def only_magnitudes(model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".m"))
@@ -50,6 +94,27 @@ def only_magnitudes(model):
 def magnitudes_and_factors(model):
     freeze_linear_layers(model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def magnitudes_by_attribute(model):
+    model.requires_grad_(False)
+    magnitudes = [module.m for module in model.modules() if hasattr(module, "m")]
+    for m in magnitudes:
+        m.requires_grad_(True)
+    return sum(m.numel() for m in magnitudes)
+
+
+def factors_frozen_only(model):
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(False)
+    return 17
+
+
+def every_name_with_an_m(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("m" in name)
+    return 17
 
 
 def nothing_at_all(model):
@@ -81,6 +146,29 @@ def weight_norm(grad_w, g, v):
     return grad_w @ unit, g / v.norm() * (grad_w - (grad_w @ unit) * unit)
 
 
+def merged_dora(x, w, b, A, B, a, m):
+    V = V_of(w, A, B, a)
+    return F.linear(x, (m / V.norm(dim=1)).unsqueeze(1) * V, b)
+
+
+def factored_dora(x, w, b, A, B, a, m):
+    """The norm without A·B; no product of x with a weight other than W."""
+    cross = ((w @ A) * B.T).sum(1)
+    square = ((B.T @ (A.T @ A)) * B.T).sum(1)
+    c = m / (w.square().sum(1) + 2 * a * cross + a * a * square).sqrt()
+    return c * (F.linear(x, w) + a * ((x @ A) @ B)) + b
+
+
+def kept_of(sigma):
+    energy = sigma.square().cumsum(0)
+    return energy / energy[-1]
+
+
+def floats(function):
+    """Give the same answers as numbers of Python where they are single numbers."""
+    return lambda *a: tuple(part.item() if part.ndim == 0 else part for part in function(*a))
+
+
 def kept_share(sigma, share):
     return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
 
@@ -105,7 +193,9 @@ def scores_emptied(scores):
 
 SOLUTIONS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
-    "smallest_rank": lambda s, share: kept_share(s, share) + 1,
+    "smallest_rank": lambda s, share: (
+        int((s.square().cumsum(0) < share * s.square().cumsum(0)[-1]).sum()) + 1
+    ),
     "apply_update": lambda x, w, A, B: x @ w.T + (x @ A) @ B,
     "scaling": lambda a, r, rs: a / (r**0.5 if rs else r),
     "lora_output": lambda x, w, b, A, B, a: x @ w.T + b + a * (x @ A @ B),
@@ -127,6 +217,24 @@ SOLUTIONS = {
     "matched_ranks": matched_ranks,
 }
 
+# Further right answers, as other learners would write them.
+OTHER_SOLUTIONS = [
+    ("smallest_rank", lambda s, share: int((kept_of(s) < share).sum()) + 1),
+    ("smallest_rank", lambda s, share: (kept_of(s) >= share).nonzero()[0, 0] + 1),
+    ("smallest_rank", lambda s, share: (kept_of(s) >= share).int().argmax() + 1),
+    ("freeze_all_but_adapters", freeze_by_attribute),
+    ("freeze_all_but_adapters", freeze_by_class(LoRALayer)),
+    ("freeze_all_but_adapters", freeze_by_class(LinearWithLoRA)),
+    ("merge", lambda layer: merge_in_default_dtype(layer, torch.float64).to(layer.weight.dtype)),
+    ("unit_vector", lambda v: v / v.norm().clamp(min=1e-30)),
+    ("unit_vector", lambda v: v if not v.any() else F.normalize(v, dim=0, eps=0)),
+    ("weight_norm_gradients", floats(weight_norm)),
+    ("dora_output", factored_dora),
+    ("dora_output", lambda x, w, b, A, B, a, m: torch.addmm(b, x @ A, B) * 0 + dora(x, w, b, A, B, a, m)),
+    ("paired_difference", floats(lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5))),
+    ("magnitude_only", magnitudes_by_attribute),
+]
+
 # exercise → [(a wrong answer, words of its hint)]
 MISTAKES = {
     "adapter_parameters": [
@@ -141,6 +249,13 @@ MISTAKES = {
         (kept_share, "one too few"),
         (lambda s, share: kept_share(s, share) + 2, "one too many"),
         (lambda s, share: len(s) + 5, "isn't right yet"),  # noqa: ARG005
+        (lambda s, share: int((kept_of(s).sqrt() < share).sum()) + 1, "don't take the root"),
+        (lambda s, share: int(((1 - kept_of(s)).sqrt() > 1 - share).sum()) + 1, "1 − relative error²"),
+        (lambda s, share: (kept_of(s) >= share).nonzero()[0] + 1, "must be one number"),
+        (lambda s, share: [int((kept_of(s) < share).sum()) + 1], "must be one number"),
+        # Right but for rounding: the last entry of the sums is just below 1 here.
+        (lambda s, share: kept_share(s, share) + 1, "more than there are"),
+        (lambda s, share: int((kept_of(s) <= share).sum()) + 1, "one too many"),
     ],
     "apply_update": [
         (lambda x, w, A, B: x @ w.T, "the update is missing"),  # noqa: ARG005
@@ -168,6 +283,8 @@ MISTAKES = {
         (lambda model: model.requires_grad_(False), "everything is frozen"),
         (lambda model: model, "still trainable"),
         (lambda model: [p.requires_grad_(n.endswith("A")) for n, p in model.named_parameters()], "must be trainable"),
+        (freeze_by_class(LocalLoRALayer), "the package's class"),
+        (freeze_the_rest_only, "frozen before"),
     ],
     "merged_weight": [
         (lambda w, A, B, a: w + (A @ B).T, "where is alpha"),  # noqa: ARG005
@@ -182,12 +299,17 @@ MISTAKES = {
         (lambda b, i, o, r: b * i * o + r * i * o, "isn't built"),
         (lambda b, i, o, r: b * i * o + r * (i + o), "each row of the batch"),
         (lambda b, i, o, r: b * i * o + b * r * i, "and then the product with B"),
+        (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * o, "scaling of the output isn't counted"),
+        (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * r, "scaling of x·A isn't counted"),
     ],
     "merge": [
         (lambda layer: layer, "plain nn.Linear"),
         (merge_in_place, "was changed"),
         (lambda layer: merge(layer, weight=layer.linear.weight), "the update is missing"),
-        (lambda layer: merge(layer, bias="shared"), "share one bias"),
+        (lambda layer: merge(layer, bias="shared"), "share memory"),
+        (lambda layer: merge(layer, bias="shared data"), "share memory"),
+        (lambda layer: merge_in_default_dtype(layer, torch.float64), "float64 instead of torch.float32"),
+        (lambda layer: merge_in_default_dtype(layer, torch.float32), "float32 instead of torch.float64"),
         (lambda layer: nn.Linear(7, 4, bias=False, dtype=torch.float64), "must have a bias"),  # noqa: ARG005
     ],
     "unit_vector": [
@@ -196,6 +318,10 @@ MISTAKES = {
         (lambda v: v / v.square().sum(), "take the root"),
         (lambda v: v / v.norm(), "NaN"),
         (lambda v: v, "the vector itself"),
+        (lambda v: v / v.norm() if (v != 0).all() else v * 0, "a zero in it"),
+        (lambda v: v / v.norm() if v.sum() != 0 else v * 0, "sum of 0"),
+        (lambda v: v / v.norm().clamp(min=1), "shorter than 1"),
+        (lambda v: v / v.norm().clamp(min=1e-3), "shorter than 1"),
     ],
     "split_rows": [
         (lambda w: (w.norm(dim=0), w / w.norm(dim=0)), "one norm per input"),
@@ -228,6 +354,7 @@ MISTAKES = {
         (lambda x, w, b, A, B, a, m: m / w.norm(dim=1) * (x @ w.T + a * (x @ A @ B)) + b, "norms of W"),
         (lambda x, w, b, A, B, a, m: m * (x @ w.T + a * (x @ A @ B)) + b, "not divided"),
         (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m), "bias is missing"),  # noqa: ARG005
+        (merged_dora, "that is the merged form"),
     ],
     "magnitude_gradient": [
         (lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).mean(0), "don't average"),
@@ -249,6 +376,8 @@ MISTAKES = {
     "magnitude_only": [
         (magnitudes_and_factors, "A and B are still trainable"),
         (nothing_at_all, "the three m"),
+        (factors_frozen_only, "the three m"),
+        (every_name_with_an_m, "norm.bias"),
         (tensors_counted, "not the tensors"),
     ],
     "chosen_rate": [
@@ -292,6 +421,24 @@ def test_every_check_is_tested():
 def test_the_solution_passes(name, capsys):
     getattr(checks, f"check_{name}")(SOLUTIONS[name])
     assert capsys.readouterr().out.endswith(": correct\n")
+
+
+@pytest.mark.parametrize(("name", "solution"), OTHER_SOLUTIONS)
+def test_another_right_answer_passes(name, solution, capsys):
+    getattr(checks, f"check_{name}")(solution)
+    assert capsys.readouterr().out.endswith(": correct\n")
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_a_merged_layer_keeps_the_dtype_whatever_the_default_is(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        checks.check_merge(merge)
+        with pytest.raises(ExerciseError, match="dtype"):
+            checks.check_merge(lambda layer: merge(layer, dtype=None))
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)

@@ -195,6 +195,23 @@ def test_every_signed_image_has_a_scale_of_its_own():
     assert limits == pytest.approx([0.001, 50.0])
 
 
+def test_a_few_extreme_pixels_need_not_set_the_scale():
+    image = torch.linspace(-1, 1, 784)
+    image[0] = -50
+    limits = [
+        visible(show_images(image[None], signed=True, quantile=q))[0].images[0].get_clim()
+        for q in (1.0, 0.98)
+    ]
+    assert limits[0] == (-50, 50)
+    assert limits[1] == pytest.approx((-0.98, 0.98), abs=0.01)
+
+
+def test_a_signed_image_with_one_pixel_shows_it_at_any_quantile():
+    image = torch.zeros(1, 784)
+    image[0, 5] = 2.0
+    assert visible(show_images(image, signed=True, quantile=0.98))[0].images[0].get_clim() == (-2, 2)
+
+
 def test_views_and_tensors_that_need_gradients_can_be_drawn():
     weight = normal(6, 784).requires_grad_()
     figure = show_images(weight[::2], signed=True)
