@@ -13,6 +13,7 @@ LINES_PER_CELL = 15
 LONG_CELLS = {
     ("02_lora_layer", "class LoRALayer(nn.Module):"): "the whole class, which is the package's",
     ("05_dora", "def properties(layer):"): "four properties that are read side by side",
+    ("07_comparison", 'data_set: str = "mnist-5k"  # or "mnist", the whole set'): "a line for each parameter",
 }
 
 WORDS_PER_MINUTE = 180
