@@ -48,6 +48,13 @@ def _tasks(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
+def _nothing_to_draw(what: str) -> Figure:
+    figure, axes = plt.subplots(figsize=(7.2, 0.8))
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, f"These runs have no {what}.", ha="center", va="center", color=PALETTE["muted"])
+    return figure
+
+
 def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Any]]:
     columns = min(count, 2)
     rows = -(-count // columns)
@@ -87,6 +94,8 @@ def plot_accuracy_by_parameters(summary: pd.DataFrame) -> Figure:
 def plot_accuracy_by_rank(summary: pd.DataFrame) -> Figure:
     """Draw the mean test accuracy of the methods that have a rank against it, a panel per task."""
     ranked = summary[summary["rank"].notna()]
+    if len(ranked) == 0:
+        return _nothing_to_draw("methods with a rank")
     tasks = _tasks(ranked)
     figure, panels = _panels(len(tasks))
     ranks = sorted(ranked["rank"].unique())
@@ -107,6 +116,8 @@ def plot_differences(rows: pd.DataFrame) -> Figure:
     Args:
         rows: as ``tables.differences`` gives it.
     """
+    if len(rows) == 0:
+        return _nothing_to_draw("two methods to compare")
     figure, axes = plt.subplots(figsize=(7.2, 1.1 + 0.26 * len(rows)))
     several = rows["data_set"].nunique() > 1
     labels = []
@@ -142,6 +153,8 @@ def plot_learning_curves(runs: Iterable[Mapping[str, Any]], rank: int) -> Figure
     for run in runs:
         if run["rank"] in (rank, None) and len(run["validation"]) > 1:
             curves.setdefault(run["method"], []).append(run["validation"])
+    if not curves:
+        return _nothing_to_draw("learning curves of two epochs or more")
     figure, axes = plt.subplots()
     for method, values in curves.items():
         percent = 100 * np.array(values)
@@ -163,12 +176,15 @@ def plot_weight_changes(runs: Iterable[Mapping[str, Any]], rank: int, layer: int
         rank: which one to draw of the methods that have a rank.
         layer: its place among the linear layers, from 0.
     """
+    chosen = [
+        run for run in runs if run["method"] in ("full", "LoRA", "DoRA") and run["rank"] in (rank, None)
+    ]
+    if not chosen:
+        return _nothing_to_draw("full fine-tuning, LoRA or DoRA")
     figure, axes = plt.subplots()
     shown: set[str] = set()
-    for run in runs:
+    for run in chosen:
         method = run["method"]
-        if method not in ("full", "LoRA", "DoRA") or run["rank"] not in (rank, None):
-            continue
         turned = [epoch[layer][1] for epoch in run["changes"]]
         stretched = [epoch[layer][0] for epoch in run["changes"]]
         style = _style(method) | {"linewidth": 1, "markersize": 3}

@@ -34,7 +34,7 @@ class Settings:
         learning_rates: the grid that each method and rank chooses from on the validation split.
         epochs: passes over the adaptation examples, the same for all.
         batch_size: digits per step.
-        seeds: each gives another sample, another A and another order of the digits.
+        seeds: each gives another sample, another A and another order of the digits; two or more.
         tuning_seeds: those that the learning rate is chosen with; none of ``seeds``.
         pretraining_epochs: passes over the training split before the shift.
         pretraining_seed: of the splits and of the pretrained network, which all methods share.
@@ -85,6 +85,8 @@ class Settings:
             lambda value: check_finite_number("a learning rate", value, above=0),
         )
         _check_each("seeds", self.seeds, check_seed)
+        if len(self.seeds) < 2:
+            raise ValueError(f"seeds must be two or more, since one has no interval; got {self.seeds}")
         _check_each("tuning_seeds", self.tuning_seeds, check_seed)
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ValueError(

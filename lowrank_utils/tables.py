@@ -64,7 +64,8 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
             dict(zip(keys, values, strict=True))
             | {"count": interval.count, "mean": interval.mean, "low": interval.low, "high": interval.high}
         )
-    return pd.DataFrame(rows).astype({"rank": "Int64"})
+    columns = [*keys, "count", "mean", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64"})
 
 
 def differences(

@@ -85,6 +85,13 @@ def test_another_shift_runs_to_the_end_and_writes_its_result(run, tmp_path, shif
     assert len(result["runs"]) == 5 * 2
 
 
+@pytest.mark.parametrize("methods", [["frozen", "full"], ["LoRA"]])
+def test_a_run_with_nothing_to_compare_ends_well_too(run, methods):
+    done, notebook = run(**SMALL | {"methods": methods})
+    assert done.returncode == 0, done.stderr
+    assert not errors(notebook)
+
+
 @pytest.mark.skipif(
     "LOWRANK_DATA_DIR" not in os.environ, reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST"
 )

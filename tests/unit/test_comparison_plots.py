@@ -104,3 +104,15 @@ def test_weight_changes_of_one_layer_are_a_line_for_each_seed():
     assert list(axes.lines[0].get_xdata()) == [0.4, 0.8]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.3 + first, 0.7 + first])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "DoRA"]
+
+
+def test_where_there_is_nothing_to_draw_the_figure_says_so(table):
+    only_frozen = table[table["method"] == "frozen"]
+    for figure in (
+        plot_accuracy_by_rank(means(only_frozen)),
+        plot_differences(differences(only_frozen, "DoRA", "LoRA")),
+        plot_learning_curves([], rank=2),
+        plot_weight_changes([], rank=2, layer=0),
+    ):
+        (axes,) = figure.axes
+        assert axes.texts[0].get_text().startswith("These runs have no ")

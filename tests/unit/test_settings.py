@@ -79,6 +79,7 @@ GOOD = {
         ("epochs", 0, ValueError, "epochs must be a whole number, 1 or more; got 0"),
         ("batch_size", "64", TypeError, "batch_size must be"),
         ("seeds", [], ValueError, "seeds is empty"),
+        ("seeds", [7], ValueError, "seeds must be two or more, since one has no interval; got [7]"),
         ("seeds", [1, 2, 1], ValueError, "seeds must have each entry once; got [1] more often"),
         ("seeds", [-1], ValueError, "seed must be a whole number"),
         ("tuning_seeds", [2], ValueError, "seeds and tuning_seeds must have none in common; got [2] in both"),

@@ -106,6 +106,11 @@ def test_means_have_the_interval_over_the_seeds():
         )
 
 
+def test_no_rows_have_no_means():
+    table = results_table([result()])
+    assert len(means(table[table["method"] == "full"])) == 0
+
+
 def test_differences_pair_seed_and_rank():
     # The seeds stand in another order in the second result.
     shuffled = result({key: values for key, values in SCORES.items() if key[0] == "DoRA"})
