@@ -120,7 +120,7 @@ def product_and_norm(layer: AdaptedLinear, x: Tensor, detach_norm: bool) -> tupl
             norm = row_norms(layer.updated_weight())
         return F.linear(x, W), norm
     product, AW = _ProductsWithFrozen.apply(x.reshape(-1, x.shape[-1]), W, A.detach())
-    return product.reshape(*x.shape[:-1], -1), factored_row_norms(W, A, B, layer.lora.alpha, AW)
+    return product.reshape(*x.shape[:-1], len(W)), factored_row_norms(W, A, B, layer.lora.alpha, AW)
 
 
 # What `constant_weights` keeps, in the thread that asked for it alone: layer → norm, and the tensors it came from.
