@@ -202,7 +202,7 @@ def read_adapter(
         FileNotFoundError: the folder or a file isn't there.
         AdapterFileError: see ``load_adapter``.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     recover(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -304,7 +304,7 @@ def _fitted(
     rank = config.rank_of(name)
     out_dim, in_dim = W.shape
     shapes = {"A": (rank, in_dim), "B": (out_dim, rank)} | ({"m": (out_dim,)} if config.dora else {})
-    for field in shapes.keys() | parts.keys():
+    for field in [field for field in PARTS if field in shapes or field in parts]:
         tensor = f"{name}{PARTS[field]}"
         if field not in parts:
             fail(TENSORS, f"{tensor} is missing")

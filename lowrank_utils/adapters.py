@@ -114,7 +114,7 @@ class AdapterBank:
             if layer not in self._banked:
                 self._banked[layer] = BankedLinear(self._linear(layer), self._selection)
                 self.model.set_submodule(layer, self._banked[layer])
-            self._banked[layer].lora[slot] = part
+            self._banked[layer].lora[slot] = part.train(self._banked[layer].training)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; its memory is free again, and layers without adapters are plain again."""
