@@ -13,7 +13,13 @@ from torch import nn
 from lowrank_utils import norms
 from lowrank_utils.decompose import row_norms
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
-from lowrank_utils.norms import constant_weights, factored_norm_pays, factored_row_norms, product_and_norm
+from lowrank_utils.norms import (
+    constant_weights,
+    factored_norm_pays,
+    factored_row_norms,
+    formed_row_norms,
+    product_and_norm,
+)
 
 LARGE = (512, 600)
 
@@ -161,6 +167,28 @@ def test_a_frozen_weight_gets_no_gradient_and_x_is_not_kept_for_one():
     assert x.grad.abs().max() > 0
 
 
+@given(
+    st.integers(1, 800), st.sampled_from([1e-30, 1e-18, 1e-3, 1.0, 1e10, 1e18, 1e30]), st.integers(0, 10**6)
+)
+def test_norms_in_float32_are_those_in_float64_up_to_rounding(in_dim, scale, seed):
+    V = (normal(6, in_dim, seed=seed) * scale).float()
+    V[2] = 0
+    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+    V[2] = 1 if 1e-10 < scale < 1e10 else scale
+    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("size", "factored"), [((7, 5), False), (LARGE, True)])
+def test_layers_stacked_by_vmap_give_their_own_outputs(size, factored):
+    layers = [moved(LinearWithDoRA, linear_layer(*size, dtype=torch.float32, seed=s), seed=s) for s in (0, 9)]
+    x = normal(3, size[0], dtype=torch.float32)
+    assert factored_norm_pays(x, layers[0].linear.weight, layers[0].lora.A) == factored
+    state = torch.func.stack_module_state(layers)
+    outputs = torch.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
+    for output, layer in zip(outputs, layers, strict=True):
+        assert_close(output, layer(x), rtol=1e-5)
+
+
 # --- The rule -------------------------------------------------------------------------------
 
 
@@ -208,7 +236,7 @@ def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
 def computed(monkeypatch):
     """Count how often norms are computed."""
     calls = []
-    for name in ("factored_row_norms", "row_norms"):
+    for name in ("factored_row_norms", "formed_row_norms"):
         function = getattr(norms, name)
         monkeypatch.setattr(norms, name, lambda *a, f=function: calls.append(1) or f(*a))
     return calls
