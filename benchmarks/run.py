@@ -1,10 +1,11 @@
 """Run all benchmarks, and write their results to notebooks/results/."""
 
+import adapter_speed
 import article_protocol
 import sweep_speed
 import training_loop
 
 if __name__ == "__main__":
-    for benchmark in (article_protocol, training_loop, sweep_speed):
+    for benchmark in (article_protocol, training_loop, sweep_speed, adapter_speed):
         print(benchmark.__doc__.splitlines()[0])
         print(f"  written to {benchmark.main()}")

@@ -70,7 +70,7 @@ def replace_linear_layers(
     return names
 
 
-def _modules_outside_adapters(
+def named_modules_outside_adapters(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module depth first as ``named_modules`` does, but nothing from inside an adapter."""
@@ -86,7 +86,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return plain and adapted linear layers by name, a shared one under each of its names."""
     return {
         name: module
-        for name, module in _modules_outside_adapters(model, remove_duplicate=False)
+        for name, module in named_modules_outside_adapters(model, remove_duplicate=False)
         if isinstance(module, nn.Linear) or is_adapter(module)
     }
 
@@ -194,7 +194,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     per_layer: dict[str, tuple[int, int]] = {}
     seen: set[nn.Parameter] = set()
-    for name, module in _modules_outside_adapters(model):
+    for name, module in named_modules_outside_adapters(model):
         new = [p for p in module.parameters(recurse=is_adapter(module)) if p not in seen]
         seen.update(new)
         if new:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_utils.adapt import replace_linear_layers
@@ -586,3 +587,88 @@ def check_matched_ranks(function: Callable[[list[tuple[int, int]], int], list[in
             raise ExerciseError(
                 f"matched_ranks isn't right yet for the layers {layers}: together their m have {magnitudes} numbers"
             )
+
+
+@_exercise("8.1")
+def check_to_peft(function: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]) -> None:
+    """Check exercise 8.1, A, B and the scaling as PEFT stores them."""
+    __tracebackhide__ = True
+    e = _example()
+    A, B, alpha = e["A"], e["B"], e["alpha"]
+    mistakes = {
+        "PEFT's A is (r, in): ours is its transpose": (A, None, None),
+        "PEFT's B is (out, r): ours is its transpose": (None, B, None),
+        "A and B have changed places": (B.T, A.T, None),
+        "PEFT divides lora_alpha by the rank; multiply by it": (None, None, alpha / 3),
+        "that is the scaling itself; PEFT will divide it by the rank": (None, None, alpha),
+        "√r belongs to rsLoRA": (None, None, alpha * 3**0.5),
+    }
+    _compare("to_peft", function(*_copies(e, "A", "B", "alpha")), (A.T, B.T, 3 * alpha), mistakes)
+
+
+@_exercise("8.2")
+def check_factored_squares(function: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+    """Check exercise 8.2, the squared row norms of W + ΔW without A·B."""
+    __tracebackhide__ = True
+    e = _example()
+    W, A, B, alpha = e["weight"], e["A"], e["B"], e["alpha"]
+    base, cross = W.square().sum(dim=1), ((W @ A) * B.T).sum(dim=1)
+    update = (alpha * (A @ B)).square().sum(dim=0)
+    expected = base + 2 * alpha * cross + update
+    mistakes = {
+        "the mixed term is missing: (a + b)² isn't a² + b²": base + update,
+        "the mixed term comes twice: (a + b)² has 2ab": base + alpha * cross + update,
+        "the scaling is squared in the last term": base + 2 * alpha * cross + update / alpha,
+        "alpha is missing": base + 2 * cross + update / alpha**2,
+        "that is the norm; the square was asked for": expected.sqrt(),
+        "one number per output: sum over the inputs, not over the outputs": (W + alpha * (A @ B).T)
+        .square()
+        .sum(dim=0),
+        "that is W alone; the update is missing": base,
+    }
+    answer = function(*_copies(e, "weight", "A", "B", "alpha"))
+    _compare("factored_squares", answer, expected, mistakes)
+    seen: list[tuple[int, ...]] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            names = {"matmul", "mm", "addmm", "einsum", "linear", "bmm", "__matmul__", "__rmatmul__"}
+            if isinstance(result, Tensor) and getattr(func, "__name__", "") in names:
+                seen.append(tuple(result.shape))
+            return result
+
+    with Watch():
+        function(torch.randn(200, 300), torch.randn(300, 2), torch.randn(2, 200), 2.0)
+    if (200, 300) in seen or (300, 200) in seen:
+        raise ExerciseError("right, but A·B was built in full: regroup the last term as B · (AᵀA · B)")
+
+
+@_exercise("8.3")
+def check_mixed_batch(function: Callable[..., Tensor]) -> None:
+    """Check exercise 8.3, DoRA with another adapter for each row of the batch."""
+    __tracebackhide__ = True
+    e, generator = _example(), torch.Generator().manual_seed(3)
+    x, weight, bias = e["x"], e["weight"], e["bias"]
+    A, B, c = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(3, 7, 2), (3, 2, 4), (3, 4)]
+    )
+    choice = torch.tensor([2, 0, 2, 1, 0])
+    base = x @ weight.T
+    update = torch.stack([row @ A[k] @ B[k] for row, k in zip(x, choice.tolist(), strict=True)])
+    expected = c[choice] * (base + update) + bias
+    mistakes = {
+        "every row got the first row's adapter": c[2] * (base + x @ A[2] @ B[2]) + bias,
+        "the bias is scaled; it isn't part of W": c[choice] * (base + update + bias),
+        "that is LoRA per row: where is c?": base + update + bias,
+        "c scales the frozen product too, not the update alone": base + c[choice] * update + bias,
+        "the bias is missing": c[choice] * (base + update),
+        "the updates of all adapters were added up": c[choice]
+        * (base + sum(x @ A[k] @ B[k] for k in range(3)))
+        + bias,
+    }
+    answer = function(
+        x.clone(), weight.clone(), bias.clone(), A.clone(), B.clone(), c.clone(), choice.clone()
+    )
+    _compare("mixed_batch", answer, expected, mistakes)

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from lowrank_utils._arguments import check_last_dimension
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
 from lowrank_utils.lora import AdaptedLinear
+from lowrank_utils.norms import product_and_norm
 
 
-def row_scale(m: Tensor, V: Tensor, detach_norm: bool) -> Tensor:
+def row_scale(m: Tensor, norm: Tensor) -> Tensor:
     """Return c = m/‖V‖, by which each output is multiplied.
 
     A zero row has no direction; its c is 1, so that A and B still get a gradient.
 
     Args:
         m: the magnitude, (out,).
-        V: the directional matrix W + ΔW, (out, in).
-        detach_norm: treat ‖V‖ as a constant in the backward pass.
+        norm: ‖V‖, the lengths of the rows of V = W + ΔW, (out,).
 
     Returns:
         Shape (out,), in the dtype of m.
     """
     # Rounded as m is: at the start c is then exactly 1 in every dtype.
-    norm = row_norms(V.detach() if detach_norm else V).to(m.dtype)
+    norm = norm.to(m.dtype)
     zero = norm == 0
     return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
 
@@ -62,7 +62,8 @@ class LinearWithDoRAMerged(AdaptedLinear):
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, c ⊙ V, (out, in)."""
         V = self.updated_weight()
-        return row_scale(self.m, V, self.detach_norm).unsqueeze(1) * V
+        norm = row_norms(V.detach() if self.detach_norm else V)
+        return row_scale(self.m, norm).unsqueeze(1) * V
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
@@ -74,14 +75,16 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     """DoRA unmerged and exact: y = c ⊙ (xWᵀ + s·xAB) + b, the bias not scaled.
 
     A row's scale can be applied to the weight or to the output that the row produces, so this
-    equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is.
+    equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is needed for its norms
+    alone, and those cost less than V (``norms.product_and_norm``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        c = row_scale(self.m, self.updated_weight(), self.detach_norm)
-        y = F.linear(x, self.linear.weight) + self.lora(x)
+        xW, norm = product_and_norm(self, x, self.detach_norm)
+        c = row_scale(self.m, norm)
+        y = xW + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
         y = c.to(y.dtype) * y
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -25,6 +25,7 @@ CODE = (
     "experiment",
     "lora",
     "methods",
+    "norms",
     "settings",
     "training",
 )

@@ -191,6 +191,20 @@ def scores_emptied(scores):
     return best
 
 
+def factored(w, A, B, a, twice=2, alpha_squared=True):
+    squares = w.square().sum(1) + twice * a * ((w @ A) * B.T).sum(1)
+    return squares + (a**2 if alpha_squared else a) * ((A.T @ A @ B) * B).sum(0)
+
+
+def mixed(x, w, b, A, B, c, choice):
+    update = torch.bmm(torch.bmm(x.unsqueeze(1), A[choice]), B[choice]).squeeze(1)
+    return c[choice] * (x @ w.T + update) + b
+
+
+def mixed_lora(x, w, b, A, B, c, choice):
+    return mixed(x, w, b, A, B, torch.ones_like(c), choice)
+
+
 SOLUTIONS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
     "smallest_rank": lambda s, share: (
@@ -215,6 +229,9 @@ SOLUTIONS = {
     "chosen_rate": lambda scores: max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate])),
     "interval": t_interval,
     "matched_ranks": matched_ranks,
+    "to_peft": lambda A, B, a: (A.T, B.T, a * A.shape[1]),
+    "factored_squares": factored,
+    "mixed_batch": mixed,
 }
 
 # Further right answers, as other learners would write them.
@@ -404,6 +421,32 @@ MISTAKES = {
         (lambda layers, r: matched_ranks(layers, r, lambda pair: -pair[1]), "most outputs"),
         (lambda layers, r: r + 1, "with a rank for each of 3 layers"),  # noqa: ARG005
         (lambda layers, r: (matched_ranks(layers, r) * 2)[:3], "a rank for each of 2 layers"),
+    "to_peft": [
+        (lambda A, B, a: (A, B.T, a * 3), "PEFT's A is"),
+        (lambda A, B, a: (A.T, B, a * 3), "PEFT's B is"),
+        (lambda A, B, a: (B.T, A.T, a * 3), "changed places"),
+        (lambda A, B, a: (A.T, B.T, a / 3), "multiply by it"),
+        (lambda A, B, a: (A.T, B.T, a), "scaling itself"),
+        (lambda A, B, a: (A.T, B.T, a * 3**0.5), "rsLoRA"),
+    ],
+    "factored_squares": [
+        (lambda w, A, B, a: factored(w, A, B, a, twice=0), "mixed term is missing"),
+        (lambda w, A, B, a: factored(w, A, B, a, twice=1), "comes twice"),
+        (lambda w, A, B, a: factored(w, A, B, a, alpha_squared=False), "squared in the last term"),
+        (lambda w, A, B, a: factored(w, A, B, 1), "alpha is missing"),  # noqa: ARG005
+        (lambda w, A, B, a: factored(w, A, B, a).sqrt(), "that is the norm"),
+        (lambda w, A, B, a: V_of(w, A, B, a).square().sum(0), "sum over the inputs"),
+        (lambda w, A, B, a: w.square().sum(1), "W alone"),  # noqa: ARG005
+        (lambda w, A, B, a: V_of(w, A, B, a).square().sum(1), "A·B was built in full"),
+    ],
+    "mixed_batch": [
+        (lambda x, w, b, A, B, c, k: mixed(x, w, b, A, B, c, k[:1].expand(5)), "the first row's adapter"),
+        (lambda x, w, b, A, B, c, k: mixed(x, w, b * 0, A, B, c, k) + c[k] * b, "bias is scaled"),
+        (mixed_lora, "where is c"),
+        (lambda x, w, b, A, B, c, k: x @ w.T + c[k] * (mixed_lora(x, w * 0, 0, A, B, c, k)) + b, "frozen product too"),
+        (lambda x, w, b, A, B, c, k: mixed(x, w, 0, A, B, c, k), "bias is missing"),  # noqa: ARG005
+        (lambda x, w, b, A, B, c, k: c[k] * (x @ w.T + sum(x @ p @ q for p, q in zip(A, B, strict=True))) + b,
+            "added up"),
     ],
 }  # fmt: skip
 
@@ -474,5 +517,6 @@ def test_the_core_exercises_know_four_mistakes_or_more():
         "split_rows",
         "dora_output",
         "paired_difference",
+        "factored_squares",
     ]
     assert all(len(MISTAKES[name]) >= 4 for name in core)

@@ -1,0 +1,222 @@
+"""The row norms of W + ΔW that DoRA divides by: two ways to compute them, and when to compute them at all.
+
+Notebook 8 derives the factored way. Storing the norms of an updated weight without the weight is
+also the subject of "Scaling DoRA: High-Rank Adaptation via Factored Norms and Fused Kernels", arXiv 2603.22276.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_utils._arguments import is_adapter
+from lowrank_utils.decompose import row_norms
+from lowrank_utils.lora import AdaptedLinear
+
+
+def factored_row_norms(W: Tensor, A: Tensor, B: Tensor, alpha: float, AW: Tensor | None = None) -> Tensor:
+    """Return ‖W + s·(A·B)ᵀ‖ by rows from products with the thin factors alone; A·B is never formed.
+
+    ‖W + sBᵀAᵀ‖² = ‖W‖² + 2s·Σ_r (AᵀWᵀ) ⊙ B + s²·Σ_r (AᵀA·B) ⊙ B, summed over the rank. The sum
+    loses digits where the update takes most of a row away, so rows that have become shorter than half of W's
+    are computed from the updated weight. For all others no term is larger than 12‖V‖², so of rounding errors
+    there is at most a small multiple.
+
+    Args:
+        W: the weight, (out, in).
+        A: the first factor, (in, r), in the dtype of W: float32 or float64.
+        B: the second, (r, out).
+        alpha: the scaling s.
+        AW: AᵀWᵀ, (r, out), if it is there already.
+
+    Returns:
+        Shape (out,), in the dtype of W. Without a gradient.
+    """
+    with torch.no_grad():
+        AW = F.linear(A.T, W) if AW is None else AW
+        squares = torch.linalg.vector_norm(W, dim=1).square_()
+        update = torch.addmm(AW, A.T @ A, B, beta=2 * alpha, alpha=alpha**2)
+        sums = torch.linalg.vecdot(update, B, dim=0).add_(squares)
+        # Written so that NaN and what overflows count as unsafe too, and a row of zeros as well.
+        safe = (
+            (sums > squares.mul_(0.25))
+            & (sums < torch.finfo(W.dtype).max)
+            & (sums > torch.finfo(W.dtype).tiny)
+        )
+        norms = sums.sqrt_()
+        if not safe.all():
+            rows = (~safe).nonzero().squeeze(1)
+            norms[rows] = row_norms(torch.addmm(W[rows], B[:, rows].T, A.T, alpha=alpha)).to(W.dtype)
+    return norms
+
+
+class _ProductsWithFrozen(torch.autograd.Function):
+    """x·Wᵀ and Aᵀ·Wᵀ out of one product: Aᵀ's rows are appended to x's, so that W is read once.
+
+    Autograd alone would send the appended rows through the backward pass as well, as zeros.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        products = F.linear(torch.cat([x, A.T]), W)
+        return products[: len(x)], products[len(x) :]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        x, W, _ = inputs
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, W = ctx.saved_tensors
+        return grad @ W if ctx.needs_input_grad[0] else None, grad.T @ x if x is not None else None, None
+
+
+def factored_norm_pays(x: Tensor, W: Tensor, A: Tensor) -> bool:
+    """Tell whether ``factored_row_norms`` is the faster way for an input x (…, in), and a safe one.
+
+    Forward and backward on one and on two threads of an x86-64 server, batch 64, as a multiple of LoRA's time,
+    A·B formed → factored: at 784 → 128 rank 4, 1.4 → 1.5; at 512 → 512 rank 8, 1.4 → 1.3; at 1024 → 1024 rank 8,
+    1.5 → 1.2; at 4096 → 4096 rank 8, 2.7 → 1.1, rank 64, 3.0 → 1.4 (benchmarks/adapter_speed.py). So it pays
+    for weights from 2¹⁸ entries on, below which its many small steps take longer than A·B.
+    """
+    rank = A.shape[1]
+    return (
+        values_can_be_read(W)
+        # A product in half precision would lose the norm's digits, also under autocast.
+        and x.dtype == W.dtype == A.dtype
+        and W.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(W.device.type)
+        and W.numel() >= 2**18
+        # With more rank than this AᵀWᵀ costs as much as A·B and the sums come on top.
+        and 4 * rank <= min(W.shape)
+    )
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Tell whether a result can be looked at on the way: not while torch compiles, batches or only infers shapes."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def formed_row_norms(V: Tensor) -> Tensor:
+    """Return ``row_norms(V)``, in float32 for a float32 V if its squares neither vanish nor overflow there.
+
+    At 784 → 128 the float64 copy that ``row_norms`` makes takes a tenth of a training step and twice V's memory.
+    """
+    if V.dtype == torch.float32 and not V.requires_grad and values_can_be_read(V):
+        norms = torch.linalg.vector_norm(V, dim=1)
+        if ((norms > 1e-15) & (norms < 1e15)).all():
+            return norms
+    return row_norms(V)
+
+
+def product_and_norm(layer: AdaptedLinear, x: Tensor, detach_norm: bool) -> tuple[Tensor, Tensor]:
+    """Return x·Wᵀ, (…, out), and ‖W + ΔW‖ by rows, (out,).
+
+    It gives what ``F.linear(x, W)`` and ``row_norms(layer.updated_weight())`` give, up to rounding, without
+    forming ΔW where that is faster.
+
+    Args:
+        layer: the adapted layer, with W and the factors.
+        x: its input, (…, in).
+        detach_norm: leave out the gradient of the norm. With False the norm has it, and ΔW is formed.
+    """
+    W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
+    with_gradient = torch.is_grad_enabled() and not detach_norm
+    if not torch.compiler.is_compiling() and (kept := _kept_norm(layer)) is not None:
+        return F.linear(x, W), kept
+    if with_gradient or not factored_norm_pays(x, W, A):
+        with torch.set_grad_enabled(with_gradient):
+            norm = formed_row_norms(layer.updated_weight())
+        return F.linear(x, W), norm
+    product, AW = _ProductsWithFrozen.apply(x.reshape(-1, x.shape[-1]), W, A.detach())
+    return product.reshape(*x.shape[:-1], len(W)), factored_row_norms(W, A, B, layer.lora.alpha, AW)
+
+
+# What `constant_weights` keeps, in the thread that asked for it alone: layer → norm, and the tensors it came from.
+_KEPT: ContextVar[dict[nn.Module, tuple[Tensor, list[Any]] | None]] = ContextVar("kept norms")
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer needs its norms only once.
+
+    Inside the block, a layer in evaluation mode computes ‖V‖ in its first forward pass without gradients
+    and keeps it. A new norm is computed after ``load_state_dict``, a conversion, another change that torch
+    counts, or a forward pass with gradients, which an optimizer needs before its step. Copies of the
+    model made in the block keep nothing. Some changes aren't counted (through ``.data``, by a
+    fused optimizer), so at the end of the block every kept norm is compared with a new one::
+
+        model.eval()
+        with torch.no_grad(), constant_weights(model):
+            ...  # predict as often as you like
+
+    Args:
+        model: a module with adapters in it.
+
+    Raises:
+        RuntimeError: at the end of the block, if weights were changed unnoticed. The outputs
+            since that change were computed with old norms.
+    """
+    kept: dict[nn.Module, tuple[Tensor, list[Any]] | None]
+    kept = {module: None for module in model.modules() if is_adapter(module)}
+    token = _KEPT.set({**_KEPT.get({}), **kept})
+    try:
+        yield
+        entries = _KEPT.get()
+    finally:
+        _KEPT.reset(token)
+    names = {module: name for name, module in model.named_modules()}
+    stale = [names.get(layer, type(layer).__name__) for layer in kept if _is_stale(layer, entries[layer])]
+    if stale:
+        raise RuntimeError(
+            f"the weights of {', '.join(stale)} changed inside constant_weights, where they must not: "
+            "outputs since then used the norms from before the change. Change weights outside the block"
+        )
+
+
+def _kept_norm(layer: AdaptedLinear) -> Tensor | None:
+    """Return the norm that may be used again, or None."""
+    kept = _KEPT.get({})
+    if layer not in kept:
+        return None
+    tensors = (layer.linear.weight, layer.lora.A, layer.lora.B)
+    if layer.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        kept[layer] = None
+        return None
+    now = _marks(tensors, layer.lora.alpha)
+    entry = kept[layer]
+    if entry is None or entry[1] != now:
+        entry = kept[layer] = (_norm_now(layer), now)
+    return entry[0]
+
+
+def _marks(tensors: tuple[Tensor, ...], alpha: float) -> list[Any]:
+    """Return what differs after every change that torch notices: another tensor, dtype, place or version."""
+    marks = [(id(t), t.dtype, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    return [*marks, alpha]
+
+
+@torch.no_grad()
+def _norm_now(layer: AdaptedLinear) -> Tensor:
+    W, A = layer.linear.weight, layer.lora.A
+    if factored_norm_pays(W, W, A):
+        return factored_row_norms(W, A, layer.lora.B, layer.lora.alpha)
+    return formed_row_norms(layer.updated_weight())
+
+
+def _is_stale(layer: nn.Module, entry: tuple[Tensor, list[Any]] | None) -> bool:
+    if entry is None or not isinstance(layer, AdaptedLinear):
+        return False
+    norm, marks = entry
+    if marks != _marks((layer.linear.weight, layer.lora.A, layer.lora.B), layer.lora.alpha):
+        # Torch noticed this change, and the next forward pass would have, too.
+        return False
+    return not torch.allclose(_norm_now(layer), norm, rtol=64 * torch.finfo(layer.lora.A.dtype).eps, atol=0)

@@ -1,0 +1,401 @@
+"""The row norms that DoRA divides by: two ways that agree, the rule between them, and norms that are kept."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from support import assert_close, linear_layer, move, moved, normal
+from torch import nn
+
+from lowrank_utils import norms
+from lowrank_utils.decompose import row_norms
+from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
+from lowrank_utils.norms import (
+    constant_weights,
+    factored_norm_pays,
+    factored_row_norms,
+    formed_row_norms,
+    product_and_norm,
+)
+
+LARGE = (512, 600)
+
+
+def exact(W, A, B, alpha):
+    return row_norms(W.double() + alpha * (A.double() @ B.double()).T)
+
+
+@pytest.fixture
+def factored_for_all(monkeypatch):
+    """Take the factored way at any size, so that small examples reach it."""
+    rule = norms.factored_norm_pays
+
+    def without_size(x, W, A):
+        grown = W.new_zeros(4096, 4096) if W.dtype in (torch.float32, torch.float64) else W
+        return rule(x, grown, A)
+
+    monkeypatch.setattr(norms, "factored_norm_pays", without_size)
+
+
+def large_layer(dtype=torch.float32, rank=8, **options):
+    """A layer above the rule's size, moved as training would: ΔW about as long as W."""
+    linear = linear_layer(*LARGE, dtype=dtype)
+    layer = LinearWithDoRA(linear, rank, 0.5, **options)
+    move(layer)
+    with torch.no_grad():
+        layer.lora.A /= rank**0.5
+    return layer
+
+
+# --- The factored way -----------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from([0.3, 1.0, -2.5]),
+    st.integers(0, 10**6),
+)
+def test_both_ways_agree(in_dim, out_dim, rank, alpha, seed):
+    W, A, B = (
+        normal(out_dim, in_dim, seed=seed),
+        normal(in_dim, rank, seed=seed + 1),
+        normal(rank, out_dim, seed=seed + 2),
+    )
+    assert_close(factored_row_norms(W, A, B, alpha), exact(W, A, B, alpha), rtol=1e-13)
+
+
+@pytest.mark.parametrize("size", [(1024, 300), (4096, 64)])
+def test_both_ways_agree_in_float32(size):
+    in_dim, out_dim = size
+    W, A, B = (
+        normal(out_dim, in_dim).float(),
+        normal(in_dim, 8, seed=1).float(),
+        normal(8, out_dim, seed=2).float(),
+    )
+    actual = factored_row_norms(W, A, B, 0.4)
+    assert actual.dtype == torch.float32
+    assert ((actual - exact(W, A, B, 0.4)).abs() / exact(W, A, B, 0.4)).max() < 2e-6
+
+
+@pytest.mark.parametrize("left", [0.7, 0.3, 0.1, 1e-2, 1e-3, 1e-5])
+def test_rows_that_the_update_takes_away_keep_their_digits(left):
+    # B's rows are W's, so s = left − 1 shortens a row to a fraction of W's; only half the rows.
+    A = torch.linalg.qr(normal(700, 8))[0].float()
+    B = normal(8, 40, seed=1).float()
+    W = (A @ B).T.contiguous()
+    B[:, ::2] = 0
+    actual, expected = factored_row_norms(W, A, B, left - 1), exact(W, A, B, left - 1)
+    # A float32 V has digits to lose too: what is left of W after a subtraction.
+    assert ((actual - expected).abs() / expected).max() < 1e-6 / left
+    assert torch.equal(expected[1::2] < 0.999 * row_norms(W)[1::2], torch.ones(20, dtype=torch.bool))
+
+
+def test_the_formula_alone_would_lose_them():
+    # Which shows that the test above would notice.
+    A = torch.linalg.qr(normal(700, 8))[0].float()
+    B = normal(8, 40, seed=1).float()
+    W, s = (A @ B).T.contiguous(), 1e-3 - 1
+    AW = F.linear(A.T, W)
+    squares = row_norms(W).float() ** 2 + ((2 * s * AW + s**2 * (A.T @ A @ B)) * B).sum(0)
+    error = (squares.clamp(min=0).sqrt() - exact(W, A, B, s)).abs() / exact(W, A, B, s)
+    assert error.max() > 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+def test_rows_whose_squares_leave_the_range_of_float32(scale):
+    W, A, B = (
+        (normal(6, 700) * scale).float(),
+        normal(700, 2, seed=1).float(),
+        (normal(2, 6, seed=2) * scale).float(),
+    )
+    W[3] = 0
+    B[:, 3] = 0
+    actual = factored_row_norms(W, A, B, 0.1)
+    torch.testing.assert_close(actual.double(), exact(W, A, B, 0.1), rtol=1e-5, atol=0)
+    assert actual[3] == 0
+
+
+@pytest.mark.usefixtures("factored_for_all")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
+def test_the_layer_gives_the_merged_forms_outputs_and_gradients(bias, batch, monkeypatch):
+    called = []
+    monkeypatch.setattr(norms, "factored_row_norms", lambda *a: called.append(1) or factored_row_norms(*a))
+    layers = [moved(cls, linear_layer(bias=bias), rank=2) for cls in (LinearWithDoRA, LinearWithDoRAMerged)]
+    x, G = normal(*batch, 7, seed=20), normal(*batch, 5, seed=21)
+    found = []
+    for layer in layers:
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs)
+        (y * G).sum().backward()
+        found.append([y, inputs.grad, *(p.grad for p in layer.parameters())])
+    assert called == [1]
+    for fast, plain in zip(*found, strict=True):
+        assert_close(fast, plain, atol=1e-13)
+
+
+@pytest.mark.usefixtures("factored_for_all")
+def test_the_gradients_of_the_fast_product_are_those_of_finite_differences():
+    W, A, x = (normal(*shape, seed=i).requires_grad_() for i, shape in enumerate([(5, 7), (7, 2), (4, 7)]))
+    product = norms._ProductsWithFrozen.apply
+    assert torch.autograd.gradcheck(lambda x, W: product(x, W, A)[0], (x, W))
+    assert torch.autograd.gradgradcheck(lambda x, W: product(x, W, A)[0], (x, W))
+    assert not product(x, W, A)[1].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_layer_gives_the_merged_forms_outputs(dtype):
+    layer = large_layer(dtype)
+    twin = LinearWithDoRAMerged(layer.linear, 8, 0.5)
+    twin.load_state_dict(layer.state_dict())
+    x = normal(3, LARGE[0], dtype=dtype)
+    assert factored_norm_pays(x, layer.linear.weight, layer.lora.A)
+    assert_close(layer(x), twin(x), rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_x_is_not_kept_for_one():
+    layer = large_layer()
+    layer.linear.requires_grad_(False)
+    x = normal(3, LARGE[0], dtype=torch.float32).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.linear.weight.grad is None
+    assert x.grad.abs().max() > 0
+
+
+@given(
+    st.integers(1, 800), st.sampled_from([1e-30, 1e-18, 1e-3, 1.0, 1e10, 1e18, 1e30]), st.integers(0, 10**6)
+)
+def test_norms_in_float32_are_those_in_float64_up_to_rounding(in_dim, scale, seed):
+    V = (normal(6, in_dim, seed=seed) * scale).float()
+    V[2] = 0
+    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+    V[2] = 1 if 1e-10 < scale < 1e10 else scale
+    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("size", "factored"), [((7, 5), False), (LARGE, True)])
+def test_layers_stacked_by_vmap_give_their_own_outputs(size, factored):
+    layers = [moved(LinearWithDoRA, linear_layer(*size, dtype=torch.float32, seed=s), seed=s) for s in (0, 9)]
+    x = normal(3, size[0], dtype=torch.float32)
+    assert factored_norm_pays(x, layers[0].linear.weight, layers[0].lora.A) == factored
+    state = torch.func.stack_module_state(layers)
+    outputs = torch.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
+    for output, layer in zip(outputs, layers, strict=True):
+        assert_close(output, layer(x), rtol=1e-5)
+
+
+# --- The rule -------------------------------------------------------------------------------
+
+
+def test_the_rule():
+    def pays(out_dim, in_dim, rank=8, dtype=torch.float32, x_dtype=None, device="cpu"):
+        W, A = (
+            torch.empty(out_dim, in_dim, dtype=dtype, device=device),
+            torch.empty(in_dim, rank, dtype=dtype),
+        )
+        return factored_norm_pays(torch.empty(2, in_dim, dtype=x_dtype or dtype), W, A)
+
+    assert pays(1024, 1024)
+    assert pays(4096, 4096, rank=64)
+    assert pays(512, 512, dtype=torch.float64)
+    assert not pays(128, 784)
+    assert not pays(1024, 1024, rank=257)
+    assert not pays(1024, 1024, dtype=torch.bfloat16)
+    assert not pays(1024, 1024, dtype=torch.float16)
+    assert not pays(1024, 1024, device="meta")
+    assert not pays(1024, 1024, x_dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not pays(1024, 1024)
+
+
+def test_a_kept_gradient_of_the_norm_forms_the_weight():
+    layer = large_layer(detach_norm=False)
+    norm = product_and_norm(layer, normal(2, LARGE[0], dtype=torch.float32), detach_norm=False)[1]
+    assert norm.requires_grad
+    with torch.no_grad():
+        assert not product_and_norm(layer, normal(2, LARGE[0], dtype=torch.float32), detach_norm=False)[
+            1
+        ].requires_grad
+
+
+def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
+    layer = large_layer()
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(normal(2, LARGE[0], dtype=torch.float64))
+
+
+# --- Norms that are kept --------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Count how often norms are computed."""
+    calls = []
+    for name in ("factored_row_norms", "formed_row_norms"):
+        function = getattr(norms, name)
+        monkeypatch.setattr(norms, name, lambda *a, f=function: calls.append(1) or f(*a))
+    return calls
+
+
+def kept_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        large_layer(), nn.ReLU(), moved(LinearWithDoRA, linear_layer(600, 5, dtype=torch.float32))
+    )
+    return model.requires_grad_(False).eval()
+
+
+X = normal(3, LARGE[0], dtype=torch.float32)
+
+
+def close(actual, expected, rtol=1e-5, atol=0.0):
+    assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def test_norms_are_computed_once_while_the_weights_are_constant(computed):
+    model = kept_model()
+    expected = model(X)
+    computed.clear()
+    with torch.no_grad(), constant_weights(model):
+        outputs = [model(X) for _ in range(5)]
+        assert len(computed) == 2
+    # The end of the block computes them once more, to compare.
+    assert len(computed) == 4
+    for output in outputs:
+        close(output, expected)
+    computed.clear()
+    model(X)
+    assert len(computed) == 2, "kept beyond the block"
+
+
+def changed_by(change):
+    """Return outputs in one block after a change, beside those of a model that never kept anything."""
+    model = kept_model()
+    with torch.no_grad(), constant_weights(model):
+        before = model(X)
+        change(model)
+        after = model(X.to(model[0].m.dtype))
+    assert not torch.allclose(before.double(), after.double(), atol=1e-3)
+    return after, model(X.to(model[0].m.dtype))
+
+
+CHANGES = {
+    "an edit in place": lambda model: model[0].lora.B.mul_(2),
+    "of A": lambda model: model[0].lora.A.mul_(2),
+    "of W": lambda model: model[2].linear.weight.add_(1),
+    "another parameter": lambda model: setattr(model[0].lora, "B", nn.Parameter(3 * model[0].lora.B)),
+    "alpha": lambda model: setattr(model[0].lora, "alpha", 4.0),
+    "load_state_dict": lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}),
+    "assigning load_state_dict": lambda model: model.load_state_dict(
+        {k: v * 2 if k.endswith("B") else v for k, v in model.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_that_torch_notices_is_seen_at_once(name):
+    after, fresh = changed_by(CHANGES[name])
+    close(after, fresh)
+
+
+def test_another_dtype_is_seen_at_once():
+    model = kept_model()
+    with torch.no_grad(), constant_weights(model):
+        model(X)
+        model.double()
+        close(model(X.double()), kept_model().double()(X.double()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["linear.weight", "lora.A", "lora.B"])
+def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part):
+    model = kept_model()
+
+    def predict_and_change():
+        with torch.no_grad(), constant_weights(model):
+            model(X)
+            model[2].get_parameter(part).data.mul_(1.5)
+            model(X)
+
+    with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
+        predict_and_change()
+
+
+def test_a_fused_optimizer_in_evaluation_mode_never_goes_unnoticed():
+    model = kept_model()
+    model[2].lora.requires_grad_(True)
+    optimizer = torch.optim.Adam(model[2].lora.parameters(), lr=0.1, fused=True)
+    with constant_weights(model):
+        for _ in range(3):
+            with torch.no_grad():
+                kept = model(X)
+            close(model(X), kept)
+            optimizer.zero_grad()
+            model(X).pow(2).mean().backward()
+            optimizer.step()
+
+    def predict_between_loss_and_step():
+        with constant_weights(model):
+            loss = model(X).pow(2).mean()
+            with torch.no_grad():
+                model(X)
+            loss.backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="changed inside"):
+        predict_between_loss_and_step()
+
+
+def test_in_training_mode_nothing_is_kept(computed):
+    model = kept_model().train()
+    with torch.no_grad(), constant_weights(model):
+        model(X)
+        model[2].lora.B.data.mul_(2)
+        close(model(X), copy.deepcopy(model)(X))
+    computed.clear()
+
+
+def test_a_copy_made_in_the_block_keeps_nothing():
+    model = kept_model()
+    with torch.no_grad(), constant_weights(model):
+        model(X)
+        twin = copy.deepcopy(model)
+        twin[0].lora.B.data.mul_(2)
+        output = twin(X)
+    close(output, twin(X))
+    assert not torch.allclose(output, model(X), atol=1e-3)
+
+
+def test_other_models_and_inner_blocks():
+    model, other = kept_model(), kept_model()
+    with torch.no_grad(), constant_weights(model):
+        model(X)
+        other(X)
+        other[0].lora.B.data.mul_(2)  # not part of the promise
+        with constant_weights(other):
+            close(other(X), copy.deepcopy(other)(X))
+            close(model(X), copy.deepcopy(model)(X))
+
+
+def test_an_error_in_the_block_is_the_one_that_is_raised():
+    model = kept_model()
+
+    def fail_after_a_change():
+        with torch.no_grad(), constant_weights(model):
+            model(X)
+            model[0].lora.B.data.mul_(2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_after_a_change()
+
+
+def test_inference_mode_and_parameters_made_in_it():
+    with torch.inference_mode():
+        model = kept_model()
+        with constant_weights(model):
+            close(model(X), model(X))
