@@ -77,7 +77,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(float(np.mean(values)), low, high, len(values))
 
 
-def paired_difference(
+def difference_interval(
     first: Mapping[Any, float], second: Mapping[Any, float], comparisons: int = 1
 ) -> Difference:
     """Return by how much ``first`` exceeds ``second``, taking the difference for each seed.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_utils.intervals import mean_interval, paired_difference
+from lowrank_utils.intervals import difference_interval, mean_interval
 from lowrank_utils.methods import METHODS
 
 # The settings that tell one task from another.
@@ -102,7 +102,7 @@ def differences(
                     pairs.append((values, other if rank is None else rank, one, two))
     rows = []
     for values, rank, one, two in pairs:
-        difference = paired_difference(one, two, comparisons=len(pairs))
+        difference = difference_interval(one, two, comparisons=len(pairs))
         verdict = difference.verdict().replace("is better", exceeds)
         rows.append(
             dict(zip(TASK, values, strict=True))

@@ -421,6 +421,7 @@ MISTAKES = {
         (lambda layers, r: matched_ranks(layers, r, lambda pair: -pair[1]), "most outputs"),
         (lambda layers, r: r + 1, "with a rank for each of 3 layers"),  # noqa: ARG005
         (lambda layers, r: (matched_ranks(layers, r) * 2)[:3], "a rank for each of 2 layers"),
+    ],
     "to_peft": [
         (lambda A, B, a: (A, B.T, a * 3), "PEFT's A is"),
         (lambda A, B, a: (A.T, B, a * 3), "PEFT's B is"),

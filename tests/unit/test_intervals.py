@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowrank_utils.intervals import Difference, mean_interval, paired_difference
+from lowrank_utils.intervals import Difference, difference_interval, mean_interval
 
 
 def by_seed(values):
@@ -37,7 +37,7 @@ def test_a_difference_is_taken_in_pairs():
     shared = np.random.default_rng(1).normal(0.8, 0.1, size=10)
     noise = np.random.default_rng(2).normal(0, 0.002, size=10)
     first, second = by_seed(shared + 0.01 + noise), by_seed(shared)
-    difference = paired_difference(first, dict(reversed(second.items())))
+    difference = difference_interval(first, dict(reversed(second.items())))
     reference = stats.ttest_rel(list(first.values()), list(second.values()))
     ends = reference.confidence_interval(0.95)
     assert difference.mean == pytest.approx(0.01 + noise.mean())
@@ -50,7 +50,7 @@ def test_a_difference_is_taken_in_pairs():
 @pytest.mark.parametrize("comparisons", [1, 6, 24])
 def test_the_correction_is_bonferronis(comparisons):
     first, second = by_seed([0.5, 0.7, 0.6, 0.9]), by_seed([0.4, 0.65, 0.6, 0.7])
-    difference = paired_difference(first, second, comparisons)
+    difference = difference_interval(first, second, comparisons)
     ends = stats.ttest_rel(list(first.values()), list(second.values())).confidence_interval(
         1 - 0.05 / comparisons
     )
@@ -65,7 +65,7 @@ def test_all_corrected_intervals_of_a_family_hold_together():
     families = generator.normal(0, 1, size=(600, 8, 5))
     held = 0
     for family in families:
-        rows = [paired_difference(by_seed(row), by_seed([0.0] * 5), comparisons=8) for row in family]
+        rows = [difference_interval(by_seed(row), by_seed([0.0] * 5), comparisons=8) for row in family]
         held += all(row.low_corrected <= 0 <= row.high_corrected for row in rows)
     assert held / 600 >= 0.93  # at least 0.95, less two standard errors
     assert held / 600 < 1
@@ -98,12 +98,12 @@ def test_the_margin_decides_what_counts_as_a_difference():
 
 
 def test_differences_without_any_spread():
-    same = paired_difference(by_seed([0.5, 0.6]), by_seed([0.5, 0.6]))
+    same = difference_interval(by_seed([0.5, 0.6]), by_seed([0.5, 0.6]))
     assert (same.mean, same.low, same.high, same.effect) == (0, 0, 0, 0)
     assert same.verdict() == "no difference"
-    steady = paired_difference(by_seed([0.75, 1.0]), by_seed([0.5, 0.75]), comparisons=5)
+    steady = difference_interval(by_seed([0.75, 1.0]), by_seed([0.5, 0.75]), comparisons=5)
     assert (steady.low_corrected, steady.high_corrected, steady.effect) == (0.25, 0.25, math.inf)
-    assert paired_difference(by_seed([0.5, 0.75]), by_seed([0.75, 1.0])).effect == -math.inf
+    assert difference_interval(by_seed([0.5, 0.75]), by_seed([0.75, 1.0])).effect == -math.inf
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_differences_without_any_spread():
 )
 def test_what_has_no_interval_is_refused(first, second, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        paired_difference(first, second)
+        difference_interval(first, second)
     with pytest.raises(ValueError, match="comparisons must be a whole number, 1 or more"):
-        paired_difference({1: 0.5, 2: 0.6}, {1: 0.5, 2: 0.6}, comparisons=0)
+        difference_interval({1: 0.5, 2: 0.6}, {1: 0.5, 2: 0.6}, comparisons=0)
     with pytest.raises(ValueError, match="values has 0"):
         mean_interval([])

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lowrank_utils.intervals import mean_interval, paired_difference
+from lowrank_utils.intervals import difference_interval, mean_interval
 from lowrank_utils.tables import (
     TASK,
     differences,
@@ -120,7 +120,7 @@ def test_differences_pair_seed_and_rank():
     assert rows["rank"].tolist() == [2, 4]
     for _, row in rows.iterrows():
         one, two = (dict(enumerate(SCORES[method, row["rank"]])) for method in ("DoRA", "LoRA"))
-        expected = paired_difference(one, two, comparisons=2)
+        expected = difference_interval(one, two, comparisons=2)
         for name in ("mean", "low", "high", "low_corrected", "high_corrected", "effect"):
             assert row[name] == pytest.approx(getattr(expected, name), rel=1e-12)
     assert rows["mean"].tolist() == pytest.approx([0.02, 0.01 / 3])
