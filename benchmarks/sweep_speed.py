@@ -17,7 +17,7 @@ import torch
 from results import write_results
 from tqdm import tqdm
 
-ROUNDS = 3
+ROUNDS = 2
 RUNS = 12
 PARAMETERS = {
     "pretraining_seed": [str(seed) for seed in range(RUNS)],

@@ -66,6 +66,7 @@ def prepare(settings: Settings, progress: bool = True) -> tuple[Task, Digits]:
         epochs=settings.pretraining_epochs,
         learning_rate=0.001,
         seed=settings.pretraining_seed,
+        measure_training=False,
         progress=progress,
     )
     return Task(pretrained, shifted.train, shifted.validation), shifted.test
@@ -136,6 +137,7 @@ def adapt(
         batch_size=settings.batch_size,
         seed=seed,
         validation=task.validation,
+        measure_training=False,
         after_epoch=lambda model: changes.append(weight_changes(model, task.pretrained)),
         progress=False,
     )

@@ -79,7 +79,8 @@ class History:
 
     Attributes:
         loss: mean cross-entropy over the epoch's examples, in nats.
-        train_accuracy: fraction of the training digits classified correctly after the epoch.
+        train_accuracy: fraction of the training digits classified correctly after the epoch; empty if it
+            wasn't to be measured.
         validation_accuracy: the same for the validation digits; empty if there were none.
         steps: how many times the weights were updated, in all.
     """
@@ -101,6 +102,7 @@ def train(
     validation: Digits | None = None,
     optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adam,
     after_epoch: Callable[[nn.Module], None] | None = None,
+    measure_training: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -120,6 +122,7 @@ def train(
         validation: digits to measure after each epoch, never to learn from.
         optimizer: called with the trainable parameters and the learning rate.
         after_epoch: called with the model after each epoch, to look at it.
+        measure_training: measure the accuracy on ``digits`` after each epoch, which takes a pass over them.
         device: where to train; by default, where the model is.
         dtype: in which precision to train; by default, the model's.
         progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
@@ -175,7 +178,8 @@ def train(
                     f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
                     f"try a learning rate smaller than {learning_rate:g}, and look for NaN in the images"
                 )
-            history.train_accuracy.append(accuracy(model, digits))
+            if measure_training:
+                history.train_accuracy.append(accuracy(model, digits))
             if validation is not None:
                 history.validation_accuracy.append(accuracy(model, validation))
             if after_epoch is not None:

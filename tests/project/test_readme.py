@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lowrank_utils.tables import differences, read_table, task_name
+from lowrank_utils.tables import differences, means, read_table, spread_over_ranks, task_name
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,37 +93,70 @@ def test_the_tables_of_dora_against_lora_are_those_of_the_results(name, place):
     assert blocks[place].splitlines() == expected
 
 
-def test_the_answer_is_what_the_results_say():
-    table = read_table(RESULTS / "comparison.csv")
-    detached, kept = (differences(table, method, "LoRA") for method in ("DoRA", "DoRA norm kept"))
+def ends_of(values):
+    """Return the smallest and the largest of some differences, as the README writes them."""
+    return [percentage_points(value) for value in (min(values), max(values))]
 
-    def chosen(rows, shifts, condition):
-        return rows[rows["shift"].isin(shifts) & condition(rows["rank"])]
 
-    learned = ["rotation", "permutation"]
-    low = chosen(detached, learned, lambda rank: rank <= 2)
-    assert (low["high_corrected"] < 0).all()
-    ends = [percentage_points(-value).lstrip("+") for value in (low["mean"].max(), low["mean"].min())]
+def excluding_zero(rows):
+    """Return shift and rank of the differences whose corrected interval excludes zero, by its side."""
+    sides = {"above": rows[rows["low_corrected"] > 0], "below": rows[rows["high_corrected"] < 0]}
+    return {side: set(zip(part["shift"], part["rank"], strict=True)) for side, part in sides.items()}
+
+
+def test_the_answer_above_the_small_network_is_what_the_results_say():
+    rows = differences(read_table(RESULTS / "comparison.csv"), "DoRA", "LoRA")
+    learned = rows[rows["shift"].isin(["rotation", "permutation"])]
+    low, high = learned[learned["rank"] <= 2], learned[learned["rank"] >= 4]
+    unseen = rows[(rows["shift"] == "unseen classes") & (rows["rank"] >= 4)]
+    for behind, words in (
+        (low, "rotation and permutation, by {} to {} points with every interval below zero"),
+        (unseen, "it was behind by {} to {} points from rank 4 on"),
+    ):
+        assert (behind["high_corrected"] < 0).all()
+        assert words.format(*(end.lstrip("+") for end in ends_of(-behind["mean"]))) in README
     assert (
-        f"worse at ranks 1 and 2, by {ends[0]} to {ends[1]} points with every interval below zero" in README
+        "between {} and {} points from it, with every interval across zero".format(*ends_of(high["mean"]))
+        in README
     )
-    high = chosen(detached, learned, lambda rank: rank >= 4)
-    ends = [percentage_points(value) for value in (high["mean"].min(), high["mean"].max())]
-    assert f"between {ends[0]} and {ends[1]} points, with every interval across zero" in README
     assert ((high["low_corrected"] < 0) & (high["high_corrected"] > 0)).all()
-    unseen = chosen(detached, ["unseen classes"], lambda rank: rank >= 4)
-    ends = [percentage_points(-value).lstrip("+") for value in (unseen["mean"].max(), unseen["mean"].min())]
-    assert f"ahead by {ends[0]} to {ends[1]} points from rank 4 on" in README
-    assert (unseen["high_corrected"] < 0).all()
-    inverted = chosen(detached, ["inversion"], lambda rank: rank >= 1)
+    inverted = rows[rows["shift"] == "inversion"]
     assert {"DoRA is better", "LoRA is better"} <= set(inverted["verdict"]), "they contradict each other"
-    # Caught up: nowhere behind; ahead in two cells.
-    caught_up = chosen(kept, learned, lambda rank: rank >= 1)
-    assert (caught_up["high_corrected"] > 0).all()
-    ahead = caught_up[caught_up["low_corrected"] > 0]
-    assert set(zip(ahead["shift"], ahead["rank"], strict=True)) == {("permutation", 4), ("permutation", 32)}
-    means = [percentage_points(value).lstrip("+") for value in ahead.sort_values("rank")["mean"]]
-    assert f"ahead at ranks 4 and 32 of the permuted ones, by {means[0]} and {means[1]} points" in README
+    adapters = means(read_table(RESULTS / "comparison.csv"))
+    assert adapters[(adapters["shift"] == "inversion") & adapters["rank"].notna()]["mean"].max() < 0.5
+
+
+def test_the_answer_above_the_better_network_is_what_the_results_say():
+    table = read_table(RESULTS / "comparison_mnist.csv")
+    rows = differences(table, "DoRA", "LoRA")
+    assert excluding_zero(rows) == {
+        "above": {("rotation", 1), ("rotation", 4), ("rotation", 32)},
+        "below": {("unseen classes", 8), ("unseen classes", 16)},
+    }
+    ahead = rows[rows["low_corrected"] > 0]["mean"]
+    assert (
+        "ahead on rotation at ranks 1, 4 and 32, by {} to {} points".format(
+            *(end.lstrip("+") for end in ends_of(ahead))
+        )
+        in README
+    )
+    behind = [percentage_points(-value).lstrip("+") for value in rows[rows["high_corrected"] < 0]["mean"]]
+    assert f"behind on unseen classes at ranks 8 and 16, by {behind[0]} and {behind[1]} points" in README
+    assert f"with {table['seed'].nunique()} seeds ([report](notebooks/results/comparison_mnist.md))" in README
+
+
+def test_the_answer_on_the_two_claims_is_what_the_results_say():
+    varies = []
+    for name in ("comparison", "comparison_mnist"):
+        table = read_table(RESULTS / f"{name}.csv")
+        matched = differences(table, "DoRA", "LoRA matched")
+        assert (matched[matched["rank"] == 1]["mean"] < 0).all()
+        spread = spread_over_ranks(table, ["DoRA", "LoRA"])
+        varies.append(
+            differences(spread, "DoRA", "LoRA", exceeds="varies more")["verdict"].value_counts().to_dict()
+        )
+    # More on two tasks above the first network, less on one above the second.
+    assert varies == [{"DoRA varies more": 2, "undecided": 2}, {"LoRA varies more": 1, "undecided": 3}]
 
 
 def test_two_workers_are_as_much_faster_as_the_readme_says():

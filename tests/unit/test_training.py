@@ -105,6 +105,31 @@ def test_training_in_place_returns_a_history_with_one_entry_per_epoch():
     assert history.validation_accuracy[-1] == accuracy(model, blobs(9, seed=1))
 
 
+def test_training_is_not_measured_unless_wanted_and_ends_alike():
+    models = [perceptron(seed=1) for _ in range(2)]
+    measured, silent = (
+        train(model, blobs(), epochs=2, learning_rate=0.01, measure_training=wanted, progress=False)
+        for model, wanted in zip(models, (True, False), strict=True)
+    )
+    assert len(measured.train_accuracy) == 2
+    assert silent.train_accuracy == []
+    assert silent.loss == measured.loss
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_after_each_epoch_the_model_can_be_looked_at():
+    model, seen = perceptron(), []
+
+    def look(trained):
+        assert trained is model
+        seen.append(trained.layers[0].weight.detach().clone())
+
+    train(model, blobs(), epochs=3, learning_rate=0.01, after_epoch=look, progress=False)
+    assert len(seen) == 3
+    assert torch.equal(seen[-1], model.layers[0].weight)
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_without_validation_its_history_is_empty():
     assert train(perceptron(), blobs(), epochs=2, learning_rate=0.01).validation_accuracy == []
 
