@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_utils.adapt import replace_linear_layers
@@ -606,9 +606,31 @@ def check_to_peft(function: Callable[[Tensor, Tensor, float], tuple[Tensor, Tens
     _compare("to_peft", function(*_copies(e, "A", "B", "alpha")), (A.T, B.T, 3 * alpha), mistakes)
 
 
+class _Watch(TorchDispatchMode):
+    """Note how many operations run, and which results need ``limit`` numbers or more that no input holds."""
+
+    def __init__(self, limit: int, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.limit, self.inputs = limit, inputs
+        self.operations = 0
+        self.large: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        taken = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if not isinstance(part, Tensor) or part.untyped_storage().data_ptr() in taken:
+                continue
+            # The storage counts: what is expanded to a large shape holds few numbers.
+            if part.untyped_storage().nbytes() >= self.limit * part.element_size():
+                self.large.append(part)
+        return result
+
+
 @_exercise("8.2")
 def check_factored_squares(function: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
-    """Check exercise 8.2, the squared row norms of W + ΔW without A·B."""
+    """Check exercise 8.2, the squared row norms of W + ΔW from thin matrices alone."""
     __tracebackhide__ = True
     e = _example()
     W, A, B, alpha = e["weight"], e["A"], e["B"], e["alpha"]
@@ -617,8 +639,19 @@ def check_factored_squares(function: Callable[[Tensor, Tensor, Tensor, float], T
     expected = base + 2 * alpha * cross + update
     mistakes = {
         "the mixed term is missing: (a + b)² isn't a² + b²": base + update,
-        "the mixed term comes twice: (a + b)² has 2ab": base + alpha * cross + update,
-        "the scaling is squared in the last term": base + 2 * alpha * cross + update / alpha,
+        "the mixed term should come twice, as 2ab in (a + b)²; yours comes once": base
+        + alpha * cross
+        + update,
+        "the scaling should be squared in the last term; yours isn't": base
+        + 2 * alpha * cross
+        + update / alpha,
+        "the last term lacks the scaling: u is s·A·b, so what is ‖u‖²?": base
+        + 2 * alpha * cross
+        + update / alpha**2,
+        "the mixed term lacks the scaling: u is s·A·b": base + 2 * cross + update,
+        "the scaling is squared in your mixed term, and should come once: only u has it": base
+        + 2 * alpha**2 * cross
+        + update,
         "alpha is missing": base + 2 * cross + update / alpha**2,
         "that is the norm; the square was asked for": expected.sqrt(),
         "one number per output: sum over the inputs, not over the outputs": (W + alpha * (A @ B).T)
@@ -628,20 +661,25 @@ def check_factored_squares(function: Callable[[Tensor, Tensor, Tensor, float], T
     }
     answer = function(*_copies(e, "weight", "A", "B", "alpha"))
     _compare("factored_squares", answer, expected, mistakes)
-    seen: list[tuple[int, ...]] = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            names = {"matmul", "mm", "addmm", "einsum", "linear", "bmm", "__matmul__", "__rmatmul__"}
-            if isinstance(result, Tensor) and getattr(func, "__name__", "") in names:
-                seen.append(tuple(result.shape))
-            return result
-
-    with Watch():
-        function(torch.randn(200, 300), torch.randn(300, 2), torch.randn(2, 200), 2.0)
-    if (200, 300) in seen or (300, 200) in seen:
-        raise ExerciseError("right, but A·B was built in full: regroup the last term as B · (AᵀA · B)")
+    generator = torch.Generator().manual_seed(1)
+    W, A, B = (torch.randn(*shape, generator=generator) for shape in [(200, 300), (300, 2), (2, 200)])
+    # W·A and its like have 400 numbers, W and A·B 60,000, and W·A·B, of which only the diagonal counts, 40,000.
+    with _Watch(200 * 200, [W, A, B]) as watch:
+        function(W, A, B, 2.0)
+    if W._version or A._version or B._version:
+        raise ExerciseError("right, but weight, A or B was changed in place, and others still need it")
+    for large in watch.large:
+        if large.shape == W.shape and torch.equal(large, W.square()):
+            raise ExerciseError(
+                "right, but the squares of W were stored, a matrix as large as W: "
+                "torch.linalg.vector_norm(weight, dim=1) stores none"
+            )
+        if large.squeeze().shape in {(200, 300), (300, 200)}:
+            raise ExerciseError("right, but A·B was built in full: regroup the last term as B · (AᵀA · B)")
+        raise ExerciseError(
+            f"right, but on the way a result of shape {tuple(large.shape)} was stored, from which one number per "
+            "output is used: multiply thin matrices element by element and sum over r"
+        )
 
 
 @_exercise("8.3")
@@ -657,12 +695,19 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
     choice = torch.tensor([2, 0, 2, 1, 0])
     base = x @ weight.T
     update = torch.stack([row @ A[k] @ B[k] for row, k in zip(x, choice.tolist(), strict=True)])
+    norms = (weight + (A @ B).mT).norm(dim=2)
     expected = c[choice] * (base + update) + bias
     mistakes = {
         "every row got the first row's adapter": c[2] * (base + x @ A[2] @ B[2]) + bias,
         "the bias is scaled; it isn't part of W": c[choice] * (base + update + bias),
         "that is LoRA per row: where is c?": base + update + bias,
-        "c scales the frozen product too, not the update alone": base + c[choice] * update + bias,
+        "c should scale the frozen product too; yours scales the update alone": base
+        + c[choice] * update
+        + bias,
+        "c should scale the update too; yours scales the frozen product alone": c[choice] * base
+        + update
+        + bias,
+        "c is m/‖V‖ already; you divide by the norm once more": (c / norms)[choice] * (base + update) + bias,
         "the bias is missing": c[choice] * (base + update),
         "the updates of all adapters were added up": c[choice]
         * (base + sum(x @ A[k] @ B[k] for k in range(3)))
@@ -672,3 +717,20 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
         x.clone(), weight.clone(), bias.clone(), A.clone(), B.clone(), c.clone(), choice.clone()
     )
     _compare("mixed_batch", answer, expected, mistakes)
+    operations = []
+    for rows, customers in [(4, 3), (40, 30)]:
+        shapes = [(rows, 50), (60, 50), (60,), (customers, 50, 2), (customers, 2, 60), (customers, 60)]
+        inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
+        inputs.append(torch.arange(rows) % customers)
+        with _Watch(customers * 50 * 60, inputs) as watch:
+            function(*inputs)
+        if watch.large:
+            raise ExerciseError(
+                "right, but a weight was built for every row or customer: multiply x by A first, and that by B"
+            )
+        operations.append(watch.operations)
+    if operations[1] > operations[0] + 10:
+        raise ExerciseError(
+            f"right, but with a loop: {operations[0]} operations for 4 rows became {operations[1]} for 40. "
+            "Gather A, B and c with choice"
+        )

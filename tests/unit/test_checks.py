@@ -191,14 +191,71 @@ def scores_emptied(scores):
     return best
 
 
-def factored(w, A, B, a, twice=2, alpha_squared=True):
-    squares = w.square().sum(1) + twice * a * ((w @ A) * B.T).sum(1)
-    return squares + (a**2 if alpha_squared else a) * ((A.T @ A @ B) * B).sum(0)
+def factored(w, A, B, a, twice=2, mixed=1, last=2):
+    """``mixed`` and ``last`` are the powers of the scaling in these two terms."""
+    squares = w.norm(dim=1) ** 2 + twice * a**mixed * ((w @ A) * B.T).sum(1)
+    return squares + a**last * ((A.T @ A @ B) * B).sum(0)
+
+
+def diagonal_of_full(w, A, B, a):
+    return w.norm(dim=1) ** 2 + 2 * a * (w @ A @ B).diag() + a**2 * ((A.T @ A @ B) * B).sum(0)
+
+
+def accumulated_in_place(w, A, B, a):
+    return w.addmm_(B.T, A.T, alpha=a).norm(dim=1) ** 2
+
+
+# Ways to build A·B or V that a list of function names would miss.
+FULL_UPDATES = {
+    "tensordot": lambda w, A, B, a: w + a * torch.tensordot(A, B, dims=1).T,
+    "multi_dot": lambda w, A, B, a: (
+        w + a * torch.linalg.multi_dot([torch.eye(len(A), dtype=A.dtype), A, B]).T
+    ),
+    "baddbmm": lambda w, A, B, a: torch.baddbmm(w[None], B.T[None], A.T[None], alpha=a)[0],
+    "bmm": lambda w, A, B, a: w + a * torch.bmm(B.T[None], A.T[None])[0],
+    "addmm_": lambda w, A, B, a: w.clone().addmm_(B.T, A.T, alpha=a),
+    "outer": lambda w, A, B, a: w + a * sum(torch.outer(b, c) for b, c in zip(B, A.T, strict=True)),
+    "out": lambda w, A, B, a: torch.addmm(w, B.T, A.T, alpha=a, out=torch.empty_like(w)),
+}
 
 
 def mixed(x, w, b, A, B, c, choice):
     update = torch.bmm(torch.bmm(x.unsqueeze(1), A[choice]), B[choice]).squeeze(1)
     return c[choice] * (x @ w.T + update) + b
+
+
+def mixed_by_rows(x, w, b, A, B, c, choice):
+    return torch.stack([c[k] * (row @ w.T + row @ A[k] @ B[k]) + b for row, k in zip(x, choice, strict=True)])
+
+
+def mixed_by_customers(x, w, b, A, B, c, choice):
+    y = x @ w.T
+    for k in range(len(A)):
+        y[choice == k] = c[k] * (y[choice == k] + x[choice == k] @ A[k] @ B[k]) + b
+    return y
+
+
+def mixed_by_weights(x, w, b, A, B, c, choice):
+    weights = c[choice].unsqueeze(2) * (w + (A @ B).mT[choice])
+    return torch.bmm(weights, x.unsqueeze(2)).squeeze(2) + b
+
+
+def mixed_divided_again(x, w, b, A, B, c, choice):
+    return mixed(x, w, b, A, B, c / (w + (A @ B).mT).norm(dim=2), choice)
+
+
+def mixed_by_einsum(x, w, b, A, B, c, choice):
+    update = torch.einsum("br,bro->bo", torch.einsum("bi,bir->br", x, A[choice]), B[choice])
+    return torch.addcmul(b, c[choice], x @ w.T + update)
+
+
+def mixed_by_vmap(x, w, b, A, B, c, choice):
+    update = torch.vmap(lambda row, first, second: row @ first @ second)(x, A[choice], B[choice])
+    return c[choice] * (F.linear(x, w) + update) + b
+
+
+def mixed_of_all(x, w, b, A, B, c, choice):
+    return c[choice] * (x @ w.T + (x @ A @ B)[choice, torch.arange(len(x))]) + b
 
 
 def mixed_lora(x, w, b, A, B, c, choice):
@@ -250,6 +307,27 @@ OTHER_SOLUTIONS = [
     ("dora_output", lambda x, w, b, A, B, a, m: torch.addmm(b, x @ A, B) * 0 + dora(x, w, b, A, B, a, m)),
     ("paired_difference", floats(lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5))),
     ("magnitude_only", magnitudes_by_attribute),
+    (
+        "factored_squares",
+        lambda w, A, B, a: (
+            torch.einsum("oi,oi->o", w, w)
+            + torch.einsum("or,ro->o", 2 * a * (w @ A) + a**2 * (B.T @ (A.T @ A)), B)
+        ),
+    ),
+    (
+        "factored_squares",
+        lambda w, A, B, a: (
+            torch.linalg.vector_norm(w, dim=1).square()
+            + torch.linalg.vecdot(torch.addmm(F.linear(A.T, w), A.T @ A, B, beta=2 * a, alpha=a**2), B, dim=0)
+        ),
+    ),
+    ("mixed_batch", mixed_by_einsum),
+    (
+        "mixed_batch",
+        lambda x, w, b, A, B, c, k: c[k] * (x @ w.T + torch.einsum("bi,bir,bro->bo", x, A[k], B[k])) + b,
+    ),
+    ("mixed_batch", mixed_by_vmap),
+    ("mixed_batch", mixed_of_all),
 ]
 
 # exercise → [(a wrong answer, words of its hint)]
@@ -432,19 +510,37 @@ MISTAKES = {
     ],
     "factored_squares": [
         (lambda w, A, B, a: factored(w, A, B, a, twice=0), "mixed term is missing"),
-        (lambda w, A, B, a: factored(w, A, B, a, twice=1), "comes twice"),
-        (lambda w, A, B, a: factored(w, A, B, a, alpha_squared=False), "squared in the last term"),
+        (lambda w, A, B, a: factored(w, A, B, a, twice=1), "yours comes once"),
+        (lambda w, A, B, a: factored(w, A, B, a, last=1), "should be squared in the last term"),
+        (lambda w, A, B, a: factored(w, A, B, a, last=0), "last term lacks the scaling"),
+        (lambda w, A, B, a: factored(w, A, B, a, mixed=0), "mixed term lacks the scaling"),
+        (lambda w, A, B, a: factored(w, A, B, a, mixed=2), "squared in your mixed term"),
         (lambda w, A, B, a: factored(w, A, B, 1), "alpha is missing"),  # noqa: ARG005
         (lambda w, A, B, a: factored(w, A, B, a).sqrt(), "that is the norm"),
         (lambda w, A, B, a: V_of(w, A, B, a).square().sum(0), "sum over the inputs"),
         (lambda w, A, B, a: w.square().sum(1), "W alone"),  # noqa: ARG005
         (lambda w, A, B, a: V_of(w, A, B, a).square().sum(1), "A·B was built in full"),
+        *[(lambda w, A, B, a, V=V: V(w, A, B, a).norm(dim=1) ** 2, "A·B was built in full")
+          for name, V in FULL_UPDATES.items() if name != "multi_dot"],
+        (lambda w, A, B, a: FULL_UPDATES["multi_dot"](w, A, B, a).norm(dim=1) ** 2, "right, but"),
+        (lambda w, A, B, a: w.norm(dim=1) ** 2 + 2 * a * ((w @ A) * B.T).sum(1)
+            + a**2 * (A[:, None] * B.T[None]).sum(2).square().sum(0), "was stored"),
+        (diagonal_of_full, "shape (200, 200)"),
+        (lambda w, A, B, a: factored(w, A, B, a) - w.norm(dim=1) ** 2 + w.square().sum(1), "squares of W"),
+        (accumulated_in_place, "changed in place"),
     ],
     "mixed_batch": [
         (lambda x, w, b, A, B, c, k: mixed(x, w, b, A, B, c, k[:1].expand(5)), "the first row's adapter"),
         (lambda x, w, b, A, B, c, k: mixed(x, w, b * 0, A, B, c, k) + c[k] * b, "bias is scaled"),
         (mixed_lora, "where is c"),
-        (lambda x, w, b, A, B, c, k: x @ w.T + c[k] * (mixed_lora(x, w * 0, 0, A, B, c, k)) + b, "frozen product too"),
+        (lambda x, w, b, A, B, c, k: x @ w.T + c[k] * (mixed_lora(x, w * 0, 0, A, B, c, k)) + b,
+            "should scale the frozen product too"),
+        (lambda x, w, b, A, B, c, k: c[k] * (x @ w.T) + mixed_lora(x, w * 0, b, A, B, c, k), "should scale the update too"),
+        (mixed_divided_again, "m/‖V‖ already"),
+        (mixed_by_rows, "with a loop"),
+        (mixed_by_customers, "with a loop"),
+        (mixed_by_weights, "a weight was built"),
+        (lambda x, w, b, A, B, c, k: c[k] * (x @ w.T + torch.bmm(x[:, None], (A @ B)[k])[:, 0]) + b, "a weight was built"),
         (lambda x, w, b, A, B, c, k: mixed(x, w, 0, A, B, c, k), "bias is missing"),  # noqa: ARG005
         (lambda x, w, b, A, B, c, k: c[k] * (x @ w.T + sum(x @ p @ q for p, q in zip(A, B, strict=True))) + b,
             "added up"),
