@@ -140,9 +140,15 @@ def test_the_answer_above_the_better_network_is_what_the_results_say():
         )
         in README
     )
+    rates = table[table["shift"] == "rotation"].groupby(["method", "rank"])["learning_rate"].first()
+    differing = {rank for rank in rows["rank"] if rates["LoRA", rank] != rates["DoRA", rank]}
+    assert differing == {1, 4, 32}, "the ranks where the two had chosen different learning rates"
     behind = [percentage_points(-value).lstrip("+") for value in rows[rows["high_corrected"] < 0]["mean"]]
     assert f"behind on unseen classes at ranks 8 and 16, by {behind[0]} and {behind[1]} points" in README
-    assert f"with {table['seed'].nunique()} seeds ([report](notebooks/results/comparison_mnist.md))" in README
+    assert (
+        f"with {table['seed'].nunique()} seeds and one tuning seed ([report](notebooks/results/comparison_mnist.md))"
+        in README
+    )
 
 
 def test_the_answer_on_the_two_claims_is_what_the_results_say():
