@@ -6,13 +6,12 @@ import os
 import shutil
 
 import pytest
-from test_settings import GOOD
 
-from lowrank_utils.grid import SweepError
+from lowrank_utils.grid import NOTEBOOK, SweepError, expand, notebook_defaults
 from lowrank_utils.settings import Settings
 from lowrank_utils.store import Outcome, Store
 
-SETTINGS = Settings.of(GOOD)
+(SETTINGS,) = expand([{}], notebook_defaults(NOTEBOOK))
 DONE = Outcome("{}", '{"runs": []}', "")
 FAILED = Outcome("{}", None, "RuntimeError: no")
 
