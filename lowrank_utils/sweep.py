@@ -46,17 +46,21 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
             yaml.safe_dump({**settings, "result_path": str(files["result.json"])}), encoding="utf-8"
         )
         command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-f", "parameters.yaml"]
-        # No shell, and the caller's own notebook.
-        run = subprocess.run(  # noqa: S603
-            [*command, "-k", "python3", "--no-progress-bar"],
-            cwd=folder,
-            env=kernel_environment(threads),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        # Kernels that start at the same moment may pick the same port, and then one of them never answers.
+        for _ in range(3):
+            # No shell, and the caller's own notebook.
+            run = subprocess.run(  # noqa: S603
+                [*command, "-k", "python3", "--no-progress-bar"],
+                cwd=folder,
+                env=kernel_environment(threads),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+            if "Kernel didn't respond" not in run.stderr:
+                break
         left = {part: f.read_text(encoding="utf-8") if f.is_file() else None for part, f in files.items()}
         failed = run.returncode != 0 or left["result.json"] is None
         error = (run.stderr.strip() or "the notebook wrote no result") if failed else ""
