@@ -137,16 +137,27 @@ def stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, 
     Returns:
         The digits that are kept, and those that are held out.
     """
+    kept, taken = _split_places(digits, held_out, seed)
+    return _at(digits, kept), _at(digits, taken)
+
+
+def stratified_sample(digits: Digits, count: int, seed: int) -> Digits:
+    """Return what ``stratified_split`` holds out, without a copy of all the rest."""
+    return _at(digits, _split_places(digits, count, seed)[1])
+
+
+def _split_places(digits: Digits, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     every = np.arange(len(digits.labels))
     if held_out == 0:
-        kept, taken = np.random.default_rng(seed).permutation(every), every[:0]
-    else:
-        from sklearn.model_selection import train_test_split
+        return np.random.default_rng(seed).permutation(every), every[:0]
+    from sklearn.model_selection import train_test_split
 
-        kept, taken = train_test_split(every, test_size=held_out, stratify=digits.labels, random_state=seed)
-    return Digits(digits.images[kept], digits.labels[kept]), Digits(
-        digits.images[taken], digits.labels[taken]
-    )
+    kept, taken = train_test_split(every, test_size=held_out, stratify=digits.labels, random_state=seed)
+    return kept, taken
+
+
+def _at(digits: Digits, places: np.ndarray) -> Digits:
+    return Digits(digits.images[places], digits.labels[places])
 
 
 def mnist_place() -> Path:

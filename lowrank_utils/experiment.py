@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_utils.adapt import count_parameters
-from lowrank_utils.data import Digits, Splits, invert, load_mnist, permute_pixels, rotate, stratified_split
+from lowrank_utils.data import Digits, Splits, invert, load_mnist, permute_pixels, rotate, stratified_sample
 from lowrank_utils.decompose import direction_change, magnitude_change
 from lowrank_utils.methods import METHODS, Adapter, linear_layers
 from lowrank_utils.settings import DTYPES, Settings
@@ -96,7 +96,7 @@ class Run(NamedTuple):
         trainable: how many numbers it trains.
         learning_rate: of Adam, or None if nothing is trained.
         seed: of the sample, of A and of the order of the digits.
-        validation: accuracy on the validation split after each epoch, from 0 to 1.
+        validation: accuracy on the validation split, from 0 to 1, after each epoch that was followed.
         test: accuracy on the test split at the end, or None as long as nobody has looked.
         changes: after each epoch and for each linear layer ΔM, the change of its rows' lengths, and ΔD,
             that of their directions (arXiv 2402.09353, Eqs. 3 and 4).
@@ -113,12 +113,31 @@ class Run(NamedTuple):
 
 
 def adapt(
-    task: Task, settings: Settings, method: str, rank: int | None, learning_rate: float | None, seed: int
+    task: Task,
+    settings: Settings,
+    method: str,
+    rank: int | None,
+    learning_rate: float | None,
+    seed: int,
+    follow: bool = True,
 ) -> tuple[nn.Module, Run]:
     """Adapt a copy of the pretrained network, and return it and how it went.
 
     With the same seed all methods learn from the same digits in the same order, and those of one
     rank start from the same A, so that their differences can be taken in pairs.
+
+    Args:
+        task: what to learn from and to choose by.
+        settings: of the experiment.
+        method: a name in ``METHODS``.
+        rank: of A and B, or None.
+        learning_rate: of Adam, or None if nothing is trained.
+        seed: of the sample, of A and of the order of the digits.
+        follow: measure the run after each epoch, and not only its accuracy at the end. On the whole MNIST
+            that takes ten times as long as the training.
+
+    Raises:
+        FloatingPointError: the loss became infinite.
     """
     model = copy.deepcopy(task.pretrained)
     torch.manual_seed(seed)
@@ -127,7 +146,7 @@ def adapt(
     if trainable == 0:
         before = accuracy(model, task.validation)
         return model, Run(method, rank, 0, None, seed, [before], None, [])
-    _, sample = stratified_split(task.train, settings.adaptation_examples, seed)
+    sample = stratified_sample(task.train, settings.adaptation_examples, seed)
     changes: list[list[tuple[float, float]]] = []
     history = train(
         model,
@@ -136,13 +155,13 @@ def adapt(
         learning_rate=learning_rate or 0.0,
         batch_size=settings.batch_size,
         seed=seed,
-        validation=task.validation,
+        validation=task.validation if follow else None,
         measure_training=False,
-        after_epoch=lambda model: changes.append(weight_changes(model, task.pretrained)),
+        after_epoch=(lambda model: changes.append(weight_changes(model, task.pretrained))) if follow else None,
         progress=False,
     )
-    run = Run(method, rank, trainable, learning_rate, seed, history.validation_accuracy, None, changes)
-    return model, run
+    validation = history.validation_accuracy if follow else [accuracy(model, task.validation)]
+    return model, Run(method, rank, trainable, learning_rate, seed, validation, None, changes)
 
 
 @torch.no_grad()
@@ -197,7 +216,7 @@ def _validation_score(
     task: Task, settings: Settings, method: str, rank: int | None, rate: float, seed: int
 ) -> float:
     try:
-        return adapt(task, settings, method, rank, rate, seed)[1].validation[-1]
+        return adapt(task, settings, method, rank, rate, seed, follow=False)[1].validation[-1]
     except FloatingPointError:
         return 0.0
 

@@ -57,24 +57,25 @@ def factored_row_norms(W: Tensor, A: Tensor, B: Tensor, alpha: float, AW: Tensor
 class _ProductsWithFrozen(torch.autograd.Function):
     """x·Wᵀ and Aᵀ·Wᵀ out of one product: Aᵀ's rows are appended to x's, so that W is read once.
 
-    Autograd alone would send the appended rows through the backward pass as well, as zeros.
+    Autograd alone would send the appended rows through the backward pass as well, as zeros. ``forward`` takes
+    the context itself: a separate ``setup_context``, which torch's function transforms would need (they
+    never get here), costs some 4 % of a training step at 1024 → 1024, batch 64.
     """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        products = F.linear(torch.cat([x, A.T]), W)
-        return products[: len(x)], products[len(x) :]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        x, W, _ = inputs
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        products = torch.cat([rows, A.T]) @ W.T
+        xW, AW = products[: len(rows)].view(*x.shape[:-1], len(W)), products[len(rows) :]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(AW)
+        return xW, AW
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, W = ctx.saved_tensors
-        return grad @ W if ctx.needs_input_grad[0] else None, grad.T @ x if x is not None else None, None
+        grad_W = None if x is None else grad.reshape(-1, len(W)).T @ x.reshape(-1, x.shape[-1])
+        return grad @ W if ctx.needs_input_grad[0] else None, grad_W, None
 
 
 def factored_norm_pays(x: Tensor, W: Tensor, A: Tensor) -> bool:
@@ -136,8 +137,8 @@ def product_and_norm(layer: AdaptedLinear, x: Tensor, detach_norm: bool) -> tupl
         with torch.set_grad_enabled(with_gradient):
             norm = formed_row_norms(layer.updated_weight())
         return F.linear(x, W), norm
-    product, AW = _ProductsWithFrozen.apply(x.reshape(-1, x.shape[-1]), W, A.detach())
-    return product.reshape(*x.shape[:-1], len(W)), factored_row_norms(W, A, B, layer.lora.alpha, AW)
+    xW, AW = _ProductsWithFrozen.apply(x, W, A.detach())
+    return xW, factored_row_norms(W, A, B, layer.lora.alpha, AW)
 
 
 # What `constant_weights` keeps, in the thread that asked for it alone: layer → norm, and the tensors it came from.

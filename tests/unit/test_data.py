@@ -21,7 +21,17 @@ from support import embedded_pixels, normal
 from torchvision.datasets import MNIST
 
 from lowrank_utils import data
-from lowrank_utils.data import DataError, Digits, Splits, invert, load_mnist, permute_pixels, rotate
+from lowrank_utils.data import (
+    DataError,
+    Digits,
+    Splits,
+    invert,
+    load_mnist,
+    permute_pixels,
+    rotate,
+    stratified_sample,
+    stratified_split,
+)
 
 pytestmark = pytest.mark.usefixtures("parsed_once")
 
@@ -147,6 +157,15 @@ def test_any_number_is_held_out_with_the_classes_in_proportion(validation):
 def test_the_test_split_does_not_depend_on_how_many_are_held_out():
     first, second = load_mnist(validation=0).test, load_mnist(validation=900).test
     assert torch.equal(first.images, second.images)
+
+
+def test_a_sample_is_what_a_split_holds_out():
+    digits = load_mnist().train
+    taken = stratified_split(digits, 100, seed=4)[1]
+    sample = stratified_sample(digits, 100, seed=4)
+    assert torch.equal(sample.images, taken.images)
+    assert torch.equal(sample.labels, taken.labels)
+    assert sample.labels.bincount().tolist() == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,18 @@ def test_the_test_split_is_looked_at_once_for_each_run(task, test_split, monkeyp
     assert sum(looks) == 2 * 2
 
 
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "full"])
+def test_a_run_that_is_not_followed_ends_the_same(task, method):
+    rank = None if method == "full" else 2
+    followed_model, followed = adapt(task, SETTINGS, method, rank, 0.01, 5)
+    model, run = adapt(task, SETTINGS, method, rank, 0.01, 5, follow=False)
+    assert len(followed.validation) == SETTINGS.epochs == len(followed.changes)
+    assert run.validation == followed.validation[-1:]
+    assert run.changes == []
+    for one, other in zip(model.parameters(), followed_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_rate_is_chosen_by_the_mean_over_the_tuning_seeds(task, monkeypatch):
     scores = {(0.001, 1): 0.5, (0.001, 2): 0.7, (0.02, 1): 0.9, (0.02, 2): 0.2}
     monkeypatch.setattr(experiment, "_validation_score", lambda *arguments: scores[arguments[-2:]])
