@@ -157,7 +157,9 @@ def adapt(
         seed=seed,
         validation=task.validation if follow else None,
         measure_training=False,
-        after_epoch=(lambda model: changes.append(weight_changes(model, task.pretrained))) if follow else None,
+        after_epoch=(lambda model: changes.append(weight_changes(model, task.pretrained)))
+        if follow
+        else None,
         progress=False,
     )
     validation = history.validation_accuracy if follow else [accuracy(model, task.validation)]

@@ -165,7 +165,9 @@ def test_a_sample_is_what_a_split_holds_out():
     sample = stratified_sample(digits, 100, seed=4)
     assert torch.equal(sample.images, taken.images)
     assert torch.equal(sample.labels, taken.labels)
-    assert sample.labels.bincount().tolist() == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
+    assert (
+        sample.labels.bincount().tolist() == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
+    )
 
 
 @pytest.mark.parametrize(
