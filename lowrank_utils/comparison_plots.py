@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lowrank_utils.plots import LOOKS, PALETTE, Look, legend_above
+from lowrank_utils.intervals import MARGIN
+from lowrank_utils.plots import LOOKS, PALETTE, Look
 from lowrank_utils.tables import task_name
 
 METHOD_LOOKS: dict[str, Look] = {
@@ -23,13 +24,17 @@ METHOD_LOOKS: dict[str, Look] = {
 }
 
 
-def _style(method: str, filled: bool = True) -> dict[str, Any]:
+# Variants of LoRA and DoRA, whose colours they share.
+HOLLOW = ("LoRA matched", "DoRA norm kept")
+
+
+def _style(method: str) -> dict[str, Any]:
     look = METHOD_LOOKS[method]
     return {
         "color": look.color,
         "linestyle": look.line,
         "marker": look.marker,
-        "markerfacecolor": look.color if filled else PALETTE["paper"],
+        "markerfacecolor": PALETTE["paper"] if method in HOLLOW else look.color,
     }
 
 
@@ -111,35 +116,43 @@ def plot_accuracy_by_rank(summary: pd.DataFrame) -> Figure:
 
 
 def plot_differences(rows: pd.DataFrame) -> Figure:
-    """Draw paired differences with their intervals, a line each, thick for 95 % and thin for all lines together.
+    """Draw paired differences with their intervals, a panel per task, thick for 95 % and thin for all rows together.
+
+    The shade is the margin within which a difference is of no practical interest.
 
     Args:
         rows: as ``tables.differences`` gives it.
     """
     if len(rows) == 0:
         return _nothing_to_draw("two methods to compare")
-    figure, axes = plt.subplots(figsize=(7.2, 1.1 + 0.26 * len(rows)))
-    several = rows["data_set"].nunique() > 1
-    labels = []
-    for place, (_, row) in enumerate(rows.iterrows()):
-        color = PALETTE["muted"]
-        if row["low_corrected"] > 0 or row["high_corrected"] < 0:
-            color = METHOD_LOOKS[row["first"] if row["mean"] > 0 else row["second"]].color
-        axes.plot(
-            [100 * row["low_corrected"], 100 * row["high_corrected"]], [place, place], color=color, lw=1
-        )
-        axes.plot(
-            [100 * row["low"], 100 * row["high"]], [place, place], color=color, lw=4, solid_capstyle="butt"
-        )
-        axes.plot(100 * row["mean"], place, marker="D", color=PALETTE["ink"])
-        rank = "" if pd.isna(row["rank"]) else f", r = {row['rank']}"
-        labels.append(task_name(row) + (f", {row['data_set']}" if several else "") + rank)
-    axes.axvline(0, color=PALETTE["ink"], lw=1)
-    axes.set_yticks(range(len(rows)), labels=labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    first, second = rows["first"].iloc[0], rows["second"].iloc[0]
-    axes.set(xlabel=f"test accuracy, {first} − {second} (percentage points)")
+    tasks = _tasks(rows)
+    most = max(len(group) for _, group in tasks)
+    figure, panels = _panels(len(tasks), height=1.1 + 0.26 * most)
+    for axes, (name, group) in zip(panels, tasks, strict=True):
+        axes.axvspan(-100 * MARGIN, 100 * MARGIN, color=PALETTE["muted"], alpha=0.18, lw=0, zorder=0)
+        axes.axvline(0, color=PALETTE["ink"], lw=1)
+        for place, (_, row) in enumerate(group.iterrows()):
+            _difference(axes, place, row)
+        ranks = ["" if pd.isna(rank) else f"r = {rank}" for rank in group["rank"]]
+        axes.set_yticks(range(len(group)), labels=ranks)
+        axes.set(ylim=(most - 0.5, -0.5), title=name)
+    figure.supxlabel(
+        f"test accuracy, {rows['first'].iloc[0]} − {rows['second'].iloc[0]} (percentage points)\n"
+        f"shaded: within ±{100 * MARGIN:g}",
+        fontsize="medium",
+    )
     return figure
+
+
+def _difference(axes: Any, place: int, row: pd.Series) -> None:
+    """Draw one interval, in the colour of the method that is ahead; grey if neither certainly is."""
+    color = PALETTE["muted"]
+    if row["low_corrected"] > 0 or row["high_corrected"] < 0:
+        color = METHOD_LOOKS[row["first"] if row["mean"] > 0 else row["second"]].color
+    ends = 100 * row[["low_corrected", "low", "high", "high_corrected"]]
+    axes.plot(ends.iloc[[0, 3]], [place, place], color=color, lw=1)
+    axes.plot(ends.iloc[[1, 2]], [place, place], color=color, lw=4, solid_capstyle="butt")
+    axes.plot(100 * row["mean"], place, marker="D", color=PALETTE["ink"])
 
 
 def plot_learning_curves(runs: Iterable[Mapping[str, Any]], rank: int) -> Figure:
@@ -168,28 +181,27 @@ def plot_learning_curves(runs: Iterable[Mapping[str, Any]], rank: int) -> Figure
     return figure
 
 
-def plot_weight_changes(runs: Iterable[Mapping[str, Any]], rank: int, layer: int) -> Figure:
-    """Draw ΔM against ΔD of one layer after each epoch, a thin line for each seed, for full, LoRA and DoRA.
+def plot_weight_changes(runs: Iterable[Mapping[str, Any]], rank: int) -> Figure:
+    """Draw ΔM against ΔD after each epoch, a panel per linear layer and a line per seed, for full, LoRA and DoRA.
 
     Args:
         runs: of one experiment.
         rank: which one to draw of the methods that have a rank.
-        layer: its place among the linear layers, from 0.
     """
     chosen = [
         run for run in runs if run["method"] in ("full", "LoRA", "DoRA") and run["rank"] in (rank, None)
     ]
     if not chosen:
         return _nothing_to_draw("full fine-tuning, LoRA or DoRA")
-    figure, axes = plt.subplots()
-    shown: set[str] = set()
-    for run in chosen:
-        method = run["method"]
-        turned = [epoch[layer][1] for epoch in run["changes"]]
-        stretched = [epoch[layer][0] for epoch in run["changes"]]
-        style = _style(method) | {"linewidth": 1, "markersize": 3}
-        axes.plot(turned, stretched, label=None if method in shown else method, **style)
-        shown.add(method)
-    axes.set(xlabel="ΔD, mean change of direction (1 − cosine)", ylabel="ΔM, mean change of length")
-    legend_above(figure)
+    changes = np.array([run["changes"] for run in chosen])  # (runs, epochs, layers, ΔM and ΔD)
+    layers = changes.shape[2]
+    figure, panels = plt.subplots(1, layers, figsize=(7.2, 3.2), squeeze=False)
+    for layer, axes in enumerate(panels.flat):
+        for run, (stretched, turned) in zip(chosen, changes[:, :, layer].transpose(0, 2, 1), strict=True):
+            style = _style(run["method"]) | {"linewidth": 1, "markersize": 3}
+            axes.plot(turned, stretched, label=run["method"], **style)
+        axes.set_title(f"layer {layer + 1}")
+    panels[0, 0].set_ylabel("ΔM, mean change of length")
+    figure.supxlabel("ΔD, mean change of direction (1 − cosine)", fontsize="medium")
+    _legend(figure)
     return figure

@@ -11,6 +11,8 @@ from scipy import stats
 from lowrank_utils._arguments import check_finite_number, check_whole_number
 
 CONFIDENCE = 0.95
+# A difference of accuracies that is smaller than this is of no practical interest: one percentage point.
+MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Difference(Interval):
     high_corrected: float
     comparisons: int
 
-    def verdict(self, margin: float = 0.01) -> str:
+    def verdict(self, margin: float = MARGIN) -> str:
         """Say what the corrected interval allows.
 
         Args:

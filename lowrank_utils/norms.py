@@ -83,7 +83,7 @@ def factored_norm_pays(x: Tensor, W: Tensor, A: Tensor) -> bool:
 
     Forward and backward on one and on two threads of an x86-64 server, batch 64, as a multiple of LoRA's time,
     A·B formed → factored: at 784 → 128 rank 4, 1.4 → 1.5; at 512 → 512 rank 8, 1.4 → 1.3; at 1024 → 1024 rank 8,
-    1.5 → 1.2; at 4096 → 4096 rank 8, 2.7 → 1.1, rank 64, 3.0 → 1.4 (benchmarks/adapter_speed.py). So it pays
+    1.5 → 1.3; at 4096 → 4096 rank 8, 2.7 → 1.1, rank 64, 3.0 → 1.4 (benchmarks/adapter_speed.py). So it pays
     for weights from 2¹⁸ entries on, below which its many small steps take longer than A·B.
     """
     rank = A.shape[1]

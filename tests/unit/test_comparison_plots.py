@@ -12,6 +12,7 @@ from lowrank_utils.comparison_plots import (
     plot_weight_changes,
 )
 from lowrank_utils.methods import METHODS
+from lowrank_utils.plots import PALETTE
 from lowrank_utils.tables import differences, means, results_table
 
 
@@ -65,20 +66,42 @@ def test_intervals_are_drawn(table):
     ]
 
 
-def test_differences_are_a_line_each_with_both_intervals(table):
+def test_differences_are_a_line_each_with_both_intervals_and_a_panel_per_task(table):
     rows = differences(table, "DoRA", "LoRA")
     figure = plot_differences(rows)
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        *("rotation 45°, r = 2", "rotation 45°, r = 4", "inversion, r = 2", "inversion, r = 4")
-    ]
-    assert axes.get_xlabel() == "test accuracy, DoRA − LoRA (percentage points)"
-    thin, thick, mean = axes.lines[:3]
-    row = rows.iloc[0]
-    assert list(thin.get_xdata()) == pytest.approx([100 * row["low_corrected"], 100 * row["high_corrected"]])
-    assert list(thick.get_xdata()) == pytest.approx([100 * row["low"], 100 * row["high"]])
-    assert mean.get_xdata() == pytest.approx([100 * row["mean"]])
-    assert thick.get_linewidth() > thin.get_linewidth()
+    assert [axes.get_title() for axes in figure.axes] == ["rotation 45°", "inversion"]
+    assert "DoRA − LoRA (percentage points)" in figure.get_supxlabel()
+    for axes, (_, group) in zip(figure.axes, rows.groupby("shift", sort=False), strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["r = 2", "r = 4"]
+        zero, *drawn = axes.lines
+        assert list(zero.get_xdata()) == [0, 0]
+        for place, (_, row) in enumerate(group.iterrows()):
+            thin, thick, mean = drawn[3 * place : 3 * place + 3]
+            ends = 100 * row[["low_corrected", "low", "high", "high_corrected"]]
+            assert list(thin.get_xdata()) == pytest.approx([ends.iloc[0], ends.iloc[3]])
+            assert list(thick.get_xdata()) == pytest.approx([ends.iloc[1], ends.iloc[2]])
+            assert mean.get_xdata() == pytest.approx([100 * row["mean"]])
+            assert thick.get_linewidth() > thin.get_linewidth()
+            assert set(mean.get_ydata()) == {place}
+
+
+def test_the_margin_of_no_difference_is_shaded(table):
+    figure = plot_differences(differences(table, "DoRA", "LoRA"))
+    for axes in figure.axes:
+        (shade,) = axes.patches
+        assert [shade.get_x(), shade.get_x() + shade.get_width()] == [-1, 1]
+    assert "shaded: within ±1" in figure.get_supxlabel()
+
+
+def test_an_interval_has_the_colour_of_the_method_that_is_ahead():
+    rows = differences(results_table([result()]), "DoRA", "LoRA")
+    for low, high, mean, color in (
+        (-0.03, -0.01, -0.02, METHOD_LOOKS["LoRA"].color),
+        (0.01, 0.03, 0.02, METHOD_LOOKS["DoRA"].color),
+        (-0.01, 0.03, 0.01, PALETTE["muted"]),
+    ):
+        figure = plot_differences(rows.head(1).assign(low_corrected=low, high_corrected=high, mean=mean))
+        assert figure.axes[0].lines[1].get_color() == color
 
 
 def test_learning_curves_span_the_seeds():
@@ -93,16 +116,19 @@ def test_learning_curves_span_the_seeds():
     assert any(shade.y1 == pytest.approx(100 * (max(values) - 0.01)) for shade in shades)
 
 
-def test_weight_changes_of_one_layer_are_a_line_for_each_seed():
+def test_weight_changes_are_a_panel_per_layer_and_a_line_per_seed():
     runs = result()["runs"]
     for number, run in enumerate(runs):
         run["changes"] = [[[0.1, 0.2], [0.3 + number, 0.4]], [[0.5, 0.6], [0.7 + number, 0.8]]]
-    figure = plot_weight_changes(runs, rank=2, layer=1)
-    (axes,) = figure.axes
-    assert len(axes.lines) == 2 * 3
+    figure = plot_weight_changes(runs, rank=2)
+    assert [axes.get_title() for axes in figure.axes] == ["layer 1", "layer 2"]
     first = next(number for number, run in enumerate(runs) if run["method"] == "LoRA")
-    assert list(axes.lines[0].get_xdata()) == [0.4, 0.8]
-    assert list(axes.lines[0].get_ydata()) == pytest.approx([0.3 + first, 0.7 + first])
+    for axes, turned, stretched in zip(
+        figure.axes, ([0.2, 0.6], [0.4, 0.8]), ([0.1, 0.5], [0.3 + first, 0.7 + first]), strict=True
+    ):
+        assert len(axes.lines) == 2 * 3
+        assert list(axes.lines[0].get_xdata()) == turned
+        assert list(axes.lines[0].get_ydata()) == pytest.approx(stretched)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "DoRA"]
 
 
@@ -112,7 +138,7 @@ def test_where_there_is_nothing_to_draw_the_figure_says_so(table):
         plot_accuracy_by_rank(means(only_frozen)),
         plot_differences(differences(only_frozen, "DoRA", "LoRA")),
         plot_learning_curves([], rank=2),
-        plot_weight_changes([], rank=2, layer=0),
+        plot_weight_changes([], rank=2),
     ):
         (axes,) = figure.axes
         assert axes.texts[0].get_text().startswith("These runs have no ")
