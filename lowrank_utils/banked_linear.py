@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils._arguments import check_last_dimension
-from lowrank_utils.lora import without_autocast
+from lowrank_utils.lora import AroundLinear, without_autocast
 
 
 @dataclass
@@ -35,7 +35,7 @@ class BankedAdapter(nn.Module):
         self.alpha = alpha
 
 
-class BankedLinear(nn.Module):
+class BankedLinear(AroundLinear):
     """A linear layer with several adapters beside it, of which the selection says which count.
 
     With W′_i = c_i ⊙ (W + ΔW_i) for each adapter i (for LoRA, c_i = 1), several at once are defined as
@@ -53,21 +53,6 @@ class BankedLinear(nn.Module):
         self.selection = selection
         self.register_buffer("merged", None, persistent=False)
         self.train(linear.training)
-
-    @property
-    def in_features(self) -> int:
-        """Number of input features."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Number of output features."""
-        return self.linear.out_features
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The pretrained bias, (out,), or None."""
-        return self.linear.bias
 
     @property
     def weight(self) -> Tensor:

@@ -117,7 +117,32 @@ class LoRALayer(nn.Module):
             return self.alpha * (self.B.T @ self.A.T)
 
 
-class AdaptedLinear(nn.Module):
+class AroundLinear(nn.Module):
+    """What is put around a pretrained linear layer and answers to its sizes and its bias, like the layer itself.
+
+    Attributes:
+        linear: the pretrained layer.
+    """
+
+    linear: nn.Linear
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of output features."""
+        return self.linear.out_features
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The pretrained bias, (out,), or None."""
+        return self.linear.bias
+
+
+class AdaptedLinear(AroundLinear):
     """A linear layer and a ``LoRALayer`` beside it: what all four wrappers have in common.
 
     It answers to ``weight``, ``bias``, ``in_features`` and ``out_features`` like the
@@ -150,24 +175,9 @@ class AdaptedLinear(nn.Module):
             return torch.addmm(W, B.T, A.T, alpha=self.lora.alpha)
 
     @property
-    def in_features(self) -> int:
-        """Number of input features."""
-        return self.linear.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Number of output features."""
-        return self.linear.out_features
-
-    @property
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, (out, in)."""
         return self.updated_weight()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The pretrained bias, (out,), or None."""
-        return self.linear.bias
 
 
 class LinearWithLoRA(AdaptedLinear):
