@@ -2,10 +2,11 @@
 
 import adapter_speed
 import article_protocol
+import running_times
 import sweep_speed
 import training_loop
 
 if __name__ == "__main__":
-    for benchmark in (article_protocol, training_loop, sweep_speed, adapter_speed):
+    for benchmark in (article_protocol, training_loop, sweep_speed, adapter_speed, running_times):
         print(benchmark.__doc__.splitlines()[0])
         print(f"  written to {benchmark.main()}")

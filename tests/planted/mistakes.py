@@ -1,0 +1,340 @@
+"""Mistakes that are easily made in the layers, each planted into a copy of the package, and the test that finds it.
+
+``python tests/planted/mistakes.py`` plants one after the other, runs the test against the copy, and ends with a
+table. A test that passes although its mistake is in the code is worth nothing, and the exit status says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mistake(NamedTuple):
+    """A mistake, and what finds it.
+
+    Attributes:
+        what: in a few words.
+        file: of the package.
+        right: what stands there, once.
+        wrong: what is put in its place.
+        test: its file under ``tests/unit`` and its name.
+    """
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+FORMULA = "test_wrappers.py::test_the_output_is_that_of_the_formula"
+GRADIENTS = "test_wrappers.py::test_the_gradients_are_those_derived_by_hand"
+
+MISTAKES = [
+    Mistake(
+        "alpha dropped",
+        "lora.py",
+        "return self.alpha * (x @ self.A @ self.B)",
+        "return x @ self.A @ self.B",
+        "test_lora.py::test_the_output_is_alpha_times_x_a_b",
+    ),
+    Mistake(
+        "alpha squared",
+        "lora.py",
+        "return self.alpha * (x @ self.A @ self.B)",
+        "return self.alpha**2 * (x @ self.A @ self.B)",
+        "test_lora.py::test_the_output_is_alpha_times_x_a_b",
+    ),
+    Mistake(
+        "alpha divided by the rank",
+        "lora.py",
+        "self.alpha = float(alpha)",
+        "self.alpha = float(alpha) / rank",
+        "test_lora.py::test_alpha_is_the_scaling_itself_whatever_the_rank",
+    ),
+    Mistake(
+        "A and B swapped: A starts at zero",
+        "lora.py",
+        "        self.A = nn.Parameter(INITIALISATIONS[init](A))\n        self.B = nn.Parameter(B)",
+        "        self.A = nn.Parameter(torch.zeros_like(A))\n        self.B = nn.Parameter(INITIALISATIONS[init](B.T).T)",
+        "test_lora.py::test_a_new_layer_maps_everything_to_zero_but_its_b_has_a_gradient",
+    ),
+    Mistake(
+        "both factors start at zero, so nothing is ever learned",
+        "lora.py",
+        "self.A = nn.Parameter(INITIALISATIONS[init](A))",
+        "self.A = nn.Parameter(torch.zeros_like(A))",
+        "test_lora.py::test_a_new_layer_maps_everything_to_zero_but_its_b_has_a_gradient",
+    ),
+    Mistake(
+        "the transpose is missing in ΔW",
+        "lora.py",
+        "return self.alpha * (self.B.T @ self.A.T)",
+        "return self.alpha * (self.A @ self.B)",
+        "test_lora.py::test_the_delta_weight_has_the_shape_of_torchs_weight_and_gives_the_same_output",
+    ),
+    Mistake(
+        "the rank is taken for the number of inputs in the initialisation",
+        "lora.py",
+        "bound = 1 / math.sqrt(A.shape[0])",
+        "bound = 1 / math.sqrt(A.shape[1])",
+        "test_lora.py::test_pefts_a_is_uniform_up_to_one_over_root_in_whatever_the_rank",
+    ),
+    Mistake(
+        "the norm is taken along the other axis",
+        "decompose.py",
+        "matrix.to(_floating(matrix)), dim=1, dtype=wide",
+        "matrix.to(_floating(matrix)), dim=0, dtype=wide",
+        "test_decompose.py::test_a_matrix_is_split_by_rows_and_not_by_columns",
+    ),
+    Mistake(
+        "the norm is taken of the activations, per sample",
+        "dora.py",
+        "        c = row_scale(self.m, norm)\n        y = xW + self.lora(x)\n",
+        "        y = xW + self.lora(x)\n        norm = y.norm(dim=-1, keepdim=True)\n        c = row_scale(self.m, norm)\n",
+        "test_wrappers.py::test_every_example_of_a_batch_is_mapped_as_if_it_were_alone",
+    ),
+    Mistake(
+        "the norm is that of W instead of W + ΔW",
+        "dora.py",
+        "c = row_scale(self.m, norm)",
+        "c = row_scale(self.m, row_norms(self.linear.weight))",
+        "test_wrappers.py::test_the_merged_and_the_unmerged_form_agree",
+    ),
+    Mistake(
+        "m starts at one",
+        "dora.py",
+        "self.m = nn.Parameter(magnitude_and_direction(linear.weight.detach()).magnitude)",
+        "self.m = nn.Parameter(linear.weight.detach().new_ones(linear.out_features))",
+        "test_dora.py::test_the_magnitude_starts_as_the_length_of_each_row_of_torchs_weight",
+    ),
+    Mistake(
+        "the bias is scaled with the row",
+        "dora.py",
+        "return y if self.bias is None else y + self.bias.to(y.dtype)",
+        "return y if self.bias is None else y + c.to(y.dtype) * self.bias.to(y.dtype)",
+        "test_wrappers.py::test_the_bias_is_added_as_it_is_and_not_scaled",
+    ),
+    Mistake(
+        "the bias is dropped",
+        "dora.py",
+        "return y if self.bias is None else y + self.bias.to(y.dtype)",
+        "return y",
+        FORMULA,
+    ),
+    Mistake(
+        "the norm keeps its gradient where it was to be detached",
+        "dora.py",
+        "row_norms(V.detach() if self.detach_norm else V)",
+        "row_norms(V)",
+        GRADIENTS,
+    ),
+    Mistake(
+        "the norm is detached where its gradient was to be kept",
+        "norms.py",
+        "with_gradient = torch.is_grad_enabled() and not detach_norm",
+        "with_gradient = False",
+        GRADIENTS,
+    ),
+    Mistake(
+        "a zero row is divided by its norm",
+        "dora.py",
+        "return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)",
+        "return m / norm",
+        "test_dora.py::test_zero_rows_give_no_nan_in_outputs_or_gradients",
+    ),
+    Mistake(
+        "the gradient reaches the pretrained weight",
+        "adapt.py",
+        "module.requires_grad_(False)",
+        "module.requires_grad_(True)",
+        "test_training.py::test_only_the_adapters_reach_the_optimizer_and_only_they_move",
+    ),
+    Mistake(
+        "the optimizer holds the frozen weights",
+        "training.py",
+        "parameters = [p for p in model.parameters() if p.requires_grad]",
+        "parameters = list(model.parameters())",
+        "test_training.py::test_only_the_adapters_reach_the_optimizer_and_only_they_move",
+    ),
+    Mistake(
+        "gradients add up from step to step",
+        "training.py",
+        "                for parameter in parameters:\n                    parameter.grad = None\n",
+        "",
+        "test_training.py::test_gradients_do_not_add_up_from_step_to_step",
+    ),
+    Mistake(
+        "merging changes the model that it is given, so a second merge adds ΔW twice",
+        "adapt.py",
+        "merged = copy.deepcopy(model)",
+        "merged = model",
+        "test_adapt.py::test_merging_leaves_the_original_bit_for_bit_as_it_was",
+    ),
+    Mistake(
+        "what was merged is not restored",
+        "adapters.py",
+        "banked.merged = None",
+        "pass",
+        "test_adapter_bank.py::test_merging_and_restoring_many_times_changes_no_bit",
+    ),
+    Mistake(
+        "the dtype of the layer is lost",
+        "lora.py",
+        "device=W.device, dtype=W.dtype, **lora_options)",
+        "device=W.device, **lora_options)",
+        "test_wrappers.py::test_the_adapter_takes_the_dtype_of_the_layer_and_not_torchs_default",
+    ),
+    Mistake(
+        "the device of the layer is lost",
+        "lora.py",
+        "device=W.device, dtype=W.dtype, **lora_options)",
+        "dtype=W.dtype, **lora_options)",
+        "test_wrappers.py::test_a_wrapper_can_be_built_and_run_on_the_meta_device",
+    ),
+    Mistake(
+        "the seed of the shuffling is ignored",
+        "training.py",
+        "shuffle = torch.Generator().manual_seed(seed)",
+        "shuffle = torch.Generator().manual_seed(0)",
+        "test_training.py::test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others",
+    ),
+    Mistake(
+        "the test split leaks into the choice of the learning rate",
+        "experiment.py",
+        "return Task(pretrained, shifted.train, shifted.validation), shifted.test",
+        "return Task(pretrained, shifted.train, shifted.test), shifted.test",
+        "test_experiment.py::test_the_task_is_shifted_digits_without_the_test_split",
+    ),
+    Mistake(
+        "the learning rate is chosen by the training, not by the validation digits",
+        "experiment.py",
+        "[accuracy(model, task.validation)]",
+        "[accuracy(model, sample)]",
+        "test_experiment.py::test_a_run_that_is_not_followed_ends_the_same",
+    ),
+    Mistake(
+        "accuracy is averaged over batches",
+        "training.py",
+        "    return correct / len(digits.labels)\n",
+        "    sizes = [len(part) for part in digits.labels.split(batch_size)]\n"
+        "    return correct / (max(sizes) * len(sizes))\n",
+        "test_training.py::test_accuracy_counts_examples_and_not_batches",
+    ),
+    Mistake(
+        "a kept norm is used after the weights have changed",
+        "norms.py",
+        "if entry is None or entry[1] != now:",
+        "if entry is None:",
+        "test_norms.py::test_a_change_that_torch_notices_is_seen_at_once",
+    ),
+    Mistake(
+        "a broken promise of constant weights goes unnoticed",
+        "norms.py",
+        "    if stale:\n",
+        "    if False:\n",
+        "test_norms.py::test_a_change_that_torch_does_not_notice_is_an_error_at_the_end",
+    ),
+    Mistake(
+        "the factored norm loses its digits where the update takes a row away",
+        "norms.py",
+        "if not safe.all():",
+        "if False:",
+        "test_norms.py::test_rows_that_the_update_takes_away_keep_their_digits",
+    ),
+    Mistake(
+        "an adapter file is loaded into the wrong layer",
+        "adapter_files.py",
+        "for name, layer in layers.items():\n        model.set_submodule(name, layer)",
+        "for name, layer in zip(layers, reversed(layers.values())):\n        model.set_submodule(name, layer)",
+        "test_adapter_files.py::test_what_is_saved_is_loaded_to_the_last_bit",
+    ),
+    Mistake(
+        "A is written in our orientation and not in PEFT's",
+        "adapter_files.py",
+        'stored = {"A": part.A.T, "B": part.B.T}',
+        'stored = {"A": part.A, "B": part.B}',
+        "test_adapter_files.py::test_the_files_hold_the_adapter_and_nothing_else",
+    ),
+    Mistake(
+        "PEFT's scaling α/r is read as α",
+        "adapter_config.py",
+        " / (math.sqrt(rank) if self.rslora else rank)",
+        "",
+        "test_adapter_files.py::test_the_scaling_comes_back",
+    ),
+    Mistake(
+        "what was altered on the disk is taken",
+        "adapter_files.py",
+        'if metadata.get("sha256", digest := _digest(tensors)) != digest:',
+        "if False:",
+        "test_adapter_files.py::test_a_flipped_bit_of_the_numbers_is_refused",
+    ),
+    Mistake(
+        "the folder of an adapter is filled in place, so a crash leaves half of it",
+        "_folders.py",
+        "        _move_into_place(new, folder)\n",
+        "        folder.mkdir(exist_ok=True)\n        for path in new.iterdir():\n            path.replace(folder / path.name)\n",
+        "test_folders.py::test_killed_at_any_step_the_old_or_the_new_folder_is_there",
+    ),
+    Mistake(
+        "the rows of a batch get each other's adapters",
+        "banked_linear.py",
+        "chosen = [self.adapter(slot) for slot in self.selection.rows]",
+        "chosen = [self.adapter(slot) for slot in reversed(self.selection.rows)]",
+        "test_adapter_bank.py::test_every_row_gets_its_own_adapter",
+    ),
+]
+
+
+def planted(mistake: Mistake, folder: Path) -> Path:
+    """Copy the package into ``folder`` with the mistake in it, and return ``folder``."""
+    package = shutil.copytree(ROOT / "lowrank_utils", folder / "lowrank_utils")
+    file = package / mistake.file
+    file.write_text(file.read_text(encoding="utf-8").replace(mistake.right, mistake.wrong), encoding="utf-8")
+    return folder
+
+
+def failing(tests: list[str], package: Path) -> bool:
+    """Run the tests against the package in a folder, and return whether a test found something."""
+    # -P keeps the working directory, and with it the package as it is, off the path.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:nbval"]
+    run = subprocess.run(
+        [*command, "-o", "addopts=", *[f"tests/unit/{test}" for test in tests]],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode not in (0, 1):
+        raise RuntimeError(f"pytest could not run {', '.join(tests)}:\n{run.stdout}{run.stderr}")
+    return run.returncode == 1
+
+
+def main() -> int:
+    """Plant all mistakes, and return how many of them weren't found."""
+    if failing(sorted({mistake.test for mistake in MISTAKES}), ROOT):
+        print("Without a mistake a test fails already: mend that first.")
+        return 1
+    missed = []
+    for mistake in tqdm(MISTAKES, unit="mistake"):
+        with tempfile.TemporaryDirectory() as folder:
+            if not failing([mistake.test], planted(mistake, Path(folder))):
+                missed.append(mistake)
+    print(f"{len(MISTAKES) - len(missed)} of {len(MISTAKES)} planted mistakes were found.")
+    for mistake in missed:
+        print(f"NOT FOUND by {mistake.test}: {mistake.what} ({mistake.file})")
+    return len(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
