@@ -63,7 +63,7 @@ def write_report(
 _ALT_TEXTS = {
     "by rank": "Mean test accuracy with intervals against the rank, a panel for each shift, a line for each method.",
     "by parameters": "Mean test accuracy with intervals against the number of trainable parameters, a panel for each shift.",
-    "differences": "DoRA's accuracy minus LoRA's at the same rank with intervals, a line for each shift and rank.",
+    "differences": "DoRA's accuracy minus LoRA's at the same rank with intervals, a panel for each shift and a line for each rank; the margin of one point is shaded.",
 }
 
 
