@@ -1,7 +1,5 @@
 """Each unit test starts from the same global state and leaves none behind."""
 
-import gzip
-import hashlib
 import os
 import random
 
@@ -12,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from mirror import TINY
+from mirror import publish
 from support import embedded_pixels
-from torchvision.datasets import MNIST
 
 from lowrank_utils import data
 
 mpl.use("Agg")
 
-# The same examples in every run, and no limit on an example's time: a slow machine isn't a mistake.
+# The same examples in every run, and no limit on an example's time: a slow machine isn't a mistake. At night others
+# are tried, and more of them: HYPOTHESIS_PROFILE=nightly.
 settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=100)
-settings.load_profile("unit")
+settings.register_profile(
+    "nightly", settings.get_profile("unit"), derandomize=False, print_blob=True, max_examples=10_000
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +62,7 @@ def parsed_once(monkeypatch):
 @pytest.fixture
 def tiny_is_published(monkeypatch):
     """Let the tiny files be the ones that the package and torchvision hold for published."""
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
-    monkeypatch.setattr(data, "MNIST_FILES", digests)
-    archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
-    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
-    monkeypatch.setattr(MNIST, "resources", resources)
-    return archives
+    return publish(monkeypatch)
 
 
 @pytest.fixture

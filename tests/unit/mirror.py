@@ -1,5 +1,7 @@
 """A tiny data set in MNIST's format, and a server on this machine that it can be downloaded from."""
 
+import gzip
+import hashlib
 import http.server
 import struct
 import threading
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
+from lowrank_utils import data
 from lowrank_utils.data import DataError, load_mnist
 
 
@@ -29,6 +32,16 @@ TINY = {
     "t10k-images-idx3-ubyte": idx_images(20, seed=2),
     "t10k-labels-idx1-ubyte": idx_labels(20),
 }
+
+
+def publish(monkeypatch):
+    """Let the tiny files be the published ones for the package and torchvision; return them as downloaded."""
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
+    monkeypatch.setattr(data, "MNIST_FILES", digests)
+    archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
+    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
+    monkeypatch.setattr(MNIST, "resources", resources)
+    return archives
 
 
 def sizes(splits):
