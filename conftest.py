@@ -1,14 +1,19 @@
-"""Make nbval strict: it skips pictures and cells that were never run, and its kernels inherit pytest's environment."""
+"""Make nbval strict, and lend small and read-only disks to tests.
+
+nbval skips pictures and cells that were never run, and its kernels inherit pytest's environment.
+"""
 
 import base64
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import matplotlib.image
 import numpy as np
+import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from lowrank_utils._kernels import kernel_environment
@@ -83,3 +88,24 @@ def pytest_configure():
     # Kernels run in notebooks/, where a relative folder would be another one.
     if folder := os.environ.get("LOWRANK_DATA_DIR"):
         os.environ["LOWRANK_DATA_DIR"] = str(Path(folder).absolute())
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount ``tmp_path / "disk"`` as a disk of its own, as the options say; called again, change the options."""
+    disk, mounted = tmp_path / "disk", []
+
+    def change(options):
+        disk.mkdir(exist_ok=True)
+        remount = "remount," if mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", remount + options, "tmpfs", str(disk)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a disk of its own takes Linux and the right to mount ({error})")
+        mounted.append(options)
+        return disk
+
+    yield change
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

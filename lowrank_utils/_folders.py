@@ -1,5 +1,6 @@
 """Replace a folder of files in one step, so that a crash leaves the old folder or the new one."""
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -54,10 +55,12 @@ def recover(folder: Path) -> None:
     """Put an old folder back that a crash left under its second name, where folders can't be exchanged."""
     old = _old_name(folder)
     if old.is_dir():
+        # Another process may be doing the same, or may just have put its new folder there.
         if folder.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            old.rename(folder)
+            with contextlib.suppress(OSError):
+                old.rename(folder)
 
 
 def _old_name(folder: Path) -> Path:
@@ -66,12 +69,18 @@ def _old_name(folder: Path) -> Path:
 
 def _move_into_place(new: Path, folder: Path) -> None:
     if not folder.exists():
-        new.rename(folder)
-    elif not _exchange(new, folder):
+        try:
+            new.rename(folder)
+            return
+        except OSError:
+            # Another process that saves here was first; its folder is replaced like any other.
+            if not folder.is_dir():
+                raise
+    if not _exchange(new, folder):
         # Two steps instead of one. Between them the folder is missing, and `recover` brings the old one back.
         folder.rename(_old_name(folder))
         new.rename(folder)
-        shutil.rmtree(_old_name(folder))
+        shutil.rmtree(_old_name(folder), ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -7,6 +7,7 @@ Of the layer ``layers.0`` PEFT stores ``base_model.model.layers.0.lora_A.weight`
 
 import hashlib
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 from lowrank_utils._arguments import is_adapter
 from lowrank_utils._folders import recover, replace_folder
 from lowrank_utils.adapt import named_modules_outside_adapters
-from lowrank_utils.adapter_config import CONFIG, AdapterConfig, config_text, fail, read_config
+from lowrank_utils.adapter_config import (
+    CONFIG,
+    AdapterConfig,
+    AdapterFileError,
+    config_text,
+    fail,
+    read_config,
+)
 from lowrank_utils.decompose import row_norms
 from lowrank_utils.dora import LinearWithDoRA, row_scale
 from lowrank_utils.lora import AdaptedLinear, LinearWithLoRA
@@ -202,14 +210,8 @@ def read_adapter(
         FileNotFoundError: the folder or a file isn't there.
         AdapterFileError: see ``load_adapter``.
     """
-    folder = Path(folder).resolve()
-    recover(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} isn't a folder; an adapter is a folder with {CONFIG} and {TENSORS}"
-        )
-    config = read_config(_file_inside(folder, CONFIG))
-    by_layer = _by_layer(_read_tensors(_file_inside(folder, TENSORS)))
+    config, tensors = _read_files(Path(folder).resolve())
+    by_layer = _by_layer(tensors)
     _check_layers(list(by_layer), config, modules)
     return {
         name: _fitted(name, by_layer[name], config, modules[name], may_round)
@@ -218,7 +220,43 @@ def read_adapter(
     }
 
 
+def _read_files(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Read the two files of one and the same adapter, also while another process replaces the folder."""
+    recover(folder)
+    missing = 0
+    for _ in range(100):
+        before = _identity(folder)
+        try:
+            config = read_config(_file_inside(folder, CONFIG))
+            tensors = _read_tensors(_file_inside(folder, TENSORS))
+        except (OSError, AdapterFileError):
+            # A file that is gone or doesn't fit is an error only if its folder is still the same. One that is
+            # missing may be between two names, where folders can't be exchanged in one step.
+            recover(folder)
+            missing += before is None
+            if _identity(folder) == before and (before or missing > 5):
+                raise
+            time.sleep(0.001)
+        else:
+            if _identity(folder) == before:
+                return config, tensors
+    raise AdapterFileError(f"{folder}: is replaced over and over; load it when nobody saves there")
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Return what tells this folder from a later one under its name; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino, status.st_mtime_ns)
+
+
 def _file_inside(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} isn't a folder; an adapter is a folder with {CONFIG} and {TENSORS}"
+        )
     path = folder / name
     if not path.is_file():
         pickled = name == TENSORS and (folder / "adapter_model.bin").exists()

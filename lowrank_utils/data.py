@@ -1,10 +1,13 @@
 """MNIST, the 5,000 digits that need no network or the whole set, and its shifted versions."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import zlib
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +37,9 @@ MNIST_FILES = {
 
 # Where torchvision keeps them.
 RAW = Path("MNIST", "raw")
+
+# How long a mirror may send nothing before the download is given up.
+SILENT_SECONDS = 60.0
 
 
 class DataError(RuntimeError):
@@ -233,7 +239,8 @@ def _download(root: Path) -> None:
             "holds MNIST/raw, or use the data set 'mnist-5k', which needs no files"
         ) from None
     try:
-        MNIST(staging, train=True, download=True)
+        with _no_endless_wait():
+            MNIST(staging, train=True, download=True)
         _verify(staging, remedy="")
         try:
             (staging / "MNIST").rename(root / "MNIST")
@@ -254,6 +261,19 @@ def _download(root: Path) -> None:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_endless_wait() -> Iterator[None]:
+    """Let connections that are made in the block give up on a silent peer; torchvision would wait forever."""
+    if socket.getdefaulttimeout() is not None:
+        yield
+        return
+    socket.setdefaulttimeout(SILENT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def rotate(digits: Digits, degrees: float) -> Digits:

@@ -1,6 +1,7 @@
 """The report of a comparison: one table, its plots, and what the intervals allow to say."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,22 @@ def difference_lines(rows: pd.DataFrame) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150, metadata={"Software": None})
+    with _in_one_step(path) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
     plt.close(figure)
-    temporary.replace(path)
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    with _in_one_step(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def _in_one_step(path: Path) -> Iterator[Path]:
+    """Yield where to write what then takes the place of ``path``; if it can't be written, nothing of it stays."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What the runs of a sweep left, kept so that nothing is lost when it is killed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -53,7 +54,10 @@ class Store:
             raise SweepError(
                 f"another sweep is at work in {self.folder}; wait for it or choose another --out"
             ) from None
-        except PermissionError as error:
+        except OSError as error:
+            # A disk that is full is another matter: there what is done is kept, and the sweep goes on later.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             raise SweepError(
                 f"{self.folder} can't be written ({error.strerror}); choose another --out"
             ) from None

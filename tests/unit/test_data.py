@@ -2,27 +2,34 @@
 
 import functools
 import gc
-import gzip
-import hashlib
-import http.server
 import os
-import struct
+import shutil
+import socket
 import threading
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mirror import (
+    TINY,
+    Server,
+    assert_tiny,
+    contents,
+    load_tiny,
+    message_of,
+    reach,
+    serving,
+    sizes,
+)
 from support import embedded_pixels, normal
 from torchvision.datasets import MNIST
 
 from lowrank_utils import data
 from lowrank_utils.data import (
-    DataError,
     Digits,
     Splits,
     invert,
@@ -45,10 +52,6 @@ def counted(*digits):
             (part.images.double() * 255).round().to(torch.uint8).numpy(), part.labels, strict=True
         )
     )
-
-
-def sizes(splits):
-    return [len(part.labels) for part in splits]
 
 
 # --- The 5,000 images that need no network -----------------------------------------------------
@@ -257,34 +260,6 @@ def test_in_the_whole_set_each_class_is_held_out_in_proportion_and_the_seed_move
 # --- A tiny set in the same format: what can be wrong with files and downloads ------------------
 
 
-def idx_images(count, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-    return struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()
-
-
-def idx_labels(count):
-    return struct.pack(">II", 0x801, count) + bytes(i % 10 for i in range(count))
-
-
-TINY = {
-    "train-images-idx3-ubyte": idx_images(40, seed=1),
-    "train-labels-idx1-ubyte": idx_labels(40),
-    "t10k-images-idx3-ubyte": idx_images(20, seed=2),
-    "t10k-labels-idx1-ubyte": idx_labels(20),
-}
-
-
-@pytest.fixture
-def tiny_is_published(monkeypatch):
-    """Let the tiny files be the ones that the package and torchvision hold for published."""
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
-    monkeypatch.setattr(data, "MNIST_FILES", digests)
-    archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
-    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
-    monkeypatch.setattr(MNIST, "resources", resources)
-    return archives
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effect is what counts)
     """A folder with the four files, to which LOWRANK_DATA_DIR points."""
@@ -294,38 +269,6 @@ def folder(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effec
         (raw / name).write_bytes(content)
     monkeypatch.setenv("LOWRANK_DATA_DIR", str(tmp_path / "data"))
     return raw
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effect is what counts)
-    """An empty cache, in use because LOWRANK_DATA_DIR isn't set."""
-    monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
-    place = tmp_path / "cache" / "lowrank"
-    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
-    return place
-
-
-def load_tiny(**options):
-    return load_mnist("mnist", validation=10, **options)
-
-
-def assert_tiny(splits):
-    assert sizes(splits) == [30, 10, 20]
-    pixels = np.frombuffer(TINY["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(20, 784)
-    assert torch.equal((splits.test.images * 255).round().to(torch.uint8), torch.from_numpy(pixels.copy()))
-    assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
-
-
-def message_of(call=load_tiny):
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    # One line and no chain of causes: that is all that a learner sees.
-    assert "\n" not in message
-    assert caught.value.__cause__ is None
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
-    assert "'mnist-5k'" in message
-    return message
 
 
 @pytest.mark.usefixtures("folder")
@@ -447,76 +390,6 @@ def test_only_verified_files_are_read_even_beside_the_copies_of_an_old_torchvisi
 # --- The download, from a server on this machine ------------------------------------------------
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves ``archives``, or misbehaves as ``fault`` says from the second file on."""
-
-    daemon_threads = True
-
-    def __init__(self, archives, fault):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.archives, self.fault = archives, fault
-        self.requested = []
-        self.meeting = None
-
-    def handle_error(self, request, client_address):
-        """Stay quiet: broken connections are what these tests are about."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[1]
-        self.server.requested.append(name)
-        if self.server.meeting is not None and name.startswith("t10k-labels"):
-            self.server.meeting.wait(timeout=30)
-        fault = self.server.fault if not name.startswith("train-images") else None
-        content = self.server.archives[name]
-        if fault == "refused":
-            self.send_error(403, "Forbidden")
-            return
-        if fault == "garbage":
-            self.wfile.write(b"this is not HTTP\r\n\r\n")
-            return
-        if fault == "hangs up":
-            self.close_connection = True
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if fault == "closes early":
-            content = content[: len(content) // 2]
-        if fault == "altered":
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def serving(archives, monkeypatch, fault=None):
-    with Server(archives, fault) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            reach(server.server_address[1], monkeypatch)
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def reach(port, monkeypatch):
-    """Let torchvision download from this port, whatever proxy the machine has."""
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/mnist/"])
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(urllib.request, "_opener", None)
-
-
-def contents(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
 def test_a_download_is_moved_into_place_whole_and_then_kept(cache, tiny_is_published, monkeypatch, capsys):
     with serving(tiny_is_published, monkeypatch) as server:
         assert_tiny(load_tiny())
@@ -533,21 +406,43 @@ def test_a_download_is_moved_into_place_whole_and_then_kept(cache, tiny_is_publi
 
 # torchvision leaves the refused response open; it is collected here, and not during some later test.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-@pytest.mark.parametrize("fault", ["refused", "closes early", "hangs up", "altered", "garbage"])
+@pytest.mark.parametrize("fault", ["refused", "closes early", "hangs up", "altered", "garbage", "stalls"])
 def test_a_download_that_fails_leaves_nothing_in_the_cache_and_one_line_says_what_to_do(
     cache, tiny_is_published, monkeypatch, fault
 ):
+    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
     with serving(tiny_is_published, monkeypatch, fault) as server:
         message = message_of()
         assert "train-images-idx3-ubyte.gz" in server.requested
         assert len(server.requested) > 1
     gc.collect()
+    assert ("timed out" in message) == (fault == "stalls")
     assert message.startswith("MNIST could not be downloaded. Use the data set 'mnist-5k'")
     assert f"put the four files {', '.join(TINY)}, uncompressed, into {cache / 'MNIST' / 'raw'}" in message
     assert contents(cache) == []
     # The failure isn't remembered.
     with serving(tiny_is_published, monkeypatch):
         assert_tiny(load_tiny())
+
+
+def test_a_slow_mirror_is_waited_for_and_other_connections_keep_their_limits(
+    cache, tiny_is_published, monkeypatch
+):
+    monkeypatch.setattr(data, "SILENT_SECONDS", 10)
+    with serving(tiny_is_published, monkeypatch, fault="slow"):
+        assert_tiny(load_tiny())
+    assert (cache / "MNIST").is_dir()
+    assert socket.getdefaulttimeout() is None
+    # A program that has set a limit of its own keeps it.
+    monkeypatch.setattr(data, "SILENT_SECONDS", 0.001)
+    shutil.rmtree(cache)
+    socket.setdefaulttimeout(20)
+    try:
+        with serving(tiny_is_published, monkeypatch, fault="slow"):
+            assert_tiny(load_tiny())
+        assert socket.getdefaulttimeout() == 20
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_without_a_network_one_line_says_what_to_do(cache, monkeypatch):
