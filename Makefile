@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare bench clean
+.PHONY: help lab test check figures notebooks compare site slides bench clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,12 @@ notebooks: ## Run the notebooks and store their outputs.
 
 compare: ## Run the default comparison, and refresh its results; it goes on where it was stopped.
 	@$(SETUP) run -m lowrank_utils.comparison notebooks/comparison.yaml --publish notebooks/results $(COMPARE_ARGS)
+
+site: ## Build the site from the stored notebooks, into build/site.
+	@$(SETUP) run tools/build_site.py
+
+slides: ## Build the slides from the stored notebooks, into build/slides.
+	@$(SETUP) run tools/build_slides.py
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py

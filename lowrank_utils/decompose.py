@@ -49,8 +49,8 @@ def magnitude_and_direction(tensor: Tensor) -> MagnitudeAndDirection:
         tensor: a vector (n,) or a matrix (rows, columns).
 
     Returns:
-        For a vector: magnitude () and direction (n,). For a matrix: magnitude (rows,) and
-        direction (rows, columns). A zero vector has magnitude 0 and the direction 0.
+        The magnitude () and the direction (n,) of a vector, or the magnitudes (rows,) and the
+        directions (rows, columns) of a matrix. A zero vector has magnitude 0 and the direction 0.
 
     Raises:
         TypeError: ``tensor`` isn't a tensor.

@@ -54,7 +54,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     """Return the mean test accuracy over the seeds with its 95 % interval, for each task, method and rank.
 
     Returns:
-        A row each: the columns of ``TASK``, method, rank, trainable, at_edge, count, mean, low, high.
+        A row each, with the columns of ``TASK``, method, rank, trainable, at_edge, count, mean, low, high.
     """
     rows = []
     keys = [*TASK, "method", "rank", "trainable", "at_edge"]
@@ -83,8 +83,8 @@ def differences(
         exceeds: what the verdict says of the method with the larger values.
 
     Returns:
-        A row each: the columns of ``TASK``, first, second, rank (of the first, if it has one), and the attributes
-        of ``intervals.Difference``; ``verdict`` holds for a margin of one percentage point.
+        A row each, with the columns of ``TASK``, first, second, rank (of the first, if it has one), and the
+        attributes of ``intervals.Difference``; ``verdict`` holds for a margin of one percentage point.
     """
     for method in (first, second):
         if method not in METHODS:
@@ -120,8 +120,8 @@ def spread_over_ranks(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFra
     A method that is robust to the choice of the rank has a small spread.
 
     Returns:
-        A row each: the columns of ``TASK``, method, seed, test (the spread, so that ``differences`` takes it), rank
-        (missing).
+        A row each, with the columns of ``TASK``, method, seed, test (the spread, so that ``differences`` takes
+        it), rank (missing).
     """
     chosen = table[table["method"].isin(methods) & table["rank"].notna()]
     grouped = chosen.groupby([*TASK, "method", "seed"], sort=False)["test"]

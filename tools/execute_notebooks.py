@@ -5,6 +5,7 @@ the difference, and commit. Two runs write the same bytes.
 
     python tools/execute_notebooks.py                       execute and normalise all notebooks
     python tools/execute_notebooks.py notebooks/04_*.ipynb  the same for some
+    python tools/execute_notebooks.py --keep-outputs        execute nothing; write the normal form of what is stored
     python tools/execute_notebooks.py --check               execute nothing; fail if a file isn't in normal form
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from slide_types import assign_slide_types
 from tqdm import tqdm
 
 from lowrank_utils._kernels import kernel_environment
@@ -67,6 +69,7 @@ def normalise(notebook: NotebookNode) -> str:
             # A cell that never ran keeps its missing count, which the tests refuse.
             cell.execution_count = count if cell.execution_count is not None else None
             cell.outputs = [_normal_output(output, count) for output in _merge_streams(cell.outputs)]
+    assign_slide_types(notebook)
     nbformat.validate(notebook)
     return nbformat.writes(notebook).rstrip("\n") + "\n"
 
@@ -111,7 +114,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
-    parser.add_argument("--check", action="store_true", help="execute nothing; fail if not in normal form")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--keep-outputs", action="store_true", help="execute nothing; write the normal form")
+    mode.add_argument("--check", action="store_true", help="execute nothing; fail if not in normal form")
     arguments = parser.parse_args()
     paths = arguments.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
     failed = False
@@ -126,7 +131,8 @@ def main() -> int:
                 )
                 failed = True
             continue
-        execute(notebook, path.resolve().parent)
+        if not arguments.keep_outputs:
+            execute(notebook, path.resolve().parent)
         write_whole(path, normalise(notebook))
     return int(failed)
 

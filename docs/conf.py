@@ -1,0 +1,131 @@
+"""How Sphinx makes the site. tools/build_site.py puts the pages together and calls Sphinx with this file."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parent.parent
+# The package and the tools of this very folder, whatever is installed.
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from build_site import with_links_to_pages  # noqa: E402
+
+from lowrank_utils import __version__  # noqa: E402
+
+project = "LoRA and DoRA from scratch"
+version = release = __version__
+language = "en"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+
+# The notebooks are shown as they are stored; the tests have run them.
+nb_execution_mode = "off"
+# No widgets, whose scripts come from another host.
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}
+nb_code_prompt_show = "Show the solution"
+nb_code_prompt_hide = "Hide the solution"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+mathjax_path = "mathjax/tex-chtml.js"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+# Docstrings are read in the code too, where a single backtick means code.
+default_role = "code"
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_context = {"default_mode": "auto"}
+html_theme_options = {
+    "footer_content_items": [],
+    "home_page_in_toc": True,
+    # The search stands at the side already.
+    "navbar_persistent": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "show_toc_level": 2,
+    "use_fullscreen_button": False,
+}
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_copyright = False
+html_show_sphinx = False
+
+
+def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """Make the links of a notebook lead to pages; the file that readers download stays as it is.
+
+    Args:
+        app: the running Sphinx.
+        name: of the page.
+        source: the text that was read, as its only element.
+    """
+    path = Path(app.env.doc2path(name))
+    if path.suffix != ".ipynb":
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = "".join(cell["source"])
+            cell["source"] = with_links_to_pages(text, path.relative_to(app.srcdir).as_posix())
+    source[0] = json.dumps(notebook)
+
+
+def escape_bars(
+    app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]
+) -> None:
+    """Let the bars in a docstring's formulas, as in |m|, be bars; Sphinx would take them for a substitution.
+
+    Args:
+        app: the running Sphinx.
+        what: the kind of the described thing.
+        name: its full name.
+        described: the thing itself.
+        options: of the directive.
+        lines: the docstring, changed in place.
+    """
+    del app, what, name, described, options
+    literal = r"``.*?``|`.*?`"
+    for place, line in enumerate(lines):
+        plain = re.split(f"({literal})", line)
+        plain[::2] = [part.replace("|", r"\|") for part in plain[::2]]
+        lines[place] = "".join(plain)
+
+
+def skip_bare_fields(
+    app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
+) -> bool | None:
+    """Leave out the fields of a named tuple that only say so; its docstring describes them.
+
+    Args:
+        app: the running Sphinx.
+        what: the kind of what holds the member.
+        name: of the member.
+        member: the member itself.
+        skip: what Sphinx would do.
+        options: of the directive.
+
+    Returns:
+        True to skip it; None leaves it to Sphinx.
+    """
+    del app, what, name, skip, options
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app: Sphinx) -> None:
+    """Register what the pages need besides the extensions."""
+    app.connect("source-read", lead_notebooks_to_pages)
+    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-skip-member", skip_bare_fields)

@@ -1,0 +1,196 @@
+"""Build the site: the notebooks as they are stored, the README, the results and the package as web pages.
+
+    python tools/build_site.py                 into build/site
+    python tools/build_site.py --output FOLDER
+
+Nothing is executed, and the pages load nothing from another host. Warnings are errors.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path, PurePosixPath
+
+from sphinx.cmd.build import build_main
+from web_packages import BUILD, DOCS, ROOT, MissingPackages, copy_mathjax, install_packages
+
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
+
+# What the pages link to besides pages, and what they show.
+FILES = ("constraints.txt", "LICENSE", "notebooks/comparison.yaml", "notebooks/results/*", "figures/*.svg")
+
+
+def modules() -> list[str]:
+    """Return the public modules of the package, in the order of the README, which is that of their imports."""
+    listed = re.findall(r"\]\(lowrank_utils/(\w+)\.py\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return list(dict.fromkeys(listed))
+
+
+def page_of(target: str) -> str:
+    """Return which page stands for a file of the project, as a path from its folder.
+
+    Args:
+        target: a path from the project's folder.
+    """
+    if target == "README.md":
+        return "index.md"
+    module = re.fullmatch(r"lowrank_utils/(\w+)\.py", target)
+    return f"api/{module[1]}.md" if module else target
+
+
+def with_links_to_pages(text: str, place: str) -> str:
+    """Return Markdown whose links to files of the project lead to their pages.
+
+    Args:
+        text: the Markdown.
+        place: where it stands, as a path from the project's folder.
+    """
+    folder = PurePosixPath(place).parent
+
+    def rewritten(match: re.Match[str]) -> str:
+        parts: list[str] = []
+        for part in (folder / match[1]).parts:
+            if part == "..":
+                parts.pop()
+            else:
+                parts.append(part)
+        page = page_of("/".join(parts))
+        return "../" * len(folder.parts) + page
+
+    return LINK.sub(rewritten, text)
+
+
+def section(text: str, heading: str) -> str:
+    """Return the section of ``text`` under ``heading``, up to the next heading of its level."""
+    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError(f"README.md has no section {heading!r}, from which a page is made")
+    return found[0]
+
+
+def toctree(caption: str, pages: list[str], hidden: bool = True) -> str:
+    """Return the directive that puts ``pages`` into the navigation under ``caption``."""
+    options = [f":caption: {caption}", *([":hidden:"] if hidden else [":maxdepth: 1"])]
+    return "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
+
+
+def report_entry(path: Path) -> str:
+    """Return a report's line in the navigation, with what tells it from the other reports.
+
+    Args:
+        path: the report, whose second paragraph says what was run.
+    """
+    found = re.search(
+        r"^\d+ runs of notebook 07, (\S+), (\d+) seeds", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    named = f"Report on {found[1]}, {found[2]} seeds" if found else f"Report {path.stem}"
+    return f"{named} <{path.relative_to(ROOT).with_suffix('').as_posix()}>"
+
+
+def pages() -> dict[str, str]:
+    """Return the pages that are made from other files: the start page, the results and the package."""
+    readme = with_links_to_pages((ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
+    results = section(readme, "Results")
+    pointer = "## Results\n\nThe measurements stand on [a page of their own](results.md).\n\n"
+    notebooks = [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    reports = [report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))]
+    guide = ["docs/teaching"] if (DOCS / "teaching.md").is_file() else []
+    made = {
+        "index.md": readme.replace(results, pointer)
+        + toctree("The series", notebooks)
+        + toctree("Results", ["results", *reports])
+        + (toctree("Teaching", guide) if guide else "")
+        + toctree("The package", ["api/index"]),
+        # One heading less deep, since it is a page now.
+        "results.md": re.sub(r"^#(?=#)", "", results, flags=re.MULTILINE),
+        "api/index.md": "# Reference\n\n"
+        "What the modules of `lowrank_utils` hold, from their docstrings. Each imports only from those above it.\n"
+        + toctree("The package", modules(), hidden=False).replace(":caption: The package\n", ""),
+    }
+    for name in modules():
+        made[f"api/{name}.md"] = (
+            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n```\n"
+        )
+    return made
+
+
+def copied_files() -> list[Path]:
+    """Return the files that go into the site as they are, apart from links to pages in Markdown."""
+    patterns = ("notebooks/*.ipynb", "docs/teaching.md", *FILES)
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def write_if_new(path: Path, content: bytes) -> None:
+    """Write a file unless it is so already, so that Sphinx reads again only what has changed."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def assemble(folder: Path) -> None:
+    """Put all that Sphinx reads into ``folder``, and remove what an earlier run left there.
+
+    Args:
+        folder: where the sources go.
+    """
+    written = set()
+    for name, text in pages().items():
+        write_if_new(folder / name, text.encode())
+        written.add(folder / name)
+    for path in copied_files():
+        name = path.relative_to(ROOT).as_posix()
+        content = path.read_bytes()
+        if path.suffix == ".md":
+            content = with_links_to_pages(content.decode(), name).encode()
+        write_if_new(folder / name, content)
+        written.add(folder / name)
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in written:
+            path.unlink()
+
+
+def build(output: Path, source: Path = BUILD / "site-source") -> int:
+    """Build the site, and return Sphinx's exit status.
+
+    Args:
+        output: the folder that is served afterwards.
+        source: the folder for what Sphinx reads and what it remembers.
+
+    Raises:
+        MissingPackages: MathJax can't be had.
+    """
+    packages = install_packages()
+    assemble(source)
+    options = [
+        "-W",
+        "--keep-going",
+        "-q",
+        "-c",
+        str(DOCS),
+        "-d",
+        str(source.with_name(source.name + "-read")),
+    ]
+    status = build_main([*options, "-b", "html", str(source), str(output)])
+    copy_mathjax(packages, output / "_static" / "mathjax")
+    return status
+
+
+def main() -> int:
+    """Run the command line, and return its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=BUILD / "site", help="default: build/site")
+    output = parser.parse_args().output
+    try:
+        status = build(output)
+    except MissingPackages as error:
+        print(error, file=sys.stderr)
+        return 1
+    if status == 0:
+        print(f"The site is in {output}; open {output / 'index.html'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
