@@ -1,6 +1,7 @@
 """What all checks are made of: the frame around a check, the call of the learner's function, the comparison.
 
-No frame of a check is shown in a traceback (``__tracebackhide__``): its lines hold the expected values.
+Where the learner's function raises an error of its own, ``__tracebackhide__`` leaves the check's frames out of the
+traceback, so that it shows the learner's lines.
 """
 
 import copy
@@ -14,6 +15,10 @@ from torch import Tensor
 
 class ExerciseError(AssertionError):
     """The answer isn't right yet; the message is a hint."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that Jupyter shows: the hint alone, for the last frame would show the check's code."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
