@@ -91,6 +91,8 @@ def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _normal_output(output: NotebookNode, count: int) -> NotebookNode:
+    # The id of a widget is random, and worth nothing without its kernel; its text stays.
+    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     if output.output_type == "execute_result":
         output.execution_count = count
     if "metadata" in output:

@@ -195,6 +195,8 @@ def test_links_to_files_lead_somewhere():
 
 
 def test_all_files_of_the_package_stand_in_the_table():
-    listed = set(re.findall(r"\(lowrank_utils/(\w+\.py)\)", README))
-    public = {path.name for path in (ROOT / "lowrank_utils").glob("*.py") if not path.name.startswith("_")}
-    assert listed == public
+    package = ROOT / "lowrank_utils"
+    listed = set(re.findall(r"\(lowrank_utils/([\w.]+)\)", README))
+    files = {path.name for path in package.glob("*.py")}
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert listed == {name for name in files | folders if not name.startswith("_")}

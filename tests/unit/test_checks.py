@@ -25,7 +25,7 @@ def merge(layer, weight=None, bias="clone", dtype="the layer's"):
     plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
     with torch.no_grad():
         plain.weight.copy_(layer.weight if weight is None else weight)
-        if layer.bias is not None:
+        if layer.bias is not None and bias != "left as drawn":
             plain.bias.copy_(layer.bias)
     if bias == "shared" and layer.bias is not None:
         plain.bias = layer.linear.bias
@@ -77,6 +77,11 @@ def freeze_by_attribute(model):
 
 class LocalLoRALayer(nn.Module):
     """Stands for a class that a notebook defines: another one than the package's."""
+
+
+def freeze_named(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in {f"linear{i}.lora.{factor}" for i in (1, 2) for factor in "AB"})
 
 
 def freeze_the_rest_only(model):
@@ -262,6 +267,48 @@ def mixed_lora(x, w, b, A, B, c, choice):
     return mixed(x, w, b, A, B, torch.ones_like(c), choice)
 
 
+def starts_as_pretrained(layer_class):
+    linear, x = nn.Linear(6, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    return torch.allclose(layer_class(linear, 2, 3.0)(x), linear(x))
+
+
+def finds_bug_without(*left_out):
+    """Return a test of a layer's properties that asks for all but these."""
+
+    def finds_bug(layer_class):
+        linear, x = nn.Linear(6, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+        layer, zero = layer_class(linear, 2, 3.0), torch.zeros(1, 6, dtype=torch.float64)
+        with torch.no_grad():
+            held = {"start": torch.allclose(layer(x), linear(x))}
+            layer.lora.B.normal_()
+            lengths = weight_of(layer).norm(dim=1)
+            # Of m's lengths only the shape that the others need: a norm per input is found by the outputs.
+            held["lengths"] = lengths.shape != layer.m.shape or torch.allclose(lengths, layer.m)
+            before, b = layer(x), layer(zero)
+            held["linear"] = torch.allclose(layer(3 * x) - b, 3 * (before - b))
+            layer.lora.B.div_(2)
+            layer.lora.alpha *= 2
+            held["alpha"] = torch.allclose(layer(x), before)
+            before = layer(x)
+            layer.m[0] *= 2
+            held["one output"] = (~torch.isclose(layer(x), before).all(0)).sum().item() == 1
+            held["bias"] = torch.allclose(layer(zero), linear.bias)
+        return not all(value for name, value in held.items() if name not in left_out)
+
+    return finds_bug
+
+
+def weight_of(layer):
+    return (layer(torch.eye(6, dtype=torch.float64)) - layer(torch.zeros(1, 6, dtype=torch.float64))).T
+
+
+def moves_m_of_any_shape(layer_class):
+    layer = layer_class(nn.Linear(6, 4), 2, 3.0)
+    with torch.no_grad():
+        layer.m.mul_(torch.linspace(0.5, 1.5, 4))
+    return not torch.allclose(layer(torch.zeros(1, 6)), layer.linear.bias)
+
+
 SOLUTIONS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
     "smallest_rank": lambda s, share: (
@@ -279,6 +326,7 @@ SOLUTIONS = {
     "weight_norm_gradients": weight_norm,
     "dora_scale": lambda w, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1),
     "dora_output": dora,
+    "finds_bug": finds_bug_without(),
     "magnitude_gradient": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(0),
     "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "paired_difference": lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5),
@@ -337,6 +385,9 @@ MISTAKES = {
         (lambda i, o, r: i * r, "that is A alone"),  # noqa: ARG005
         (lambda i, o, r: r * o, "that is B alone"),  # noqa: ARG005
         (lambda i, o, r: 2 * i * r, "in and out may differ"),  # noqa: ARG005
+        (lambda i, o, r: r * i * o, "isn't a factor of the product"),
+        (lambda i, o, r: i + r * o, "multiply both sides"),
+        (lambda i, o, r: i + o, "where is the rank"),  # noqa: ARG005
         (hard_coded_parameters, "isn't right yet"),
     ],
     "smallest_rank": [
@@ -356,13 +407,15 @@ MISTAKES = {
         (lambda x, w, A, B: x @ w.T, "the update is missing"),  # noqa: ARG005
         (lambda x, w, A, B: x @ A @ B, "the update alone"),  # noqa: ARG005
         (lambda x, w, A, B: x @ (w.T + A @ B), "A·B was built in full"),
-        (in_place_update, "changed in place"),
+        (lambda x, w, A, B: x @ w.T - (x @ A) @ B, "not taken away"),
+        (in_place_update, "weight was changed in place"),
         (lambda x, w, A, B: (x @ w.T + x @ A @ B).float(), "wrong dtype"),
     ],
     "scaling": [
         (lambda a, r, rs: a * (r**0.5 if rs else r), "divide instead"),
         (lambda a, r, rs: a / (r if rs else r**0.5), "the other rule"),
         (lambda a, r, rs: a, "article's rule"),  # noqa: ARG005
+        (lambda a, r, rs: (r**0.5 if rs else r) / a, "upside down"),
     ],
     "lora_output": [
         (lambda x, w, b, A, B, a: x @ w.T + b + x @ A @ B, "where is alpha"),  # noqa: ARG005
@@ -371,7 +424,9 @@ MISTAKES = {
         (lambda x, w, b, A, B, a: x @ w.T + a * (x @ A @ B), "bias is missing"),  # noqa: ARG005
         (lambda x, w, b, A, B, a: a * (x @ A @ B), "frozen layer is missing"),  # noqa: ARG005
         (lambda x, w, b, A, B, a: x @ w.T + a * (x @ A @ B + b), "bias is scaled"),
-        (lambda x, w, b, A, B, a: (x @ w.T + b + a * (x @ A @ B)).T, "wrong shape"),
+        (lambda x, w, b, A, B, a: (x @ w.T + b + a * (x @ A @ B)).T, "is transposed"),
+        (lambda x, w, b, A, B, a: (x @ w.T + b + a * (x @ A @ B)).flatten(), "right values in the wrong shape"),
+        (lambda x, w, b, A, B, a: (x @ w.T + b + a * (x @ A @ B)).float(), "wrong dtype"),
     ],
     "freeze_all_but_adapters": [
         (freeze_linear_layers, "not every layer is an nn.Linear"),
@@ -380,13 +435,16 @@ MISTAKES = {
         (lambda model: [p.requires_grad_(n.endswith("A")) for n, p in model.named_parameters()], "must be trainable"),
         (freeze_by_class(LocalLoRALayer), "the package's class"),
         (freeze_the_rest_only, "frozen before"),
+        (freeze_named, "everything is frozen"),
     ],
     "merged_weight": [
         (lambda w, A, B, a: w + (A @ B).T, "where is alpha"),  # noqa: ARG005
         (lambda w, A, B, a: w.T + a * (A @ B), "its transpose"),
         (lambda w, A, B, a: a * (w + (A @ B).T), "alpha scales the update alone"),
         (lambda w, A, B, a: a * (A @ B).T, "ΔW alone"),  # noqa: ARG005
-        (in_place_merge_of_weight, "changed in place"),
+        (lambda w, A, B, a: w, "W alone"),  # noqa: ARG005
+        (lambda w, A, B, a: w + a / len(B) * (A @ B).T, "not divided by the rank"),
+        (in_place_merge_of_weight, "weight was changed in place"),
     ],
     "multiplications": [
         (lambda b, i, o, r: b * r * (i + o), "frozen layer's product is missing"),
@@ -396,11 +454,16 @@ MISTAKES = {
         (lambda b, i, o, r: b * i * o + b * r * i, "and then the product with B"),
         (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * o, "scaling of the output isn't counted"),
         (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * r, "scaling of x·A isn't counted"),
+        (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * i, "scaling of x isn't counted"),
     ],
     "merge": [
         (lambda layer: layer, "plain nn.Linear"),
         (merge_in_place, "was changed"),
         (lambda layer: merge(layer, weight=layer.linear.weight), "the update is missing"),
+        (lambda layer: merge(layer, weight=layer.linear.weight + layer.lora.delta_weight() / 2.5), "where is alpha"),
+        (lambda layer: merge(layer, weight=layer.lora.delta_weight()), "ΔW alone"),
+        (lambda layer: merge(layer, bias="left as drawn"), "the bias isn't the layer's"),
+        (lambda layer: nn.Linear(layer.out_features, layer.in_features), "wrong shape"),
         (lambda layer: merge(layer, bias="shared"), "share memory"),
         (lambda layer: merge(layer, bias="shared data"), "share memory"),
         (lambda layer: merge_in_default_dtype(layer, torch.float64), "float64 instead of torch.float32"),
@@ -411,6 +474,7 @@ MISTAKES = {
         (lambda v: v / v.sum(), "sum of the entries"),
         (lambda v: v / v.abs().sum(), "absolute values"),
         (lambda v: v / v.square().sum(), "take the root"),
+        (lambda v: v / v.abs().max(), "largest entry"),
         (lambda v: v / v.norm(), "NaN"),
         (lambda v: v, "the vector itself"),
         (lambda v: v / v.norm() if (v != 0).all() else v * 0, "a zero in it"),
@@ -425,12 +489,18 @@ MISTAKES = {
         (lambda w: (w.norm(dim=1), w / w.norm(dim=0)), "wrong axis"),
         (lambda w: (w.norm(dim=1), w), "not the weight"),
         (lambda w: w.norm(dim=1), "tuple of 2"),
+        (lambda w: (w.norm(), w / w.norm(dim=1, keepdim=True)), "one norm for the whole weight"),
+        (lambda w: (w.norm(dim=1), w / w.square().sum(dim=1, keepdim=True)), "by the squared lengths"),
+        (lambda w: (w.norm(dim=1), (w / w.norm(dim=1, keepdim=True)).T), "yours are transposed"),
+        (lambda w: (w.norm(dim=1), w.div_(w.norm(dim=1, keepdim=True))), "weight was changed in place"),
     ],
     "weight_norm_gradients": [
         (lambda gw, g, v: (gw @ v, gw), "divide v by its length"),  # noqa: ARG005
         (lambda gw, g, v: (gw @ v / v.norm(), g / v.norm() * gw), "subtract it"),
         (lambda gw, g, v: (weight_norm(gw, g, v)[0], weight_norm(gw, g, v)[1] * v.norm() / g), "scaled by g"),
         (lambda gw, g, v: (weight_norm(gw, g, v)[0], weight_norm(gw, g, v)[1] * v.norm()), "divided by ‖v‖"),
+        (lambda gw, g, v: (weight_norm(gw, g, v)[0], weight_norm(gw, g, v)[1] / g), "scaled by g too"),
+        (lambda gw, g, v: (gw * v / v.norm(), weight_norm(gw, g, v)[1]), "take the dot product"),
     ],
     "dora_scale": [
         (lambda w, A, B, a, m: m / w.norm(dim=1), "V is W"),  # noqa: ARG005
@@ -438,6 +508,9 @@ MISTAKES = {
         (lambda w, A, B, a, m: m / V_of(w, A, B, 1).norm(dim=1), "alpha is missing"),  # noqa: ARG005
         (lambda w, A, B, a, m: (m / V_of(w, A, B, a).norm(dim=1)).unsqueeze(1), "shape"),
         (lambda w, A, B, a, m: 1 / V_of(w, A, B, a).norm(dim=1), "where is m"),  # noqa: ARG005
+        (lambda w, A, B, a, m: m / V_of(w, A, B, a).square().sum(1), "take the root"),
+        (lambda w, A, B, a, m: m / V_of(w, A, B, a).norm(), "each row has its own"),
+        (lambda w, A, B, a, m: m / V_of(w, A, B, a).norm(dim=0)[: len(m)], "isn't right yet"),
     ],
     "dora_output": [
         (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m) + dora(x * 0, w, 0, A, B, a, m) + b * m
@@ -450,11 +523,34 @@ MISTAKES = {
         (lambda x, w, b, A, B, a, m: m * (x @ w.T + a * (x @ A @ B)) + b, "not divided"),
         (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m), "bias is missing"),  # noqa: ARG005
         (merged_dora, "that is the merged form"),
+        (lambda x, w, b, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1) * (x @ w.T) + a * (x @ A @ B) + b,
+            "scales the update too"),
+        (lambda x, w, b, A, B, a, m: m * F.normalize(x @ w.T + a * (x @ A @ B), dim=1) + b, "norm of the output"),
+        (lambda x, w, b, A, B, a, m: dora(x, w, b, A, B, a, torch.ones_like(m)), "not multiplied by m"),
+        (lambda x, w, b, A, B, a, m: dora(x, w, b, A, B, 1, m), "alpha is missing"),  # noqa: ARG005
+        (lambda x, w, b, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1) * (x @ w.T + x @ A @ B) + b, "missing in the sum"),
+        (lambda x, w, b, A, B, a, m: m / V_of(w, A, B, 1).norm(dim=1) * (x @ w.T + a * (x @ A @ B)) + b, "missing in V"),
+    ],
+    "finds_bug": [
+        (lambda cls: not starts_as_pretrained(cls), "LayerA passes your test, but it has a bug. Test what comes out at x = 0"),
+        (finds_bug_without("bias"), "LayerA passes"),
+        (finds_bug_without("one output"), "LayerB passes"),
+        (finds_bug_without("alpha"), "LayerC passes"),
+        (finds_bug_without("linear", "lengths"), "LayerD passes"),
+        (finds_bug_without("start", "lengths"), "LayerE passes"),
+        (finds_bug_without("lengths"), "LayerF passes"),
+        (lambda cls: True, "a right layer is accused"),  # noqa: ARG005
+        (lambda cls: cls.__name__.startswith("Layer") and cls.__name__ != "Layer", "LayerA passes"),
+        (moves_m_of_any_shape, "your test stops at LayerB"),
+        (lambda cls: torch.tensor([False, True]), "must return True or False"),  # noqa: ARG005
     ],
     "magnitude_gradient": [
         (lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).mean(0), "don't average"),
         (lambda gy, x, V: (gy * (x @ V.T)).sum(0), "divide by"),
         (lambda gy, x, V: gy * (x @ V.T) / V.norm(dim=1), "sum over the batch"),
+        (lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(1), "not over the outputs"),
+        (lambda gy, x, V: (gy * (x @ V.T) / V.square().sum(1)).sum(0), "not by its square"),
+        (lambda gy, x, V: (x @ V.T / V.norm(dim=1)).sum(0), "grad_y, is missing"),  # noqa: ARG005
     ],
     "standard_error": [
         (lambda p, n: p * (1 - p) / n, "take the root"),
@@ -463,10 +559,13 @@ MISTAKES = {
         (lambda p, n: (p / n) ** 0.5, "1 − p"),
     ],
     "paired_difference": [
-        (lambda a, b: ((b - a).mean(), (a - b).std() / 2), "first − second"),
-        (lambda a, b: ((a - b).mean(), ((a.var() + b.var()) / 4).sqrt()), "unrelated"),
+        (lambda a, b: ((b - a).mean(), (a - b).std() / len(a) ** 0.5), "first − second"),
+        (lambda a, b: ((a - b).abs().mean(), (a - b).std() / len(a) ** 0.5), "absolute values"),
+        (lambda a, b: ((a - b).mean(), ((a.var() + b.var()) / len(a)).sqrt()), "unrelated"),
         (lambda a, b: ((a - b).mean(), (a - b).std()), "steadier"),
-        (lambda a, b: ((a - b).mean(), (a - b).std(correction=0) / 2), "n − 1"),
+        (lambda a, b: ((a - b).mean(), (a - b).std(correction=0) / len(a) ** 0.5), "n − 1"),
+        (lambda a, b: ((a - b).mean(), (a - b).std() / len(a)), "not by n"),
+        (lambda a, b: ((a - b).mean(), (a - b).std() / 2), "isn't right yet"),  # the root of the first example's n,
     ],
     "magnitude_only": [
         (magnitudes_and_factors, "A and B are still trainable"),
@@ -474,6 +573,8 @@ MISTAKES = {
         (factors_frozen_only, "the three m"),
         (every_name_with_an_m, "norm.bias"),
         (tensors_counted, "not the tensors"),
+        (lambda model: only_magnitudes(model) * 0 + sum(p.numel() for p in model.parameters()), "frozen numbers too"),
+        (lambda model: only_magnitudes(model) * 0 + 17, "isn't right yet"),  # the first example's count
     ],
     "chosen_rate": [
         (lambda scores: max(scores, key=lambda rate: max(scores[rate])), "best single run"),
@@ -481,11 +582,12 @@ MISTAKES = {
         (max, "the largest rate"),
         (min, "the smallest rate"),
         (lambda scores: sorted(scores, key=lambda rate: sum(scores[rate]))[1], "isn't right yet"),
-        (scores_emptied, "was changed"),
+        (lambda scores: max(scores, key=lambda rate: sum(scores[rate])), "the largest sum"),
+        (scores_emptied, "scores was changed in place"),
     ],
     "interval": [
         (lambda d, t: (d.mean() - t * d.std(), d.mean() + t * d.std()), "steadier"),
-        (lambda d, t: (d.mean() - t * d.std() / 5, d.mean() + t * d.std() / 5), "not by n"),
+        (lambda d, t: (d.mean() - t * d.std() / len(d), d.mean() + t * d.std() / len(d)), "not by n"),
         (lambda d, t: t_interval(d, t, correction=0), "with n − 1"),
         (lambda d, t: t_interval(d, 1), "one standard error"),  # noqa: ARG005
         (lambda d, t: t_interval(d, t)[::-1], "lower end comes first"),
@@ -501,12 +603,13 @@ MISTAKES = {
         (lambda layers, r: (matched_ranks(layers, r) * 2)[:3], "a rank for each of 2 layers"),
     ],
     "to_peft": [
-        (lambda A, B, a: (A, B.T, a * 3), "PEFT's A is"),
-        (lambda A, B, a: (A.T, B, a * 3), "PEFT's B is"),
-        (lambda A, B, a: (B.T, A.T, a * 3), "changed places"),
-        (lambda A, B, a: (A.T, B.T, a / 3), "multiply by it"),
+        (lambda A, B, a: (A, B.T, a * len(B)), "PEFT's A is"),
+        (lambda A, B, a: (A.T, B, a * len(B)), "PEFT's B is"),
+        (lambda A, B, a: (B.T, A.T, a * len(B)), "changed places"),
+        (lambda A, B, a: (A.T, B.T, a / len(B)), "multiply by it"),
         (lambda A, B, a: (A.T, B.T, a), "scaling itself"),
-        (lambda A, B, a: (A.T, B.T, a * 3**0.5), "rsLoRA"),
+        (lambda A, B, a: (A.T, B.T, a * len(B) ** 0.5), "rsLoRA"),
+        (lambda A, B, a: (A.T, B.T, a * 3), "isn't right yet"),  # the rank of the first example
     ],
     "factored_squares": [
         (lambda w, A, B, a: factored(w, A, B, a, twice=0), "mixed term is missing"),
@@ -530,7 +633,7 @@ MISTAKES = {
         (accumulated_in_place, "changed in place"),
     ],
     "mixed_batch": [
-        (lambda x, w, b, A, B, c, k: mixed(x, w, b, A, B, c, k[:1].expand(5)), "the first row's adapter"),
+        (lambda x, w, b, A, B, c, k: mixed(x, w, b, A, B, c, k[:1].expand(len(k))), "the first row's adapter"),
         (lambda x, w, b, A, B, c, k: mixed(x, w, b * 0, A, B, c, k) + c[k] * b, "bias is scaled"),
         (mixed_lora, "where is c"),
         (lambda x, w, b, A, B, c, k: x @ w.T + c[k] * (mixed_lora(x, w * 0, 0, A, B, c, k)) + b,
@@ -606,14 +709,77 @@ def test_nonsense_is_refused(name, nonsense):
         getattr(checks, f"check_{name}")(lambda *_: nonsense)
 
 
-def test_the_core_exercises_know_four_mistakes_or_more():
-    core = [
-        "smallest_rank",
-        "lora_output",
-        "multiplications",
-        "split_rows",
-        "dora_output",
-        "paired_difference",
-        "factored_squares",
-    ]
-    assert all(len(MISTAKES[name]) >= 4 for name in core)
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_exercise_knows_four_mistakes_or_more(name):
+    assert len({hint for _, hint in MISTAKES[name] if hint != "isn't right yet"}) >= 4
+
+
+# Exercises on a model. How each could be answered for one example alone stands among their mistakes.
+ON_MODELS = {"freeze_all_but_adapters", "merge", "magnitude_only", "finds_bug"}
+ON_VALUES = [name for name in SOLUTIONS if name not in ON_MODELS]
+ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error"}
+
+
+@pytest.mark.parametrize("name", ON_VALUES)
+def test_the_answer_to_the_first_example_is_refused_for_the_next(name):
+    answers = []
+
+    def hard_coded(*inputs):
+        if not answers:
+            answers.append(SOLUTIONS[name](*inputs))
+        return answers[0]
+
+    with pytest.raises(ExerciseError):
+        getattr(checks, f"check_{name}")(hard_coded)
+
+
+@pytest.mark.parametrize("name", [name for name in ON_VALUES if name not in ON_NUMBERS])
+def test_a_right_answer_that_changes_what_it_was_given_is_refused(name):
+    def in_place(*inputs):
+        answer = SOLUTIONS[name](*inputs)
+        if isinstance(inputs[0], torch.Tensor):
+            inputs[0].add_(1)
+        else:
+            inputs[0].clear()
+        return answer
+
+    with pytest.raises(ExerciseError, match="was changed in place"):
+        getattr(checks, f"check_{name}")(in_place)
+
+
+def with_tensors(answer, change):
+    """Return the answer with ``change`` applied to its tensors that aren't single numbers."""
+    if isinstance(answer, tuple):
+        return tuple(with_tensors(part, change) for part in answer)
+    return change(answer) if isinstance(answer, torch.Tensor) and answer.ndim else answer
+
+
+RETURNS_TENSORS = [
+    "apply_update",
+    "lora_output",
+    "merged_weight",
+    "unit_vector",
+    "split_rows",
+    "weight_norm_gradients",
+    "dora_scale",
+    "dora_output",
+    "magnitude_gradient",
+    "to_peft",
+    "factored_squares",
+    "mixed_batch",
+]
+
+
+@pytest.mark.parametrize("name", RETURNS_TENSORS)
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda tensor: tensor.float(), "wrong dtype: torch.float32 instead of torch.float64"),
+        (lambda tensor: tensor.unsqueeze(0), "right values in the wrong shape"),
+        (lambda tensor: tensor[:1], "wrong shape"),
+    ],
+    ids=["dtype", "one dimension more", "cut"],
+)
+def test_right_values_of_another_kind_are_told_from_wrong_values(name, change, hint):
+    with pytest.raises(ExerciseError, match=hint):
+        getattr(checks, f"check_{name}")(lambda *inputs: with_tensors(SOLUTIONS[name](*inputs), change))

@@ -1,0 +1,61 @@
+"""What the exercises call: each check takes the learner's function and says what is right, or gives a hint.
+
+A check knows the mistakes that are often made and names the one it recognises. It never shows the answer. There is
+a file for each notebook.
+"""
+
+from lowrank_utils.checks._shared import ExerciseError
+from lowrank_utils.checks.comparison import check_chosen_rate, check_interval, check_matched_ranks
+from lowrank_utils.checks.dora import (
+    check_dora_output,
+    check_dora_scale,
+    check_finds_bug,
+    check_magnitude_gradient,
+)
+from lowrank_utils.checks.finetuning import (
+    check_magnitude_only,
+    check_paired_difference,
+    check_standard_error,
+)
+from lowrank_utils.checks.lora_layer import check_freeze_all_but_adapters, check_lora_output, check_scaling
+from lowrank_utils.checks.low_rank_updates import (
+    check_adapter_parameters,
+    check_apply_update,
+    check_smallest_rank,
+)
+from lowrank_utils.checks.magnitude_and_direction import (
+    check_split_rows,
+    check_unit_vector,
+    check_weight_norm_gradients,
+)
+from lowrank_utils.checks.merged_and_unmerged import check_merge, check_merged_weight, check_multiplications
+from lowrank_utils.checks.production import check_factored_squares, check_mixed_batch, check_to_peft
+
+__all__ = [
+    "ExerciseError",
+    "check_adapter_parameters",
+    "check_apply_update",
+    "check_chosen_rate",
+    "check_dora_output",
+    "check_dora_scale",
+    "check_factored_squares",
+    "check_finds_bug",
+    "check_freeze_all_but_adapters",
+    "check_interval",
+    "check_lora_output",
+    "check_magnitude_gradient",
+    "check_magnitude_only",
+    "check_matched_ranks",
+    "check_merge",
+    "check_merged_weight",
+    "check_mixed_batch",
+    "check_multiplications",
+    "check_paired_difference",
+    "check_scaling",
+    "check_smallest_rank",
+    "check_split_rows",
+    "check_standard_error",
+    "check_to_peft",
+    "check_unit_vector",
+    "check_weight_norm_gradients",
+]

@@ -1,0 +1,86 @@
+"""The checks of notebook 2, the LoRA layer."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lowrank_utils.adapt import replace_linear_layers
+from lowrank_utils.checks._shared import ExerciseError, ask, compare, examples, exercise
+from lowrank_utils.lora import LinearWithLoRA
+from lowrank_utils.training import MultilayerPerceptron
+
+
+@exercise("2.1")
+def check_scaling(function: Callable[[float, int, bool], float]) -> None:
+    """Check exercise 2.1, the alpha to pass for PEFT's scalings."""
+    __tracebackhide__ = True
+    for alpha, rank, rslora in [(8.0, 4, False), (8.0, 16, True), (3.0, 64, False)]:
+        root = rank**0.5
+        mistakes = {
+            "divide instead of multiplying: a larger rank means a smaller factor": alpha
+            * (root if rslora else rank),
+            "that is the other rule: √r belongs to rsLoRA": alpha / (rank if rslora else root),
+            "that is the article's rule, alpha as it is": alpha,
+            "upside down: alpha stands above, the rank below": (root if rslora else rank) / alpha,
+        }
+        answer = ask(function, lora_alpha=alpha, rank=rank, use_rslora=rslora)
+        compare("scaling", answer, alpha / (root if rslora else rank), mistakes)
+
+
+@exercise("2.2")
+def check_lora_output(function: Callable[..., Tensor]) -> None:
+    """Check exercise 2.2, the output of a wrapped linear layer."""
+    __tracebackhide__ = True
+    for e in examples():
+        base, update = e.x @ e.weight.T, e.x @ e.A @ e.B
+        mistakes = {
+            "the update isn't scaled: where is alpha?": base + e.bias + update,
+            "alpha is used as it is here, not divided by the rank": base
+            + e.bias
+            + e.alpha / len(e.B) * update,
+            "alpha scales the update alone, not the frozen layer": e.alpha * (base + e.bias + update),
+            "the bias is missing": base + e.alpha * update,
+            "the frozen layer is missing": e.alpha * update,
+            "the bias is scaled; it belongs to the frozen layer": base + e.alpha * (update + e.bias),
+        }
+        answer = ask(function, **e.take("x weight bias A B alpha"))
+        compare("lora_output", answer, base + e.bias + e.alpha * update, mistakes)
+
+
+def _encoder_layer() -> nn.Module:
+    model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+    replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1, targets="linear*")
+    return model
+
+
+def _perceptron_with_norm() -> nn.Module:
+    model = MultilayerPerceptron(6, 5, 4, 3)
+    model.norm = nn.LayerNorm(3)
+    replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1)
+    return model
+
+
+@exercise("2.3")
+def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None:
+    """Check exercise 2.3, that nothing but A and B is trainable in any model."""
+    __tracebackhide__ = True
+    for model, before in [
+        (_encoder_layer(), True),
+        (_encoder_layer(), False),
+        (_perceptron_with_norm(), True),
+    ]:
+        model.requires_grad_(before)
+        function(model)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {name for name, _ in model.named_parameters() if name.endswith((".lora.A", ".lora.B"))}
+        if not before and not trainable:
+            raise ExerciseError("make A and B trainable also where they were frozen before")
+        if not trainable:
+            raise ExerciseError(
+                "everything is frozen, the adapters too (if you use isinstance: the model that is checked has "
+                "the package's classes, which the cell above the exercises imports)"
+            )
+        if missing := sorted(adapters - trainable):
+            raise ExerciseError(f"these must be trainable: {', '.join(missing)}")
+        if extra := sorted(trainable - adapters):
+            raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")
