@@ -295,22 +295,26 @@ MISTAKES = [
 ]
 
 
-def planted(mistake: Mistake, folder: Path) -> Path:
-    """Copy the package into ``folder`` with the mistake in it, and return ``folder``."""
-    package = shutil.copytree(ROOT / "lowrank_utils", folder / "lowrank_utils")
-    file = package / mistake.file
-    file.write_text(file.read_text(encoding="utf-8").replace(mistake.right, mistake.wrong), encoding="utf-8")
+def planted(mistake: Mistake | None, folder: Path) -> Path:
+    """Copy the package and its tests into ``folder``, with the mistake in it, and return ``folder``."""
+    for part in ("lowrank_utils", "tests", "tools"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / part, folder)
+    if mistake is not None:
+        file = folder / "lowrank_utils" / mistake.file
+        text = file.read_text(encoding="utf-8").replace(mistake.right, mistake.wrong)
+        file.write_text(text, encoding="utf-8")
     return folder
 
 
-def failing(tests: list[str], package: Path) -> bool:
-    """Run the tests against the package in a folder, and return whether a test found something."""
-    # -P keeps the working directory, and with it the package as it is, off the path.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:nbval"]
+def failing(tests: list[str], folder: Path) -> bool:
+    """Run the tests in a copy, and return whether one of them found something."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:nbval"]
     run = subprocess.run(
         [*command, "-o", "addopts=", *[f"tests/unit/{test}" for test in tests]],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         check=False,
@@ -322,9 +326,10 @@ def failing(tests: list[str], package: Path) -> bool:
 
 def main() -> int:
     """Plant all mistakes, and return how many of them weren't found."""
-    if failing(sorted({mistake.test for mistake in MISTAKES}), ROOT):
-        print("Without a mistake a test fails already: mend that first.")
-        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        if failing(sorted({mistake.test for mistake in MISTAKES}), planted(None, Path(folder))):
+            print("Without a mistake a test fails already: mend that first.")
+            return 1
     missed = []
     for mistake in tqdm(MISTAKES, unit="mistake"):
         with tempfile.TemporaryDirectory() as folder:

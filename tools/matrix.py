@@ -1,0 +1,283 @@
+"""Run all notebooks under nbval in one setting after another: do the stored outputs come out again in each?
+
+    python tools/matrix.py                     run every setting that this machine offers
+    python tools/matrix.py --list              say which those are
+    python tools/matrix.py SSE "no network"    run some
+
+Each outcome is written to notebooks/results/matrix.json and to the table in docs/reproducibility.md as soon as it is
+there. Settings that aren't run now keep their last outcome.
+"""
+
+# ruff: noqa: S603 (it runs Python and the system's own tools, never through a shell of the caller's)
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results" / "matrix.json"
+TABLE = ROOT / "docs" / "reproducibility.md"
+ENVIRONMENTS = ROOT / ".matrix"
+
+# What each vector unit of an x86-64 processor is called by torch, by Intel's MKL and by oneDNN.
+PROCESSORS = {
+    "SSE": ("default", "SSE4_2", "SSE41"),
+    "AVX2": ("avx2", "AVX2", "AVX2"),
+    "AVX-512": ("avx512", "AVX512", "AVX512_CORE"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way in which the notebooks are run.
+
+    Attributes:
+        name: in the table.
+        variables: environment variables; None takes one away.
+        python: ``"pinned"``, the oldest versions that pyproject.toml allows (``"oldest"``), or a version such as ``3.12``.
+        place: ``"here"``, a copy in a path with a ``"space"``, or a ``"read-only"`` checkout.
+        network: False leaves it the loopback device alone.
+    """
+
+    name: str
+    variables: Mapping[str, str | None] = field(default_factory=dict)
+    python: str = "pinned"
+    place: str = "here"
+    network: bool = True
+
+
+def processor(name: str, threads: int) -> Setting:
+    """Return the setting that uses one vector unit, although the processor may have wider ones."""
+    torch, mkl, onednn = PROCESSORS[name]
+    variables = {"ATEN_CPU_CAPABILITY": torch, "MKL_ENABLE_INSTRUCTIONS": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
+    return Setting(
+        f"{name}, {threads} thread{'s' * (threads > 1)}",
+        variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+    )
+
+
+SETTINGS = [
+    *(processor(name, threads) for name in PROCESSORS for threads in (1, 2)),
+    *(Setting(f"Python {version}", python=version) for version in ("3.11", "3.12", "3.13")),
+    Setting("oldest torch and matplotlib", python="oldest"),
+    Setting("German, UTC+14", {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Kiritimati"}),
+    Setting("Chinese, UTC−10", {"LC_ALL": "zh_CN.UTF-8", "LANG": "zh_CN.UTF-8", "TZ": "Pacific/Honolulu"}),
+    Setting("a path with a space and umlauts", place="space"),
+    Setting("a checkout that can't be written", place="read-only"),
+    Setting("without HOME", {"HOME": None, "XDG_CACHE_HOME": None}),
+    Setting("no network but loopback", network=False),
+]
+
+
+class NotOffered(Exception):
+    """This machine can't run a setting; the message says why."""
+
+
+def lowest(name: str) -> str:
+    """Return the lowest version of a dependency that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = [re.fullmatch(rf"{name}>=([\d.]+)", line) for line in project["dependencies"]]
+    return next(match[1] for match in found if match)
+
+
+def interpreter(version: str) -> str:
+    """Return a Python of this version, from the path or from pyenv."""
+    if version == ".".join(platform.python_version_tuple()[:2]):
+        return sys.executable
+    candidates = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    found = shutil.which(f"python{version}") or (str(candidates[-1]) if candidates else None)
+    if found is None or subprocess.run([found, "-c", ""], check=False, capture_output=True).returncode:
+        raise NotOffered(f"there is no Python {version}")
+    return found
+
+
+def environment(name: str) -> str:
+    """Return the Python of an environment with everything installed, which is made if need be."""
+    # The oldest versions go with the oldest Python.
+    base = sys.executable if name == "pinned" else interpreter("3.11" if name == "oldest" else name)
+    if base == sys.executable and name != "oldest":
+        return base
+    folder = ENVIRONMENTS / name
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if ready.is_file():
+        return str(python)
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    constraints = folder / "constraints.txt"
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if name == "oldest":
+        # torch pins what it needs by itself.
+        free = ("torch==", "torchvision==", "matplotlib==", "sympy==")
+        lines = [line for line in lines if not line.startswith(free)]
+        lines += [f"{package}=={lowest(package)}" for package in ("torch", "torchvision", "matplotlib")]
+    constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "-c", str(constraints), "-e", f"{ROOT}[test]"], check=True
+    )
+    ready.touch()
+    return str(python)
+
+
+@contextmanager
+def prepared(setting: Setting) -> Iterator[tuple[list[str], Path, dict[str, str]]]:
+    """Yield what to put before a command, the folder to run it in, and the environment variables."""
+    variables = {
+        name: value for name, value in os.environ.items() if setting.variables.get(name, "") is not None
+    }
+    variables |= {name: value for name, value in setting.variables.items() if value is not None}
+    # The package of the folder that is run, whatever is installed.
+    variables["PYTHONDONTWRITEBYTECODE"] = "1"
+    before: list[str] = []
+    with ExitStack() as stack:
+        folder = ROOT
+        if setting.place != "here":
+            top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = top / ("mein Übungs ordner" if setting.place == "space" else "checkout")
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".matrix", ".git", "build"))
+        variables["PYTHONPATH"] = str(folder)
+        if setting.place == "read-only":
+            mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && cd "$1" && shift && exec "$@"'
+            before = [*isolated("--mount"), "sh", "-c", mount, "sh", str(folder)]
+        if not setting.network:
+            before = [*isolated("--net"), "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        locale = setting.variables.get("LC_ALL")
+        if locale:
+            variables["LOCPATH"] = stack.enter_context(compiled_locale(locale))
+        yield before, folder, variables
+
+
+def isolated(kind: str) -> list[str]:
+    """Return the command that gives what follows a mount or network namespace of its own."""
+    command = ["unshare", kind, "--"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*command, "true"], check=False, capture_output=True).returncode
+    ):
+        raise NotOffered(f"unshare {kind} isn't allowed here (Linux, as root)")
+    return command
+
+
+@contextmanager
+def compiled_locale(name: str) -> Iterator[str]:
+    """Yield a folder with this locale, compiled from the system's sources."""
+    language, encoding = name.split(".")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["localedef", "-i", language, "-f", encoding, f"{folder}/{name}"]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise NotOffered(f"localedef can't compile {name} (Debian's package locales)") from None
+        yield folder
+
+
+def run(setting: Setting) -> dict[str, str]:
+    """Run all notebooks in one setting, and return its row."""
+    row = {"setting": setting.name, "date": date.today().isoformat()}
+    try:
+        python = environment(setting.python)
+        with prepared(setting) as (before, folder, variables):
+            done = subprocess.run(
+                [*before, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "notebooks"],
+                cwd=folder, env=variables, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            versions = subprocess.run(
+                [python, "-c", "import platform, torch, matplotlib as m; "
+                 "print(platform.python_version(), torch.__version__.split('+')[0], m.__version__)"],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+    except NotOffered as reason:
+        return row | {"outcome": f"not run: {reason}", "versions": ""}
+    counts = re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.splitlines()[-1] if done.stdout else "")
+    cells = {word: int(number) for number, word in counts}
+    python_version, torch_version, matplotlib_version = versions.stdout.split()
+    row["versions"] = f"Python {python_version}, torch {torch_version}, matplotlib {matplotlib_version}"
+    if done.returncode == 0 and cells.get("passed"):
+        return row | {"outcome": f"all {cells['passed']} cells the same"}
+    print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+    return row | {"outcome": f"{cells.get('failed', '?')} cells differ"}
+
+
+def stored() -> dict[str, dict[str, str]]:
+    """Return the rows so far by setting, in the order of SETTINGS."""
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+    return {row["setting"]: row for row in rows}
+
+
+def table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the page with the rows as a table."""
+    lines = ["| setting | outcome | versions | date |", "|---|---|---|---|"]
+    for setting in SETTINGS:
+        row = rows.get(setting.name)
+        cells = [row["outcome"], row["versions"], row["date"]] if row else ["not run yet", "", ""]
+        lines.append(f"| {setting.name} | {' | '.join(cells)} |")
+    return INTRODUCTION + "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Where the digits are the same
+
+Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to a hundredth, in each of the settings below. `python tools/matrix.py` runs them and writes this table. A setting that a machine doesn't offer is named as not run, with the reason.
+
+SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider. They add in another order with each, which is why what is trained and then printed is trained in float64.
+
+"""
+
+
+def save(rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the rows and the table, each in one step."""
+    ordered = [rows[setting.name] for setting in SETTINGS if setting.name in rows]
+    for path, text in (
+        (RESULTS, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"),
+        (TABLE, table(rows)),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+
+
+def main() -> int:
+    """Run the command line, and return its exit status: 0 if nothing differed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="SETTING", help="part of a setting's name; default: all"
+    )
+    parser.add_argument("--list", action="store_true", help="only list the settings")
+    arguments = parser.parse_args()
+    chosen = [
+        s for s in SETTINGS if not arguments.settings or any(part in s.name for part in arguments.settings)
+    ]
+    if not chosen:
+        parser.error(f"no such setting; there are: {'; '.join(s.name for s in SETTINGS)}")
+    if arguments.list:
+        print("\n".join(setting.name for setting in chosen))
+        return 0
+    rows, differing = stored(), 0
+    with tqdm(chosen, unit="setting") as bar:
+        for setting in bar:
+            bar.set_postfix_str(setting.name)
+            rows[setting.name] = run(setting)
+            differing += rows[setting.name]["outcome"].endswith("differ")
+            bar.write(f"{setting.name}: {rows[setting.name]['outcome']}")
+            save(rows)
+    return int(differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
