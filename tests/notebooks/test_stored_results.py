@@ -1,5 +1,8 @@
 """The stored results of the comparison are what the code computes."""
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,16 +11,23 @@ from lowrank_utils.grid import expand, notebook_defaults, read_grids
 from lowrank_utils.tables import TASK, read_table
 from lowrank_utils.training import accuracy, reproducible
 
+RESULTS = {"comparison": "mnist-5k", "comparison_mnist": "mnist"}
+
+needs_whole_mnist = pytest.mark.skipif(
+    "LOWRANK_DATA_DIR" not in os.environ, reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST"
+)
+
 
 @pytest.fixture
-def stored(root):
-    return read_table(root / "notebooks" / "results" / "comparison.csv")
+def stored(root, name):
+    return read_table(root / "notebooks" / "results" / f"{name}.csv")
 
 
 @pytest.fixture
-def settings(root):
+def settings(root, name):
     folder = root / "notebooks"
-    return expand(read_grids(folder / "comparison.yaml"), notebook_defaults(folder / "07_comparison.ipynb"))
+    runs = expand(read_grids(folder / "comparison.yaml"), notebook_defaults(folder / "07_comparison.ipynb"))
+    return [replace(run, data_set=RESULTS[name]) for run in runs]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +40,7 @@ def torchs_state():
     torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.mark.parametrize("name", RESULTS)
 def test_every_run_of_the_grid_is_there(stored, settings):
     expected = {
         (tuple(getattr(run, name) for name in TASK), method, rank, seed)
@@ -50,7 +61,14 @@ def test_every_run_of_the_grid_is_there(stored, settings):
     assert len(stored) == len(expected)
 
 
-@pytest.mark.parametrize("shift", ["rotation", "unseen classes"])
+@pytest.mark.parametrize(
+    ("name", "shift"),
+    [
+        ("comparison", "rotation"),
+        ("comparison", "unseen classes"),
+        pytest.param("comparison_mnist", "rotation", marks=needs_whole_mnist),
+    ],
+)
 def test_some_of_them_are_computed_again(stored, settings, shift):
     (run,) = [s for s in settings if s.shift == shift and s.ranks == [2] and "DoRA" in s.methods]
     reproducible(run.pretraining_seed)
