@@ -377,7 +377,7 @@ def test_a_spoilt_file_in_the_cache_is_named_with_what_to_do(folder, cache, name
 @pytest.mark.parametrize(
     "header",
     [
-        pytest.param([0x803 ^ 0x2], id="wrong magic number"),
+        pytest.param([0x802], id="wrong magic number"),
         pytest.param([0x80000801], id="magic number of another byte order"),
         pytest.param([None, 0], id="no digits"),
         pytest.param([None, 2**32 - 1], id="more digits than bytes"),
