@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare site slides bench clean
+.PHONY: help lab test check figures notebooks compare site slides bench lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,13 @@ slides: ## Build the slides from the stored notebooks, into build/slides.
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py
+
+lock: ## Renew requirements.lock and docs/licences.md from constraints.txt; needs uv.
+	@$(PYTHON) tools/lock.py
+	@$(SETUP) run tools/licences.py
+
+audit: ## Ask for known vulnerabilities of what constraints.txt pins; needs pip-audit and a network.
+	@$(PYTHON) -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## Remove the environment and what tools left behind.
 	@$(SETUP) clean

@@ -418,7 +418,7 @@ def unreachable(address: str) -> str | None:
     def ask() -> None:
         request = urllib.request.Request(address, method="HEAD")  # noqa: S310 (a constant https address)
         try:
-            with urllib.request.urlopen(request, timeout=CPU_INDEX_SECONDS):  # noqa: S310
+            with urllib.request.urlopen(request, timeout=CPU_INDEX_SECONDS):  # noqa: S310  # nosec B310
                 outcome[:] = []
         except (OSError, ValueError) as error:
             outcome[:] = [str(getattr(error, "reason", error))]

@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,16 @@ def root():
 def tool():
     """tools/environment.py as a module, loaded anew so that a test may change it."""
     return load_tool()
+
+
+@pytest.fixture(scope="session")
+def project():
+    """What pyproject.toml says about the project."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="session")
+def pins():
+    """Version by name, in the order of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))

@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
 
 import pytest
 import yaml
+from distributions import installed, is_bound_to_one_system, needed
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -17,31 +17,8 @@ from packaging.version import Version
 
 
 @pytest.fixture(scope="module")
-def project(root):
-    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-@pytest.fixture(scope="module")
-def pins(root):
-    """Constraint by name, in the file's order."""
-    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if not line.startswith("#"))
-
-
-@pytest.fixture(scope="module")
 def conda(root):
     return yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
-
-
-def installed(name):
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def is_bound_to_one_system(name):
-    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
 
 
 def test_every_dependency_has_a_constraint_that_satisfies_it(project, pins):
@@ -78,29 +55,18 @@ def test_every_constraint_runs_on_the_first_release_of_the_oldest_python(pins, p
     assert asks_for_more == {}
 
 
-def test_what_the_series_and_its_tests_need_is_installed_and_constrained(project, pins):
+def test_what_is_constrained_is_what_the_projects_lists_need(project, pins):
     if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
         pytest.skip("constraints.txt is complete for Linux and Python 3.11; others need a few more")
-    waiting = [Requirement(f"{project['name']}[lab,test]")]
-    seen = set()
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        for extra in ["", *requirement.extras]:
-            if (name, extra) in seen:
-                continue
-            seen.add((name, extra))
-            if name == project["name"]:
-                lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
-            else:
-                assert installed(name), f"{name} is missing"
-                lines = metadata.requires(name) or []
-            for line in map(Requirement, lines):
-                if line.marker is None or line.marker.evaluate({"extra": extra}):
-                    waiting.append(line)
-    needed = {name for name, _ in seen if name != project["name"] and not is_bound_to_one_system(name)}
-    assert len(needed) > 100
-    assert needed <= set(pins), "not constrained: freeze again"
+    for_tests = needed(project, ["lab", "test"])
+    assert len(for_tests) > 100
+    assert not {name for name in for_tests if not installed(name)}, "missing"
+    assert for_tests <= set(pins), "not constrained: freeze again"
+    # Lists that the tests don't need may be installed or not.
+    superfluous = {name for name in pins if installed(name)} - needed(
+        project, project["optional-dependencies"]
+    )
+    assert not superfluous, "nothing needs them any more: freeze again"
 
 
 def test_constraints_are_exact_sorted_and_free_of_what_is_bound_to_one_system(root, pins, project):

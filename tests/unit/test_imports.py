@@ -1,0 +1,128 @@
+"""A module imports what it needs, and nothing heavy besides: who wants a layer doesn't wait for pandas."""
+
+import ast
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowrank_utils
+
+PACKAGE = Path(lowrank_utils.__file__).parent
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+
+# Which packages importing a module may load; what is needed seldom is imported where it is used. The standard library
+# and what the packages load themselves don't count.
+LAYERS = {"torch"}
+DATA = {"torch", "numpy", "platformdirs"}
+TABLES = {"torch", "numpy", "pandas", "scipy"}
+PLOTS = DATA | {"matplotlib", "tqdm"}
+ALLOWED = {
+    "__init__": set(),
+    "__main__": set(),
+    "_arguments": LAYERS,
+    "_folders": set(),
+    "_kernels": set(),
+    "adapt": LAYERS,
+    "adapter_config": LAYERS,
+    "adapter_files": LAYERS | {"safetensors"},
+    "adapters": LAYERS | {"safetensors"},
+    "banked_linear": LAYERS,
+    "checks": DATA | {"tqdm"},
+    "comparison": PLOTS | TABLES | DATA | {"filelock", "psutil", "tqdm", "yaml"},
+    "comparison_plots": PLOTS | TABLES,
+    "data": DATA,
+    "decompose": LAYERS,
+    "dora": LAYERS,
+    "experiment": DATA | {"tqdm"},
+    "grid": DATA | {"yaml"},
+    "intervals": TABLES - {"pandas"},
+    "lora": LAYERS,
+    "methods": LAYERS,
+    "norms": LAYERS,
+    "plots": PLOTS,
+    "report": PLOTS | TABLES,
+    "settings": DATA,
+    "store": DATA | {"yaml", "filelock"},
+    "sweep": DATA | {"yaml", "filelock", "psutil"},
+    "tables": TABLES,
+    "training": DATA | {"tqdm"},
+}
+
+
+def statements(body):
+    """Yield what runs when a module is imported: all statements but those inside functions."""
+    for node in body:
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(
+                child
+                for child in ast.iter_child_nodes(node)
+                if isinstance(child, (ast.stmt, ast.ExceptHandler))
+            )
+
+
+@functools.cache
+def loaded(name):
+    """Return the packages that importing a module of ours loads, through other modules of ours too."""
+    packages = set()
+    for node in statements(ast.parse(MODULES[name].read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = (
+                [node.module]
+                if node.module != "lowrank_utils"
+                else [f"lowrank_utils.{a.name}" for a in node.names]
+            )
+        else:
+            continue
+        for module in modules:
+            package, _, inner = module.partition(".")
+            if inner == name:
+                pass  # comparison.py as a script gets its functions from itself as a module
+            elif package == "lowrank_utils":
+                packages |= loaded(inner) if inner in MODULES else set()
+            elif package not in sys.stdlib_module_names:
+                packages.add(package)
+    return packages
+
+
+def test_the_table_names_every_module():
+    assert set(ALLOWED) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_loads_what_it_needs_and_no_more(name):
+    assert loaded(name) == ALLOWED[name]
+
+
+def test_layers_load_nothing_heavy_beside_torch():
+    # Measured, and not read: what torch itself loads doesn't count.
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lowrank_utils.adapt, lowrank_utils.adapters, lowrank_utils.dora, lowrank_utils.lora\n"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = set(run.stdout.split()) - set(sys.stdlib_module_names)
+    assert "lowrank_utils" in new
+    assert {
+        "pandas",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "torchvision",
+        "papermill",
+        "mlxtend",
+        "peft",
+    }.isdisjoint(new)
+
+
+def test_the_package_alone_loads_no_torch():
+    code = "import sys, lowrank_utils; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
