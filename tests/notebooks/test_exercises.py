@@ -107,7 +107,8 @@ def test_an_error_in_the_reader_s_function_shows_the_reader_s_line_and_nothing_o
 
 
 @pytest.fixture(autouse=True)
-def torchs_default():
+def float64_as_in_the_notebooks():
     before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
