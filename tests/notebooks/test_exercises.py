@@ -1,6 +1,7 @@
 """The exercises as a reader meets them: the notebooks' own solutions, stubs and, in a real kernel, wrong answers."""
 
 import ast
+import builtins
 import re
 
 import pytest
@@ -33,11 +34,26 @@ def namespace(notebook):
     return names
 
 
+def define_what_it_uses(function, notebook, names):
+    """Run the notebook's own definitions of what a solution uses beyond imports."""
+    used = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    own = {argument.arg for argument in function.args.args}
+    own |= {node.id for node in used if isinstance(node.ctx, ast.Store)}
+    missing = {node.id for node in used} - own - names.keys() - set(dir(builtins))
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and missing:
+            for node in ast.parse(cell.source).body:
+                targets = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+                if {getattr(node, "name", None), *targets} & missing:
+                    exec(ast.unparse(node), names)
+
+
 @pytest.mark.parametrize("tag", ["exercise", "solution"])
 def test_stubs_ask_and_solutions_pass(tag, notebook, capsys):
     names = namespace(notebook)
     for source in tagged(notebook, tag):
         function, check = function_and_check(source)
+        define_what_it_uses(function, notebook, names)
         exec(ast.unparse(function), names)
         getattr(checks, check)(names[function.name])
         shown = capsys.readouterr().out
@@ -91,7 +107,8 @@ def test_an_error_in_the_reader_s_function_shows_the_reader_s_line_and_nothing_o
 
 
 @pytest.fixture(autouse=True)
-def torchs_default():
+def float64_as_in_the_notebooks():
     before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)

@@ -14,6 +14,8 @@ import pytest
 from execute_notebooks import execute, normalise
 from nbformat.v4 import new_code_cell, new_notebook
 
+from lowrank_utils.interactive import WITHOUT_A_KERNEL
+
 CELLS = [
     "import matplotlib.pyplot as plt",
     "print('seven', 7)",
@@ -100,3 +102,20 @@ def test_executing_a_notebook_again_gives_the_stored_bytes(root):
             for output in outputs:
                 output.get("data", {}).pop("image/png", None)
     assert again == stored
+
+
+def test_a_picture_with_sliders_is_stored_as_one_sentence(tmp_path):
+    source = (
+        "import matplotlib.pyplot as plt\n"
+        "from ipywidgets import IntSlider\n"
+        "from lowrank_utils.interactive import PictureWithSliders\n"
+        "PictureWithSliders(lambda size: plt.figure(figsize=(size, size)), size=IntSlider(1, 1, 3))"
+    )
+    notebook = new_notebook(cells=[new_code_cell(source)])
+    execute(notebook, tmp_path)
+    # What a front end gets, and what is kept of it.
+    (shown,) = notebook.cells[0].outputs
+    assert "application/vnd.jupyter.widget-view+json" in shown.data
+    normalise(notebook)
+    assert notebook.cells[0].outputs[0].data == {"text/plain": WITHOUT_A_KERNEL}
+    assert "widgets" not in notebook.metadata

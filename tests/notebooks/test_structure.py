@@ -6,7 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 from alt_texts import ALT_TEXTS
+
+from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
 LINES_PER_CELL = 15
 # Longer cells, up to 20 lines, each with its reason.
@@ -15,6 +18,12 @@ LONG_CELLS = {
     ("05_dora", "def properties(layer):"): "four properties that are read side by side",
     ("07_comparison", 'data_set: str = "mnist-5k"  # or "mnist", the whole set'): "a line for each parameter",
 }
+
+# Exercises beyond the three, each a section of its own at the end of its notebook: heading → number.
+LARGER_EXERCISES = {"05_dora": {"Find the bug": 4}}
+
+# The notebooks whose questions have a folded answer each.
+ANSWERED = range(1, 7)
 
 WORDS_PER_MINUTE = 180
 SECONDS_PER_CODE_LINE = 4
@@ -132,11 +141,15 @@ def test_headings_are_in_order(notebook):
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
-def test_it_closes_with_exercises_and_with_what_was_learned(notebook):
+def test_it_closes_with_exercises_and_with_what_was_learned(notebook, path):
     headings = re.findall(
         r"^## (.+)$", "\n".join(cell.source for cell in text_cells(notebook)), flags=re.MULTILINE
     )
-    assert headings[-2:] == ["Exercises", "What you can do now"]
+    assert headings[headings.index("Exercises") :] == [
+        "Exercises",
+        *LARGER_EXERCISES.get(path.stem, {}),
+        "What you can do now",
+    ]
     assert "**Further reading**" in notebook.cells[-1].source
     assert "arXiv" in notebook.cells[-1].source
 
@@ -148,6 +161,7 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(no
         "warm-up",
         "core",
         "stretch",
+        *["stretch"] * len(LARGER_EXERCISES.get(path.stem, {})),
     ]
     assert all("<details><summary>Hint" in title for title in titles)
     stubs = [cell for cell in code_cells(notebook) if "exercise" in tags(cell)]
@@ -166,6 +180,37 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(no
             stub.source.split("\n\n")[-1].strip()
             == re.search(r"^check_.*$", solution.source, flags=re.MULTILINE)[0]
         )
+
+
+def test_a_larger_exercise_stands_in_its_section(notebook, path):
+    everything = "\n".join(cell.source for cell in text_cells(notebook))
+    for heading, number in LARGER_EXERCISES.get(path.stem, {}).items():
+        section = everything.split(f"## {heading}\n")[1].split("\n## ")[0]
+        assert f"### Exercise {int(path.stem[:2])}.{number}: " in section
+
+
+def test_each_question_has_a_folded_answer_before_the_next_heading(notebook, path):
+    if int(path.stem[:2]) not in ANSWERED:
+        pytest.skip("its questions are answered in the text that follows them")
+    # Pieces between headings, and in each of them what follows a question up to the next one.
+    pieces = re.split(r"^#+ .*$", "\n".join(cell.source for cell in text_cells(notebook)), flags=re.MULTILINE)
+    after = [text for piece in pieces for text in piece.split("**Predict.**")[1:]]
+    assert len(after) >= 3
+    for text in after:
+        found = re.findall(r"<details><summary>Answer</summary>(.+?)</details>", text, flags=re.DOTALL)
+        assert len(found) == 1, text
+        assert len(found[0].split()) >= 5, found[0]
+
+
+def test_a_picture_with_sliders_has_a_still_one_beside_it(notebook):
+    cells = notebook.cells
+    for place, cell in enumerate(cells):
+        uses_sliders = "PictureWithSliders(" in cell.source and cell.cell_type == "code"
+        assert uses_sliders == ("interactive" in tags(cell))
+        if uses_sliders:
+            assert text_of_outputs(cell) == WITHOUT_A_KERNEL
+            code_before = [c for c in cells[:place] if c.cell_type == "code"][-1]
+            assert has_picture(code_before), cell.source
 
 
 def test_set_up_can_be_run_twice(notebook):
