@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
-# For whatever is waited for, which a slow machine with other work may take long to do.
-PATIENCE = 60_000
+# Milliseconds for whatever is waited for, which a slow machine with other work may take long to do.
+PATIENCE = 180_000
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # Without them the browser itself asks its maker's servers now and then.

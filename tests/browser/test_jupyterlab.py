@@ -16,8 +16,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What the server and the notebooks read.
 PARTS = ("figures", "lowrank_utils", "notebooks", "tools", "README.md", "constraints.txt", "pyproject.toml")
 
-# Milliseconds for whatever is waited for, and for the longest notebook, on a slow machine.
-PATIENCE, RUN = 60_000, 600_000
+# Milliseconds for the longest notebook on a slow machine.
+RUN = 900_000
 
 
 class LabSite:
@@ -55,7 +55,8 @@ class LabSite:
         page.goto(f"{self.address}/lab/tree/{path}?token={self.token}&reset")
         panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
         expect(page.locator(".jp-mod-current[role=tab]", has_text=file.name)).to_be_visible()
-        expect(indicator(panel)).to_have_attribute("data-status", "idle")
+        # The panel's own indicator calls a kernel idle that isn't there yet.
+        expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
         return panel
 
     def end_kernels(self, page) -> None:
@@ -215,13 +216,13 @@ def interactive(notebook):
     return [place for place, cell in enumerate(notebook.cells) if "interactive" in tags(cell)]
 
 
-def changes_its_picture(cell, slider, patience):
+def changes_its_picture(cell, slider, patience=None):
     """Move a slider by a step, and tell whether the picture below becomes another one.
 
     Args:
         cell: the cell in the page.
         slider: the slider's handle.
-        patience: how many milliseconds to wait for the other picture.
+        patience: how many milliseconds to wait for the other picture; by default, as for all else.
     """
     image = cell.locator(".jp-OutputArea img").last
     before = image.get_attribute("src")
@@ -252,7 +253,7 @@ def test_every_slider_of_a_notebook_changes_its_picture(page, lab, screenshot, s
         sliders = cell.get_by_role("slider")
         expect(sliders.first).to_be_visible()
         for slider in sliders.all():
-            assert changes_its_picture(cell, slider, PATIENCE), cell.inner_text()
+            assert changes_its_picture(cell, slider), cell.inner_text()
         cell.scroll_into_view_if_needed()
         screenshot(page, f"{stored.stem}-slider-{place}")
 
@@ -288,5 +289,5 @@ def test_a_slider_whose_picture_stays_the_same_is_noticed(page, lab):
     _, changing, still = panel.locator(".jp-Cell").all()
     for cell in (changing, still):
         expect(cell.locator(".jp-OutputArea img")).to_have_count(1)
-    assert changes_its_picture(changing, changing.get_by_role("slider"), PATIENCE)
+    assert changes_its_picture(changing, changing.get_by_role("slider"))
     assert not changes_its_picture(still, still.get_by_role("slider"), 3_000)

@@ -46,9 +46,9 @@ def run(root, tmp_path):
 INSTALL = "apt-get install -y -qq --no-install-recommends"
 
 
-@pytest.mark.parametrize("browser", ["chromium", "chromium-browser", "google-chrome"])
-def test_nothing_is_installed_where_all_is_there(run, browser):
-    outcome, calls = run("make", browser)
+@pytest.mark.parametrize("program", ["chromium", "chromium-browser", "google-chrome"])
+def test_nothing_is_installed_where_all_is_there(run, program):
+    outcome, calls = run("make", program)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert calls == ["make test"]
 
