@@ -13,8 +13,9 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 
 from lowrank_utils._kernels import kernel_environment
 
-# Tests import the project's scripts.
-sys.path.insert(0, str(Path(__file__).parent / "tools"))
+# Tests import the project's scripts, and what several folders of tests share.
+for folder in ("tests", "tools"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 nbval_runtest, nbval_compare_outputs, nbval_setup = (
     IPyNbCell.runtest,

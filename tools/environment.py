@@ -565,7 +565,15 @@ def clean() -> int:
             say(f"Removing {shown(VENV)}")
             empty_venv()
             remove(VENV)
-    caches = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "build", "lora_dora.egg-info")
+    caches = (
+        ".pytest_cache",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".hypothesis",
+        "test-artifacts",
+        "build",
+        "lora_dora.egg-info",
+    )
     found = [ROOT / name for name in caches]
     found += [path for name in ("__pycache__", ".ipynb_checkpoints") for path in ROOT.rglob(name)]
     for path in found:

@@ -5,8 +5,17 @@
 
 import os
 import sys
+from typing import Any
 
 from jupyterlab.labapp import LabApp
+
+# It asks whether it may fetch news and look for newer versions, in front of the notebook, and does so if it may.
+ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
+
+
+def without_announcements(_handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a page's configuration with the announcements turned off: no network is needed, nor asked for."""
+    return {**page_config, "disabledExtensions": [*page_config.get("disabledExtensions", ()), ANNOUNCEMENTS]}
 
 
 def main() -> None:
@@ -21,6 +30,7 @@ def main() -> None:
             "A Jupyter configuration file opens the server to others, so it was not started. "
             "Run `jupyter --paths` to see where these files are, and move the setting away"
         )
+    server.web_app.settings["page_config_hook"] = without_announcements
     # Jupyter prints the address with the token only if it made the token by itself.
     identity.token_generated = True
     server.start()

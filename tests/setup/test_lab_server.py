@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lab_process import started_lab
 
 
 def test_what_keeps_the_server_closed_stands_on_the_command_line(tool, root):
@@ -83,44 +85,29 @@ c.ServerApp.identity_provider_class = OpenDoor
 """
 
 
+# The check of the set-up has tests of its own and takes seconds.
+WITHOUT_CHECK = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import environment
+
+environment.subprocess.run = lambda command, **_: environment.subprocess.CompletedProcess(command, 0)
+sys.exit(environment.main(["--here", "lab", "--no-browser"]))
+"""
+
+
 @pytest.fixture
-def start_lab(root, tmp_path, monkeypatch):
-    """Start JupyterLab through the tool, with a configuration file; whatever happens, it is ended."""
-    for kind in ("CONFIG", "DATA", "RUNTIME"):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setenv(f"JUPYTER_{kind}_DIR", str(tmp_path / kind))
-    monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
+def command(root):
+    """What starts JupyterLab through the tool."""
+    return [sys.executable, "-c", WITHOUT_CHECK, str(root / "tools")]
+
+
+@pytest.fixture
+def start_lab(command, tmp_path):
+    """Start JupyterLab with a configuration file; whatever happens, it is ended."""
     with contextlib.ExitStack() as stack:
-
-        def start(configuration):
-            for name in ("jupyter_server_config.py", "jupyter_config.py", "jupyter_lab_config.py"):
-                (tmp_path / "CONFIG" / name).write_text(configuration)
-            # The check of the set-up has tests of its own and takes seconds.
-            code = (
-                "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import environment\n"
-                "environment.subprocess.run = lambda command, **_: environment.subprocess.CompletedProcess(command, 0)\n"
-                "sys.exit(environment.main(['--here', 'lab', '--no-browser']))"
-            )
-            output = stack.enter_context((tmp_path / "output").open("wb"))
-            command = [sys.executable, "-c", code, str(root / "tools")]
-            process = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-            )
-            stack.callback(process.kill)
-            return process
-
-        yield start
-
-
-def wait_for(condition, process, seconds=30):
-    """Return what ``condition`` returns as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        assert process.poll() is None, "JupyterLab ended"
-        time.sleep(0.05)
-    return pytest.fail("no answer in time")
+        yield lambda configuration: stack.enter_context(started_lab(command, tmp_path, configuration))
 
 
 def status_and_content(url, **headers):
@@ -133,35 +120,25 @@ def status_and_content(url, **headers):
 
 
 @pytest.mark.parametrize("configuration", ["", HOSTILE], ids=["no configuration", "hostile configuration"])
-def test_the_server_is_closed_to_others_and_open_with_the_token(
-    start_lab, root, tmp_path, tool, configuration
-):
-    process = start_lab(configuration)
-
-    def information():
-        for file in (tmp_path / "RUNTIME").glob("jpserver-*.json"):
-            with contextlib.suppress(ValueError):
-                return json.loads(file.read_text())
-        return None
-
-    server = wait_for(information, process)
+def test_the_server_is_closed_to_others_and_open_with_the_token(start_lab, root, tool, configuration):
+    lab = start_lab(configuration)
+    server = lab.wait_for(lab.information)
     base = f"http://127.0.0.1:{server['port']}"
     token = server["token"]
     assert len(token) == 48
 
-    wait_for(lambda: b"?token=" in (tmp_path / "output").read_bytes(), process)
-    said = (tmp_path / "output").read_text()
+    lab.wait_for(lambda: "?token=" in lab.said())
     address = f"{base}/lab/tree/{tool.first_notebook().as_posix()}?token={token}"
-    assert address in said, "the address to open is shown"
+    assert address in lab.said(), "the address to open is shown"
 
-    running = psutil.Process(process.pid)
+    running = psutil.Process(lab.process.pid)
     assert token not in " ".join(running.cmdline())
 
     def listening():
         return {c.laddr.ip for c in running.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
     # The server says its address first and binds it when its event loop runs.
-    assert wait_for(listening, process) == {"127.0.0.1"}
+    assert lab.wait_for(listening) == {"127.0.0.1"}
 
     contents = f"{base}/api/contents"
     assert status_and_content(contents)[0] == 403
@@ -173,16 +150,53 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(
     assert status == 200
     assert {"notebooks", "figures"} <= {entry["name"] for entry in json.loads(content)["content"]}
     assert server["root_dir"] == str(root)
-    assert status_and_content(address)[0] == 200
+    status, content = status_and_content(address)
+    assert status == 200
+    (asked_for,) = re.findall(rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>', content, re.DOTALL)
+    assert "@jupyterlab/apputils-extension:announcements" in json.loads(asked_for)["disabledExtensions"]
+    assert lab.elsewhere() == []
 
-    process.terminate()
-    assert process.wait(timeout=20) == 0
+    lab.process.terminate()
+    assert lab.process.wait(timeout=20) == 0
     assert not psutil.pid_exists(running.pid) or not running.is_running()
 
 
-def test_a_configuration_that_lets_everybody_in_is_refused(start_lab, tmp_path):
-    process = start_lab(OPEN_DOOR)
-    assert process.wait(timeout=30) != 0
-    said = (tmp_path / "output").read_text()
-    assert "opens the server to others, so it was not started" in said
-    assert "running at" not in said
+def test_a_configuration_that_lets_everybody_in_is_refused(start_lab):
+    lab = start_lab(OPEN_DOOR)
+    assert lab.process.wait(timeout=60) != 0
+    assert "opens the server to others, so it was not started" in lab.said()
+    assert "running at" not in lab.said()
+
+
+def test_the_tests_see_when_the_server_or_a_kernel_asks_another_machine(start_lab):
+    lab = start_lab(
+        "import socket\ntry: socket.create_connection(('other.example', 80))\nexcept OSError: pass"
+    )
+    lab.wait_for(lab.information)
+    assert set(lab.elsewhere()) == {"other.example"}
+    startup = lab.folder / "IPYTHON" / "profile_default" / "startup" / "guard.py"
+    code = f"{startup.read_text()}\nimport socket\nsocket.gethostbyname('kernel.example')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "nothing reach kernel.example" in run.stderr
+    assert lab.elsewhere()[-1] == "kernel.example"
+
+
+def test_the_server_ends_when_the_tests_are_killed(root, command, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import lab_process\n"
+        "with lab_process.started_lab(sys.argv[3:], Path(sys.argv[2])) as lab:\n"
+        "    print(lab.wait_for(lab.information)['pid'], flush=True); sys.stdin.read()"
+    )
+    tests = [sys.executable, "-c", code, str(root / "tests"), str(tmp_path), *command]
+    with subprocess.Popen(tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        server = psutil.Process(int(process.stdout.readline()))
+        assert "lab_server.py" in " ".join(server.cmdline())
+        process.kill()
+
+    def has_ended():
+        return not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+
+    deadline = time.monotonic() + 60
+    while not has_ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert has_ended()

@@ -1,0 +1,100 @@
+"""A real browser: the fixtures of pytest-playwright (``page``, ``new_context``, …) with the system's Chromium.
+
+Nothing but this machine can be reached, and a page that tries to is a failure.
+"""
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import expect
+
+# For whatever is waited for, which a slow machine with other work may take long to do.
+PATIENCE = 60_000
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# Without them the browser itself asks its maker's servers now and then.
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+)
+
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Put these tests last: from the first of them on, Playwright's event loop holds this thread to the end."""
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: folder in item.path.parents)
+
+
+@pytest.fixture(scope="session")
+def base_url():
+    """No address to begin with. The plugin's own fixture is a method, of which pytest warns."""
+    return
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args, playwright):
+    """As the plugin's, with the system's Chromium, or else with the one that Playwright installs."""
+    program = next(filter(None, map(shutil.which, PROGRAMS)), playwright.chromium.executable_path)
+    if not Path(program).exists():
+        pytest.skip(
+            "there is no Chromium. On Debian and Ubuntu: sudo apt install chromium. "
+            "Elsewhere: .venv/bin/python -m playwright install chromium"
+        )
+    return {**browser_type_launch_args, "executable_path": program, "args": [*FLAGS]}
+
+
+@pytest.fixture(scope="session")
+def browser_context_args(browser_context_args):
+    """As the plugin's, for the smallest screen that a learner's laptop is likely to have."""
+    return {**browser_context_args, "viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"}
+
+
+@pytest.fixture
+def requests_elsewhere():
+    """The addresses beyond this machine that pages ask for; the test fails if any is left at its end."""
+    addresses = []
+    yield addresses
+    assert not addresses, "a page asked another machine"
+
+
+@pytest.fixture
+def new_context(new_context, requests_elsewhere):
+    """As the plugin's; requests that would leave this machine go nowhere and are recorded."""
+
+    def record(asked):
+        # Pictures in the page itself (data:, blob:) have no host.
+        if urlsplit(asked.url).hostname not in (None, "127.0.0.1", "localhost", "::1"):
+            requests_elsewhere.append(asked.url)
+
+    def create(**settings):
+        context = new_context(**settings)
+        context.set_default_timeout(PATIENCE)
+        context.on("request", record)
+        context.on("page", lambda page: page.on("websocket", record))
+        return context
+
+    return create
+
+
+@pytest.fixture
+def screenshot(pytestconfig):
+    """A function that keeps a picture of a page under a name.
+
+    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs.
+    """
+    folder = Path(pytestconfig.getoption("--output"))
+
+    def keep(page, name, **options):
+        page.screenshot(path=folder / f"{name}.png", **options)
+
+    return keep
