@@ -149,27 +149,19 @@ def assemble(folder: Path) -> None:
             path.unlink()
 
 
-def build(output: Path, source: Path = BUILD / "site-source") -> int:
+def build(output: Path) -> int:
     """Build the site, and return Sphinx's exit status.
 
     Args:
-        output: the folder that is served afterwards.
-        source: the folder for what Sphinx reads and what it remembers.
+        output: the folder that is served afterwards. What Sphinx reads and what it remembers lie beside it.
 
     Raises:
         MissingPackages: MathJax can't be had.
     """
     packages = install_packages()
+    source, memory = (output.with_name(output.name + end) for end in ("-source", "-memory"))
     assemble(source)
-    options = [
-        "-W",
-        "--keep-going",
-        "-q",
-        "-c",
-        str(DOCS),
-        "-d",
-        str(source.with_name(source.name + "-read")),
-    ]
+    options = ["-W", "--keep-going", "-q", "-c", str(DOCS), "-d", str(memory)]
     status = build_main([*options, "-b", "html", str(source), str(output)])
     copy_mathjax(packages, output / "_static" / "mathjax")
     return status
