@@ -17,7 +17,15 @@ from web_packages import BUILD, DOCS, ROOT, MissingPackages, copy_mathjax, insta
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 
 # What the pages link to besides pages, and what they show.
-FILES = ("constraints.txt", "LICENSE", "notebooks/comparison.yaml", "notebooks/results/*", "figures/*.svg")
+FILES = (
+    "constraints.txt",
+    "LICENSE",
+    "docs/package-lock.json",
+    ".github/workflows/site.yml",
+    "notebooks/comparison.yaml",
+    "notebooks/results/*",
+    "figures/*.svg",
+)
 
 
 def modules() -> list[str]:
