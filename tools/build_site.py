@@ -117,7 +117,7 @@ def pages() -> dict[str, str]:
     }
     for name in modules():
         made[f"api/{name}.md"] = (
-            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n```\n"
+            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n   :ignore-module-all:\n```\n"
         )
     return made
 

@@ -29,7 +29,7 @@ class Page(HTMLParser):
         links: the targets of its links.
         loaded: the addresses that the browser fetches.
         pictures: (address, alternative text or None).
-        headings: (level, whether it is in the article).
+        headings: the levels of the headings in its article.
     """
 
     def __init__(self, path: Path):
@@ -49,11 +49,12 @@ class Page(HTMLParser):
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
         if tag == "img":
-            self.pictures.append((values.get("src", "")[:60], values.get("alt")))
+            source = values.get("src", "")
+            self.pictures.append((source[:30] if source.startswith("data:") else source, values.get("alt")))
         address = values.get(LOADED.get(tag, ""))
         if address and not (tag == "link" and set((values.get("rel") or "").split()) & ONLY_SAID):
             self.loaded.append(address)
-        if tag in ("main", "article"):
+        if tag == "article":
             self.in_article = True
         if re.fullmatch("h[1-6]", tag) and self.in_article:
             self.headings.append(int(tag[1]))
