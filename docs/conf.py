@@ -124,8 +124,36 @@ def skip_bare_fields(
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+# Names in the pages of the themes that a screen reader reads wrongly or not at all, and what they become.
+ACCESSIBLE_NAMES = {
+    # The words that it shows are its name.
+    r'(<button class="btn search-button-field[^>]*?) aria-label="Search"': r"\1",
+    r'<summary aria-label="Toggle hidden content">': "<summary>",
+    # It shows an arrow alone.
+    r'<summary>(?=\s*<span class="toctree-toggle")': '<summary aria-label="Pages below">',
+}
+
+
+def name_controls(app: Sphinx, error: Exception | None) -> None:
+    """Give the controls of all pages names that a screen reader can read.
+
+    Args:
+        app: Sphinx, after all pages are written.
+        error: what ended the build, if it failed.
+    """
+    if error is not None:
+        return
+    for path in Path(app.outdir).rglob("*.html"):
+        text = named = path.read_text(encoding="utf-8")
+        for wrong, right in ACCESSIBLE_NAMES.items():
+            named = re.sub(wrong, right, named)
+        if named != text:
+            path.write_text(named, encoding="utf-8")
+
+
 def setup(app: Sphinx) -> None:
     """Register what the pages need besides the extensions."""
     app.connect("source-read", lead_notebooks_to_pages)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("autodoc-skip-member", skip_bare_fields)
+    app.connect("build-finished", name_controls)

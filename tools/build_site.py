@@ -17,7 +17,15 @@ from web_packages import BUILD, DOCS, ROOT, MissingPackages, copy_mathjax, insta
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 
 # What the pages link to besides pages, and what they show.
-FILES = ("constraints.txt", "LICENSE", "notebooks/comparison.yaml", "notebooks/results/*", "figures/*.svg")
+FILES = (
+    "constraints.txt",
+    "LICENSE",
+    "docs/package-lock.json",
+    ".github/workflows/site.yml",
+    "notebooks/comparison.yaml",
+    "notebooks/results/*",
+    "figures/*.svg",
+)
 
 
 def modules() -> list[str]:
@@ -109,7 +117,7 @@ def pages() -> dict[str, str]:
     }
     for name in modules():
         made[f"api/{name}.md"] = (
-            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n```\n"
+            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n   :ignore-module-all:\n```\n"
         )
     return made
 
@@ -149,27 +157,19 @@ def assemble(folder: Path) -> None:
             path.unlink()
 
 
-def build(output: Path, source: Path = BUILD / "site-source") -> int:
+def build(output: Path) -> int:
     """Build the site, and return Sphinx's exit status.
 
     Args:
-        output: the folder that is served afterwards.
-        source: the folder for what Sphinx reads and what it remembers.
+        output: the folder that is served afterwards. What Sphinx reads and what it remembers lie beside it.
 
     Raises:
         MissingPackages: MathJax can't be had.
     """
     packages = install_packages()
+    source, memory = (output.with_name(output.name + end) for end in ("-source", "-memory"))
     assemble(source)
-    options = [
-        "-W",
-        "--keep-going",
-        "-q",
-        "-c",
-        str(DOCS),
-        "-d",
-        str(source.with_name(source.name + "-read")),
-    ]
+    options = ["-W", "--keep-going", "-q", "-c", str(DOCS), "-d", str(memory)]
     status = build_main([*options, "-b", "html", str(source), str(output)])
     copy_mathjax(packages, output / "_static" / "mathjax")
     return status

@@ -40,6 +40,15 @@ CODE_LETTER, CODE_LINE, CODE_PADDING = 0.603, 1.3, 34
 # A paragraph or a point of a list keeps whole sentences up to so many letters.
 PARAGRAPH = 230
 
+# The parts of reveal.js that the slides load. Its other themes ask another host for their fonts.
+REVEAL = (
+    "dist/reveal.css",
+    "dist/reveal.js",
+    "dist/theme/white.css",
+    "dist/theme/fonts/source-sans-pro",
+    "plugin/notes",
+)
+
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -391,12 +400,13 @@ def build(output: Path, notebooks: Path = ROOT / "notebooks") -> list[Path]:
     packages = install_packages()
     output.mkdir(parents=True, exist_ok=True)
     copy_mathjax(packages, output / "mathjax")
-    for part in ("dist", "plugin/notes"):
-        source = packages / "reveal.js" / part
-        # What helps to debug reveal.js stays out.
-        shutil.copytree(
-            source, output / "reveal" / part, ignore=shutil.ignore_patterns("*.map"), dirs_exist_ok=True
-        )
+    for name in REVEAL:
+        source, target = packages / "reveal.js" / name, output / "reveal" / name
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
     for style in (DOCS / "slides").glob("*.css"):
         shutil.copy2(style, output)
     (output / "figures").mkdir(exist_ok=True)
@@ -405,6 +415,7 @@ def build(output: Path, notebooks: Path = ROOT / "notebooks") -> list[Path]:
     options = {
         "template_name": "slides",
         "extra_template_basedirs": [str(DOCS)],
+        "exclude_anchor_links": True,
         "exclude_input_prompt": True,
         "exclude_output_prompt": True,
         "reveal_url_prefix": "reveal",

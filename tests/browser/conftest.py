@@ -3,12 +3,19 @@
 Nothing but this machine can be reached, and a page that tries to is a failure.
 """
 
+import functools
+import http.server
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import expect
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Milliseconds for whatever is waited for, which a slow machine with other work may take long to do.
 PATIENCE = 180_000
@@ -98,3 +105,52 @@ def screenshot(pytestconfig):
         page.screenshot(path=folder / f"{name}.png", **options)
 
     return keep
+
+
+def built(tool, folder):
+    """Return the folder of pages that a script in tools/ builds."""
+    if shutil.which("npm") is None:
+        pytest.skip(
+            "npm is missing, which fetches what the pages load. On Debian and Ubuntu: sudo apt install npm. "
+            "Elsewhere: https://nodejs.org/"
+        )
+    command = [sys.executable, ROOT / "tools" / tool, "--output", folder]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the site, built once."""
+    return built("build_site.py", tmp_path_factory.mktemp("pages") / "site")
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory):
+    """The folder of the slides, built once."""
+    return built("build_slides.py", tmp_path_factory.mktemp("pages") / "slides")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """A function that serves a folder on this machine, and returns its address."""
+    servers = []
+
+    def start(folder):
+        handler = functools.partial(Quiet, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from alt_texts import ALT_TEXTS
+from slide_types import SLIDE_TYPES, assign_slide_types
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
@@ -267,6 +269,24 @@ def test_drawings_carry_their_alt_text(notebook):
         assert len(re.findall(r"!\[", cell.source)) == len(
             re.findall(r"!\[[^]]+\]\(\.\./figures/", cell.source)
         )
+
+
+def test_plots_carry_an_alt_text_that_states_what_they_show(notebook):
+    for cell in code_cells(notebook):
+        if has_picture(cell):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) > 60, cell.source
+            assert alt.endswith(".")
+            assert not re.match("(A |The )?(plot|figure|image|picture)", alt, flags=re.IGNORECASE), alt
+
+
+def test_every_cell_has_a_slide_type_and_the_rule_changes_nothing(notebook):
+    for cell in notebook.cells:
+        assert cell.metadata.get("slideshow", {}).get("slide_type") in SLIDE_TYPES, cell.source
+    before = nbformat.writes(notebook)
+    assign_slide_types(notebook)
+    assert nbformat.writes(notebook) == before
+    assert notebook.cells[0].metadata.slideshow.slide_type == "slide"
 
 
 NUMBER = re.compile(r"(?<![\w.,/^])[+−-]?\d[\d,]*(?:\.\d+)?%?(?![\w/])")

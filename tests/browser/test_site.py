@@ -1,0 +1,225 @@
+"""The site: complete, without dead ends, readable in light and dark, and without a request to another host."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from html_pages import broken_links, loaded_from_elsewhere, pages_of
+from playwright.sync_api import expect
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted(path.stem for path in (ROOT / "lowrank_utils").glob("*.py") if not path.stem.startswith("_"))
+
+# A page of each kind, which is looked at in both themes.
+LOOKED_AT = (
+    "index",
+    "results",
+    "search",
+    "notebooks/results/comparison",
+    "api/index",
+    "api/lora",
+    *(f"notebooks/{path.stem}" for path in NOTEBOOKS),
+)
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """All pages as they were built, by path."""
+    return pages_of(site)
+
+
+@pytest.fixture(scope="module")
+def address(site, serve):
+    """Where the site is served."""
+    return serve(site)
+
+
+@pytest.fixture(scope="session")
+def axe(site):
+    """The script that looks for what keeps people out."""
+    del site  # its packages are there once it is built
+    return (ROOT / "build/npm/node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
+
+
+def test_there_is_a_page_for_everything(site):
+    expected = {"index.html", "results.html", "search.html", "api/index.html"}
+    expected |= {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
+    expected |= {f"notebooks/results/{path.stem}.html" for path in (ROOT / "notebooks/results").glob("*.md")}
+    expected |= {f"api/{name}.html" for name in MODULES}
+    if (ROOT / "docs/teaching.md").is_file():
+        expected.add("docs/teaching.html")
+    assert expected <= {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+
+
+def test_all_links_within_the_site_lead_somewhere(pages):
+    assert len(pages) > 50
+    assert broken_links(pages) == []
+
+
+def test_no_link_leads_to_a_file_that_only_the_project_has(pages):
+    for path, page in pages.items():
+        for link in page.links:
+            # Sphinx keeps the sources of its pages, to be downloaded.
+            assert "_sources/" in link or not re.search(r"\.(py|md)(#|$)", link), (path.name, link)
+
+
+def test_nothing_is_loaded_from_another_host(site, pages):
+    assert loaded_from_elsewhere(site, pages) == []
+
+
+def test_every_picture_says_what_it_shows(pages):
+    pictures = [(path.name, *picture) for path, page in pages.items() for picture in page.pictures]
+    assert len(pictures) >= 40
+    # Sphinx puts the address in the place of a missing text.
+    mute = [picture for picture in pictures if not picture[2] or "_images" in picture[2]]
+    assert mute == []
+
+
+def test_no_level_of_heading_is_skipped(pages):
+    for path, page in pages.items():
+        if path.name == "search.html":  # a script fills it
+            continue
+        levels = page.headings
+        assert levels.count(1) == 1, path
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), path
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_of_the_package_is_described(name, pages, site):
+    described = pages[site / f"api/{name}.html"].ids
+    tree = ast.parse((ROOT / f"lowrank_utils/{name}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert f"lowrank_utils.{name}.{node.name}" in described
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_docstring_is_shown_with_its_marks(name, site):
+    text = re.sub(r"<[^>]+>", "", (site / f"api/{name}.html").read_text(encoding="utf-8"))
+    assert "``" not in text
+    assert "Args:" not in text
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_a_page_is_readable_in_light_and_dark(name, address, new_context, axe, screenshot):
+    page = new_context(color_scheme="light").new_page()
+    page.goto(f"{address}{name}.html")
+    formulas = page.locator("span.math, div.math").count()
+    expect(page.locator("mjx-container")).to_have_count(formulas)
+    page.evaluate(axe)
+    picture = name.replace("/", "-")
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
+        # In the other theme only colours are others.
+        rules = {} if theme == "light" else {"runOnly": ["color-contrast"]}
+        found = page.evaluate("rules => axe.run(document, {...rules, resultTypes: ['violations']})", rules)
+        assert found["passes"], "axe looked at something"
+        grave = [rule for rule in found["violations"] if rule["impact"] in ("serious", "critical")]
+        assert grave == [], theme
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            "the page is wider than its window"
+        )
+        screenshot(page, f"site-{picture}-{theme}", full_page=True)
+
+
+def test_formulas_are_typeset(address, page):
+    page.goto(f"{address}notebooks/01_low_rank_updates.html")
+    # The heading says ΔW, and so does the formula, for a screen reader too.
+    expect(page.locator("mjx-container").first).to_be_visible()
+    assert "Δ" in page.locator("mjx-container mjx-assistive-mml").first.text_content()
+
+
+def test_all_other_pages_load_without_an_error(address, site, new_context):
+    page = new_context().new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("response", lambda answer: answer.ok or errors.append(f"{answer.status} {answer.url}"))
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    for path in site.rglob("*.html"):
+        name = path.relative_to(site)
+        if name.parts[0] not in ("_static", "_modules"):
+            page.goto(address + name.as_posix())
+    assert errors == []
+
+
+def luminance(color):
+    """Return the relative luminance of a colour such as rgb(31, 35, 40), as WCAG defines it."""
+    channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_theme_is_switched_and_stays(address, new_context):
+    page = new_context(color_scheme="light").new_page()
+    page.goto(f"{address}index.html")
+    page.get_by_role("button", name="Color mode").click()
+    page.get_by_role("button", name="Dark").click()
+    page.goto(f"{address}notebooks/02_lora_layer.html")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    ink, paper = page.evaluate(
+        "() => [getComputedStyle(document.querySelector('article p')).color, "
+        "getComputedStyle(document.body).backgroundColor]"
+    )
+    assert luminance(paper) < 0.05
+    # Plots and drawings keep the white paper, and so the contrast, that they were drawn with.
+    picture = page.locator("article img").first
+    assert picture.evaluate("picture => getComputedStyle(picture).filter") == "none"
+    assert (luminance(ink) + 0.05) / (luminance(paper) + 0.05) > 7
+
+
+def test_the_search_finds_the_notebook_on_magnitudes(address, page):
+    page.goto(f"{address}search.html?q=magnitude")
+    found = page.locator("#search-results li a")
+    expect(found.filter(has_text="4. Magnitude and direction").first).to_be_visible()
+    found.filter(has_text="4. Magnitude and direction").first.click()
+    expect(page.locator("article h1")).to_contain_text("Magnitude and direction")
+
+
+def test_next_leads_through_the_series_and_previous_back(address, page):
+    page.goto(f"{address}index.html")
+    for path in NOTEBOOKS:
+        page.locator("a.right-next").click()
+        page.wait_for_url(f"**/{path.stem}.html")
+    page.locator("a.left-prev").click()
+    page.wait_for_url(f"**/{NOTEBOOKS[-2].stem}.html")
+    # The line that the notebook itself has at its end.
+    page.locator("article").get_by_role("link", name="Contents").last.click()
+    page.wait_for_url("**/index.html")
+
+
+def test_the_notebook_that_is_downloaded_is_the_stored_one(address, page):
+    page.goto(f"{address}notebooks/05_dora.html")
+    page.get_by_role("button", name="Download this page").click()
+    with page.expect_download() as started:
+        page.get_by_role("link", name=".ipynb").or_(
+            page.locator("a.btn-download-source-button")
+        ).first.click()
+    name = started.value.suggested_filename
+    assert name == "05_dora.ipynb"
+    assert Path(started.value.path()).read_bytes() == (ROOT / "notebooks" / name).read_bytes()
+
+
+def test_solutions_are_folded_and_unfold(address, page):
+    page.goto(f"{address}notebooks/03_merged_and_unmerged.html")
+    cells = nbformat.read(ROOT / "notebooks/03_merged_and_unmerged.ipynb", as_version=4).cells
+    solutions = page.locator("details.hide")
+    expect(solutions).to_have_count(sum("solution" in cell.metadata.get("tags", []) for cell in cells))
+    for place in range(solutions.count()):
+        code = solutions.nth(place).locator("pre")
+        expect(code).to_be_hidden()
+        solutions.nth(place).locator("summary").click()
+        expect(code).to_be_visible()
+        expect(code).to_contain_text(f"# Solution 3.{place + 1}")
+
+
+def test_hints_open(address, page):
+    page.goto(f"{address}notebooks/03_merged_and_unmerged.html")
+    hint = page.locator("details", has=page.get_by_text(re.compile(r"^Hint"))).first
+    assert hint.get_attribute("open") is None
+    hint.locator("summary").click()
+    assert hint.evaluate("details => details.open")

@@ -1,0 +1,114 @@
+"""What the site and the slides are made from: links that lead to pages, sentences that stay whole, locked packages."""
+
+import json
+
+import build_site
+import build_slides
+import nbformat
+import pytest
+import web_packages
+
+
+@pytest.mark.parametrize(
+    ("place", "link", "expected"),
+    [
+        ("README.md", "notebooks/01_a.ipynb", "notebooks/01_a.ipynb"),
+        ("README.md", "lowrank_utils/lora.py", "api/lora.md"),
+        ("notebooks/01_a.ipynb", "../README.md", "../index.md"),
+        ("notebooks/01_a.ipynb", "02_b.ipynb", "../notebooks/02_b.ipynb"),
+        ("docs/teaching.md", "../lowrank_utils/lora.py", "../api/lora.md"),
+        ("docs/teaching.md", "../README.md#data", "../index.md#data"),
+        ("README.md", "https://example.org/README.md", "https://example.org/README.md"),
+        ("README.md", "#results", "#results"),
+    ],
+)
+def test_links_lead_to_pages(place, link, expected):
+    assert build_site.with_links_to_pages(f"See [it]({link}).", place) == f"See [it]({expected})."
+
+
+def test_the_results_have_a_page_and_leave_the_start_page():
+    pages = build_site.pages()
+    assert pages["results.md"].startswith("# Results\n")
+    assert "| full fine-tuning |" in pages["results.md"]
+    assert "| full fine-tuning |" not in pages["index.md"]
+    assert "results.md" in pages["index.md"]
+
+
+def test_a_section_that_was_renamed_is_named():
+    with pytest.raises(ValueError, match="no section 'Results'"):
+        build_site.section("# Title\n\n## Findings\n", "Results")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_teaching_guide_is_a_page_if_there_is_one(there, tmp_path, monkeypatch):
+    if there:
+        (tmp_path / "teaching.md").write_text("# Teaching\n", encoding="utf-8")
+    monkeypatch.setattr(build_site, "DOCS", tmp_path)
+    assert ("docs/teaching" in build_site.pages()["index.md"]) == there
+
+
+def test_what_an_earlier_build_left_is_removed(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "09_gone.ipynb").write_text("{}", encoding="utf-8")
+    build_site.assemble(tmp_path)
+    assert not (tmp_path / "notebooks" / "09_gone.ipynb").exists()
+    assert (tmp_path / "notebooks" / "05_dora.ipynb").is_file()
+
+
+def test_a_paragraph_keeps_whole_sentences():
+    short = "Short. Enough."
+    assert build_slides.first_sentences(short) == short
+    long = "A first one. " + "The second is " + "long " * 60 + "indeed."
+    assert build_slides.first_sentences(long) == "A first one."
+    question = "**Predict.** " + "What " * 80 + "comes?"
+    assert build_slides.first_sentences(question) == question
+    assert build_slides.first_sentences(long + " So you get:") == "A first one. So you get:"
+    brackets = "It is so (see there. And here " + "too " * 60 + "). More."
+    assert build_slides.first_sentences(brackets).endswith("too ).")
+
+
+def test_a_long_output_is_cut_where_a_line_is_empty():
+    text = "\n".join(["first"] * 20) + "\n\n" + "\n".join(["second"] * 20)
+    parts = build_slides.parts_of(text)
+    assert [set(part.split()) for part in parts] == [{"first"}, {"second"}]
+    assert build_slides.parts_of("a\n\nb") == ["a\n\nb"]
+
+
+def test_a_heading_within_a_cell_opens_a_slide():
+    cell = nbformat.v4.new_markdown_cell("Words.\n\n## Section\n\nMore.\n\n**Further reading**\n- A paper")
+    starts = [(block.cell.source, block.start) for block in build_slides.blocks_of(cell, "fragment")]
+    assert starts == [("Words.", "fragment"), ("## Section\n\nMore.", "slide")]
+
+
+def test_the_lock_holds_exact_versions_with_digests_and_no_host():
+    wanted = json.loads((web_packages.DOCS / "package.json").read_text(encoding="utf-8"))
+    lock = json.loads((web_packages.DOCS / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    for name, version in {**wanted["dependencies"], **wanted["devDependencies"]}.items():
+        entry = lock[f"node_modules/{name}"]
+        assert entry["version"] == version
+        assert entry["integrity"].startswith("sha512-")
+    # npm takes the registry that the machine is set to; the digests decide.
+    assert not [name for name, entry in lock.items() if "resolved" in entry]
+
+
+def test_without_npm_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(web_packages, "BUILD", tmp_path)
+    monkeypatch.setattr(web_packages.shutil, "which", lambda _: None)
+    with pytest.raises(web_packages.MissingPackages, match=r"npm is missing.*install Node\.js 18"):
+        web_packages.install_packages()
+
+
+def test_a_fetch_that_failed_is_reported_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(web_packages, "BUILD", tmp_path)
+    monkeypatch.setattr(web_packages.shutil, "which", lambda _: "npm")
+    calls = []
+
+    def run(command, **settings):
+        calls.append(settings["cwd"])
+        return web_packages.subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(web_packages.subprocess, "run", run)
+    for _ in range(2):
+        with pytest.raises(web_packages.MissingPackages, match="status 1"):
+            web_packages.install_packages()
+    assert calls == [tmp_path / "npm"] * 2
