@@ -58,6 +58,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_fullscreen_button": False,
 }
+html_favicon = "static/favicon.svg"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_copyright = False

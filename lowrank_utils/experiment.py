@@ -181,7 +181,8 @@ class Choice:
     """A learning rate, and what it was chosen from.
 
     Attributes:
-        method, rank: what it is for.
+        method: what it is for.
+        rank: of the method, if it has one.
         scores: learning rate → mean accuracy on the validation split over the tuning seeds. A run
             whose loss became infinite counts as 0.
         learning_rate: the one with the highest score; of equal ones, the smallest.

@@ -100,7 +100,7 @@ MISTAKES = [
         "dora.py",
         "        c = row_scale(self.m, norm)\n        y = xW + self.lora(x)\n",
         "        y = xW + self.lora(x)\n        norm = y.norm(dim=-1, keepdim=True)\n        c = row_scale(self.m, norm)\n",
-        "test_wrappers.py::test_every_example_of_a_batch_is_mapped_as_if_it_were_alone",
+        "test_wrappers.py::test_the_merged_and_the_unmerged_form_agree",
     ),
     Mistake(
         "the norm is that of W instead of W + ΔW",

@@ -48,20 +48,33 @@ INSTALL = "apt-get install -y -qq --no-install-recommends"
 
 @pytest.mark.parametrize("program", ["chromium", "chromium-browser", "google-chrome"])
 def test_nothing_is_installed_where_all_is_there(run, program):
-    outcome, calls = run("make", program)
+    outcome, calls = run("make", "npm", program)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert calls == ["make test"]
 
 
 def test_root_gets_a_browser(run):
-    outcome, calls = run("make", packages=["chromium", "fonts-dejavu-core"])
+    outcome, calls = run("make", "npm", packages=["chromium", "fonts-dejavu-core"])
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert calls == ["apt-get update -qq", f"{INSTALL} chromium fonts-dejavu-core", "make test"]
 
 
+def test_root_gets_npm(run):
+    outcome, calls = run("make", "chromium", packages=["npm"])
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert calls == ["apt-get update -qq", f"{INSTALL} npm", "make test"]
+
+
+def test_the_tests_run_without_npm_and_it_is_said(run):
+    outcome, calls = run("make", "chromium", user=1000)
+    assert outcome.returncode == 0
+    assert "npm is missing" in outcome.stderr
+    assert calls == ["make test"]
+
+
 @pytest.mark.parametrize(("user", "tries"), [(0, 2), (1000, 0)])
 def test_the_tests_run_without_a_browser_and_it_is_said(run, user, tries):
-    outcome, calls = run("make", user=user)
+    outcome, calls = run("make", "npm", user=user)
     assert outcome.returncode == 0
     assert "Chromium is missing" in outcome.stderr
     assert len(calls) == tries + 1
@@ -69,9 +82,9 @@ def test_the_tests_run_without_a_browser_and_it_is_said(run, user, tries):
 
 
 def test_without_make_nothing_runs_unless_it_can_be_installed(run):
-    outcome, calls = run("chromium", user=1000)
+    outcome, calls = run("chromium", "npm", user=1000)
     assert (outcome.returncode, calls) == (1, [])
     assert "make is missing" in outcome.stderr
-    outcome, calls = run("chromium", packages=["make"])
+    outcome, calls = run("chromium", "npm", packages=["make"])
     assert outcome.returncode == 0
     assert calls == ["apt-get update -qq", f"{INSTALL} make"]

@@ -51,6 +51,7 @@ def test_alpha_is_the_scaling_itself_whatever_the_rank(alpha):
         layer, unit = random_layer(rank=rank, alpha=alpha), random_layer(rank=rank, alpha=1)
         unit.load_state_dict(layer.state_dict())
         assert_close(layer(x), alpha * unit(x))
+        assert_close(unit(x), x @ unit.A @ unit.B)
 
 
 def test_alpha_is_read_at_every_call_so_it_can_be_changed_afterwards():
