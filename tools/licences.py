@@ -48,7 +48,8 @@ its repository.
 ## Packages
 
 All that [requirements.lock](../requirements.lock) names, with the lists for the notebooks, the comparison and the tests,
-as each package says it. `tools/licences.py` writes this page.
+as each package says it. `tools/licences.py` writes this page. Two name the GPL among others: docutils, of which it covers a file for the editor
+Emacs alone, and text-unidecode, which may be used under the Artistic License instead.
 
 | package | version | licence | where |
 |---|---|---|---|
