@@ -19,18 +19,35 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 # What the pages link to besides pages, and what they show.
 FILES = (
     "constraints.txt",
+    "requirements.lock",
+    "CITATION.cff",
     "LICENSE",
+    "pyproject.toml",
     "docs/package-lock.json",
-    ".github/workflows/site.yml",
+    ".github/workflows/*.yml",
     "notebooks/comparison.yaml",
     "notebooks/results/*",
     "figures/*.svg",
 )
 
+# Pages that are written as such, in the order of the navigation.
+DOCUMENTS = {
+    "Teaching": ("docs/teaching.md",),
+    "The project": (
+        "docs/reproducibility.md",
+        "docs/faults.md",
+        "docs/licences.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ),
+}
+
 
 def modules() -> list[str]:
     """Return the public modules of the package, in the order of the README, which is that of their imports."""
-    listed = re.findall(r"\]\(lowrank_utils/(\w+)\.py\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    listed = re.findall(
+        r"\]\(lowrank_utils/(\w+)(?:\.py)?\)", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
     return list(dict.fromkeys(listed))
 
 
@@ -42,7 +59,7 @@ def page_of(target: str) -> str:
     """
     if target == "README.md":
         return "index.md"
-    module = re.fullmatch(r"lowrank_utils/(\w+)\.py", target)
+    module = re.fullmatch(r"lowrank_utils/(\w+)(?:\.py)?", target)
     return f"api/{module[1]}.md" if module else target
 
 
@@ -102,13 +119,16 @@ def pages() -> dict[str, str]:
     pointer = "## Results\n\nThe measurements stand on [a page of their own](results.md).\n\n"
     notebooks = [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     reports = [report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))]
-    guide = ["docs/teaching"] if (DOCS / "teaching.md").is_file() else []
+    documents = [
+        toctree(caption, [name.removesuffix(".md") for name in names if (ROOT / name).is_file()])
+        for caption, names in DOCUMENTS.items()
+    ]
     made = {
         "index.md": readme.replace(results, pointer)
         + toctree("The series", notebooks)
         + toctree("Results", ["results", *reports])
-        + (toctree("Teaching", guide) if guide else "")
-        + toctree("The package", ["api/index"]),
+        + toctree("The package", ["api/index"])
+        + "".join(documents),
         # One heading less deep, since it is a page now.
         "results.md": re.sub(r"^#(?=#)", "", results, flags=re.MULTILINE),
         "api/index.md": "# Reference\n\n"
@@ -116,16 +136,19 @@ def pages() -> dict[str, str]:
         + toctree("The package", modules(), hidden=False).replace(":caption: The package\n", ""),
     }
     for name in modules():
-        made[f"api/{name}.md"] = (
-            f"# {name}\n\n```{{eval-rst}}\n.. automodule:: lowrank_utils.{name}\n   :members:\n   :ignore-module-all:\n```\n"
-        )
+        # A package's list says what belongs to it from its files; a module documents what stands in it.
+        listed = "" if (ROOT / "lowrank_utils" / name).is_dir() else "   :ignore-module-all:\n"
+        directive = f".. automodule:: lowrank_utils.{name}\n   :members:\n{listed}"
+        made[f"api/{name}.md"] = f"# {name}\n\n```{{eval-rst}}\n{directive}```\n"
     return made
 
 
 def copied_files() -> list[Path]:
     """Return the files that go into the site as they are, apart from links to pages in Markdown."""
-    patterns = ("notebooks/*.ipynb", "docs/teaching.md", *FILES)
-    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    documents = [name for names in DOCUMENTS.values() for name in names]
+    return sorted(
+        path for pattern in ("notebooks/*.ipynb", *documents, *FILES) for path in ROOT.glob(pattern)
+    )
 
 
 def write_if_new(path: Path, content: bytes) -> None:
