@@ -153,6 +153,18 @@ def test_the_answer_above_the_better_network_is_what_the_results_say():
     assert "whole MNIST, also with 15 seeds" in README
 
 
+def test_where_the_rates_differ_is_what_the_readme_says():
+    """The rates differ at all of LoRA's leads on unseen classes, and at rank 1 of permutation above the first network."""
+    for name, others in {"comparison": {("permutation", 1)}, "comparison_mnist": set()}.items():
+        table = read_table(RESULTS / f"{name}.csv")
+        rates = table.groupby(["shift", "method", "rank"])["learning_rate"].first()
+        behind = excluding_zero(differences(table, "DoRA", "LoRA"))["below"] - {("inversion", 4)}
+        differing = {
+            (shift, rank) for shift, rank in behind if rates[shift, "LoRA", rank] != rates[shift, "DoRA", rank]
+        }
+        assert differing == {place for place in behind if place[0] == "unseen classes"} | others
+
+
 def test_the_answer_on_the_two_claims_is_what_the_results_say():
     varies = []
     for name in ("comparison", "comparison_mnist"):
