@@ -120,8 +120,7 @@ def pages() -> dict[str, str]:
     notebooks = [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     reports = [report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))]
     documents = [
-        toctree(caption, [name.removesuffix(".md") for name in names if (ROOT / name).is_file()])
-        for caption, names in DOCUMENTS.items()
+        toctree(caption, [name.removesuffix(".md") for name in names]) for caption, names in DOCUMENTS.items()
     ]
     made = {
         "index.md": readme.replace(results, pointer)

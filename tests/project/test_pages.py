@@ -39,12 +39,14 @@ def test_a_section_that_was_renamed_is_named():
         build_site.section("# Title\n\n## Findings\n", "Results")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_teaching_guide_is_a_page_if_there_is_one(there, tmp_path, monkeypatch):
-    if there:
-        (tmp_path / "teaching.md").write_text("# Teaching\n", encoding="utf-8")
-    monkeypatch.setattr(build_site, "DOCS", tmp_path)
-    assert ("docs/teaching" in build_site.pages()["index.md"]) == there
+def test_each_document_of_the_project_is_in_the_navigation(tmp_path):
+    start = build_site.pages()["index.md"]
+    documents = [name for names in build_site.DOCUMENTS.values() for name in names]
+    assert "docs/teaching.md" in documents
+    build_site.assemble(tmp_path)
+    for name in documents:
+        assert f"\n{name.removesuffix('.md')}\n" in start
+        assert (tmp_path / name).is_file()
 
 
 def test_what_an_earlier_build_left_is_removed(tmp_path):

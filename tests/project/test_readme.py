@@ -160,7 +160,9 @@ def test_where_the_rates_differ_is_what_the_readme_says():
         rates = table.groupby(["shift", "method", "rank"])["learning_rate"].first()
         behind = excluding_zero(differences(table, "DoRA", "LoRA"))["below"] - {("inversion", 4)}
         differing = {
-            (shift, rank) for shift, rank in behind if rates[shift, "LoRA", rank] != rates[shift, "DoRA", rank]
+            (shift, rank)
+            for shift, rank in behind
+            if rates[shift, "LoRA", rank] != rates[shift, "DoRA", rank]
         }
         assert differing == {place for place in behind if place[0] == "unseen classes"} | others
 
