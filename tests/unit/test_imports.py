@@ -11,7 +11,11 @@ import pytest
 import lowrank_utils
 
 PACKAGE = Path(lowrank_utils.__file__).parent
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+# By name, without that of the package: ``lora``, ``checks`` (its ``__init__.py``), ``checks.dora``.
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 # Which packages importing a module may load; what is needed seldom is imported where it is used. The standard library
 # and what the packages load themselves don't count.
@@ -30,7 +34,17 @@ ALLOWED = {
     "adapter_files": LAYERS | {"safetensors"},
     "adapters": LAYERS | {"safetensors"},
     "banked_linear": LAYERS,
+    "broken": LAYERS,
     "checks": DATA | {"tqdm"},
+    "checks._shared": LAYERS,
+    "checks.comparison": LAYERS,
+    "checks.dora": LAYERS,
+    "checks.finetuning": DATA | {"tqdm"},
+    "checks.lora_layer": DATA | {"tqdm"},
+    "checks.low_rank_updates": LAYERS,
+    "checks.magnitude_and_direction": LAYERS,
+    "checks.merged_and_unmerged": LAYERS,
+    "checks.production": LAYERS,
     "comparison": PLOTS | TABLES | DATA | {"filelock", "psutil", "tqdm", "yaml"},
     "comparison_plots": PLOTS | TABLES,
     "data": DATA,
@@ -38,6 +52,7 @@ ALLOWED = {
     "dora": LAYERS,
     "experiment": DATA | {"tqdm"},
     "grid": DATA | {"yaml"},
+    "interactive": {"ipywidgets", "matplotlib"},
     "intervals": TABLES - {"pandas"},
     "lora": LAYERS,
     "methods": LAYERS,
