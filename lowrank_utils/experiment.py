@@ -134,7 +134,7 @@ def adapt(
         learning_rate: of Adam, or None if nothing is trained.
         seed: of the sample, of A and of the order of the digits.
         follow: measure the run after each epoch, and not only its accuracy at the end. On the whole MNIST
-            that takes ten times as long as the training.
+            an adaptation then takes two to three times as long.
 
     Raises:
         FloatingPointError: the loss became infinite.
