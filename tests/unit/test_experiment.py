@@ -32,9 +32,6 @@ EVERY = replace(
 )
 
 
-pytestmark = pytest.mark.usefixtures("parsed_once")
-
-
 @functools.cache
 def prepared():
     return prepare(SETTINGS, progress=False)
