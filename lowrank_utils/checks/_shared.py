@@ -70,6 +70,8 @@ def compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> 
         ExerciseError: the answer isn't the expected one.
     """
     __tracebackhide__ = True
+    if answer is None:
+        raise ExerciseError(f"{name} is None: is the `return` missing?")
     if isinstance(expected, tuple):
         if not isinstance(answer, tuple) or len(answer) != len(expected):
             raise ExerciseError(f"{name} must be a tuple of {len(expected)}; got {type(answer).__name__}")

@@ -21,6 +21,7 @@ def check_standard_error(function: Callable[[float, int], float]) -> None:
             "that is the spread of one answer: divide by the number of digits under the root": (p * (1 - p))
             ** 0.5,
             "the root goes over n as well": (p * (1 - p)) ** 0.5 / n,
+            "the root goes over p(1 − p) as well": p * (1 - p) / n**0.5,
             "the 1 − p is missing": (p / n) ** 0.5,
         }
         answer = ask(function, accuracy=p, count=n)
@@ -47,6 +48,8 @@ def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[Tensor, T
             ),
             "that is the spread of the differences; their mean is steadier, by √n": (None, d.std()),
             "divide by √n, not by n": (None, d.std() / len(d)),
+            "that is the square of it: take the root": (None, d.var() / len(d)),
+            "std() divides by n − 1 already; divide it by √n": (None, d.std() / (len(d) - 1) ** 0.5),
             "the mean was estimated from the same numbers: divide by n − 1": (
                 None,
                 d.std(correction=0) / root,

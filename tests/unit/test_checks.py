@@ -556,7 +556,9 @@ MISTAKES = {
         (lambda p, n: p * (1 - p) / n, "take the root"),
         (lambda p, n: (p * (1 - p)) ** 0.5, "divide by the number"),  # noqa: ARG005
         (lambda p, n: (p * (1 - p)) ** 0.5 / n, "over n as well"),
+        (lambda p, n: p * (1 - p) / n**0.5, "the root goes over p"),
         (lambda p, n: (p / n) ** 0.5, "1 − p"),
+        (lambda p, n: None, "is the `return` missing"),  # noqa: ARG005
     ],
     "paired_difference": [
         (lambda a, b: ((b - a).mean(), (a - b).std() / len(a) ** 0.5), "first − second"),
@@ -565,6 +567,9 @@ MISTAKES = {
         (lambda a, b: ((a - b).mean(), (a - b).std()), "steadier"),
         (lambda a, b: ((a - b).mean(), (a - b).std(correction=0) / len(a) ** 0.5), "n − 1"),
         (lambda a, b: ((a - b).mean(), (a - b).std() / len(a)), "not by n"),
+        (lambda a, b: ((a - b).mean(), (a - b).var() / len(a)), "square of it"),
+        (lambda a, b: ((a - b).mean(), (a - b).std() / (len(a) - 1) ** 0.5), "n − 1 already"),
+        (lambda a, b: None, "is the `return` missing"),  # noqa: ARG005
         (lambda a, b: ((a - b).mean(), (a - b).std() / 2), "isn't right yet"),  # the root of the first example's n,
     ],
     "magnitude_only": [
