@@ -77,10 +77,18 @@ def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None
             raise ExerciseError("make A and B trainable also where they were frozen before")
         if not trainable:
             raise ExerciseError(
-                "everything is frozen, the adapters too (if you use isinstance: the model that is checked has "
-                "the package's classes, which the cell above the exercises imports)"
+                "everything is frozen, the adapters too: a module's requires_grad_ reaches all that is inside it "
+                "(and if you use isinstance: the model that is checked has the package's classes, which the cell "
+                "above the exercises imports)"
             )
         if missing := sorted(adapters - trainable):
             raise ExerciseError(f"these must be trainable: {', '.join(missing)}")
-        if extra := sorted(trainable - adapters):
+        extra = sorted(trainable - adapters)
+        wrapped = {name for name, _ in model.named_parameters() if ".linear." in name}
+        if wrapped and set(extra) == wrapped:
+            raise ExerciseError(
+                f"still trainable: {', '.join(extra)}; a module's requires_grad_ reaches all that is inside it, "
+                "and inside a wrapper that is the pretrained layer as well"
+            )
+        if extra:
             raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")

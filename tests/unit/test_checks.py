@@ -84,6 +84,20 @@ def freeze_named(model):
         parameter.requires_grad_(name in {f"linear{i}.lora.{factor}" for i in (1, 2) for factor in "AB"})
 
 
+def freeze_all_but_wrappers(model):
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "lora"):
+            module.requires_grad_(True)
+
+
+def freeze_what_is_no_adapter(model):
+    model.requires_grad_(True)
+    for module in model.modules():
+        if not isinstance(module, LoRALayer):
+            module.requires_grad_(False)
+
+
 def freeze_the_rest_only(model):
     for name, parameter in model.named_parameters():
         if not name.endswith((".A", ".B")):
@@ -436,6 +450,8 @@ MISTAKES = {
         (freeze_by_class(LocalLoRALayer), "the package's class"),
         (freeze_the_rest_only, "frozen before"),
         (freeze_named, "everything is frozen"),
+        (freeze_all_but_wrappers, "the pretrained layer as well"),
+        (freeze_what_is_no_adapter, "reaches all that is inside it"),
     ],
     "merged_weight": [
         (lambda w, A, B, a: w + (A @ B).T, "where is alpha"),  # noqa: ARG005
