@@ -21,6 +21,8 @@ def check_merged_weight(function: Callable[[Tensor, Tensor, Tensor, float], Tens
             "torch stores (out, in); this is its transpose": (e.weight + e.alpha * delta).T,
             "alpha scales the update alone": e.alpha * (e.weight + delta),
             "that is ΔW alone": e.alpha * delta,
+            "the update is added, not subtracted": e.weight - e.alpha * delta,
+            "alpha is multiplied once": e.weight + e.alpha**2 * delta,
             "that is W alone; the update is missing": e.weight,
             "alpha is used as it is here, not divided by the rank": e.weight + e.alpha / len(e.B) * delta,
         }
@@ -40,6 +42,10 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             "A·B isn't built in the unmerged form": frozen + r * n_in * n_out,
             "each row of the batch goes through A and B too": frozen + r * (n_in + n_out),
             "x·A costs b·in·r; and then the product with B?": frozen + b * r * n_in,
+            "(xA)·B costs b·r·out; and before it the product x·A?": frozen + b * r * n_out,
+            "every product has the batch as one of its sizes": n_in * n_out + r * (n_in + n_out),
+            "count multiplications alone, not the additions too": 2 * (frozen + thin),
+            "costs add up: x·A first, and then its result times B": frozen + b * n_in * r * n_out,
         }
         for what, width in {"the output": n_out, "x·A": r, "x": n_in}.items():
             hint = f"the scaling of {what} isn't counted here, only the three matrix products"

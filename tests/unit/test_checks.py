@@ -461,6 +461,8 @@ MISTAKES = {
         (lambda w, A, B, a: w, "W alone"),  # noqa: ARG005
         (lambda w, A, B, a: w + a / len(B) * (A @ B).T, "not divided by the rank"),
         (in_place_merge_of_weight, "weight was changed in place"),
+        (lambda w, A, B, a: w - a * (A @ B).T, "not subtracted"),
+        (lambda w, A, B, a: w + a * (a * (A @ B).T), "multiplied once"),
     ],
     "multiplications": [
         (lambda b, i, o, r: b * r * (i + o), "frozen layer's product is missing"),
@@ -471,6 +473,10 @@ MISTAKES = {
         (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * o, "scaling of the output isn't counted"),
         (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * r, "scaling of x·A isn't counted"),
         (lambda b, i, o, r: b * i * o + b * r * (i + o) + b * i, "scaling of x isn't counted"),
+        (lambda b, i, o, r: b * i * o + b * r * o, "before it the product x·A"),
+        (lambda b, i, o, r: i * o + r * (i + o), "the batch as one of its sizes"),  # noqa: ARG005
+        (lambda b, i, o, r: 2 * (b * i * o + b * r * (i + o)), "multiplications alone"),
+        (lambda b, i, o, r: b * i * o + b * i * r * o, "costs add up"),
     ],
     "merge": [
         (lambda layer: layer, "plain nn.Linear"),
