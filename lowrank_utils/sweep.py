@@ -20,6 +20,9 @@ from lowrank_utils.grid import SweepError, code_version
 from lowrank_utils.settings import Settings
 from lowrank_utils.store import Outcome, Store
 
+# What jupyter_client says of a kernel that was of no use from the start.
+NEVER_STARTED = ("Kernel didn't respond in", "Kernel died before replying to kernel_info")
+
 
 def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: int) -> Outcome:
     """Run the notebook with the settings in a process of its own, and return what it left.
@@ -46,7 +49,7 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
             yaml.safe_dump({**settings, "result_path": str(files["result.json"])}), encoding="utf-8"
         )
         command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-f", "parameters.yaml"]
-        # Kernels that start at the same moment may pick the same port, and then one of them never answers.
+        # Kernels that start at the same moment may pick the same port, and then one of them never answers, or dies.
         for _ in range(3):
             # No shell, and the caller's own notebook.
             run = subprocess.run(  # noqa: S603
@@ -59,7 +62,7 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
                 errors="replace",
                 check=False,
             )
-            if "Kernel didn't respond" not in run.stderr:
+            if not any(said in run.stderr for said in NEVER_STARTED):
                 break
         left = {part: f.read_text(encoding="utf-8") if f.is_file() else None for part, f in files.items()}
         failed = run.returncode != 0 or left["result.json"] is None

@@ -49,6 +49,10 @@ CPU_INDEX_SECONDS = 5
 # What each command needs; ``test`` in pyproject.toml builds on ``lab``.
 EXTRAS = {"lab": ("lab",), "check": ("lab",), "test": ("lab", "test"), "run": ("lab", "test")}
 
+# All tests take turns on all cores, file by file, for the tests of a file share what they set up. The order stays, since
+# the browser's tests must come last in their process. A selection (ARGUMENTS) runs as it is asked for.
+IN_PARALLEL = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
+
 
 class Stop(Exception):
     """The work can't go on; the message says what to do."""
@@ -627,6 +631,8 @@ def main(arguments: list) -> int:
         if options.command == "lab":
             return lab(python, options.arguments)
         module = {"test": ["-m", "pytest"], "check": ["-m", "lowrank_utils"], "run": []}[options.command]
+        if options.command == "test" and not options.arguments:
+            module += IN_PARALLEL
         return become(python, [*module, *options.arguments], environment_for(python))
     except Stop as stop:
         print(f"\n{stop}", file=sys.stderr)

@@ -8,6 +8,7 @@ from lowrank_utils import sweep
 from lowrank_utils.grid import code_version
 
 NO_ANSWER = "RuntimeError: Kernel didn't respond in 60 seconds"
+DIED = "RuntimeError: Kernel died before replying to kernel_info"
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def outcome():
 
 def test_a_kernel_that_never_answers_is_started_again(papermill):
     plan, started = papermill
-    plan += [NO_ANSWER, NO_ANSWER, ""]
+    plan += [NO_ANSWER, DIED, ""]
     found = outcome()
     assert (found.notebook, found.result, found.error) == ("executed", "{}", "")
     assert len(started) == 3
