@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare site slides bench matrix lock audit clean
+.PHONY: help lab test check figures notebooks compare site slides bench matrix coverage lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,11 @@ slides: ## Build the slides from the stored notebooks, into build/slides.
 
 matrix: ## Run the notebooks in many settings (processors, versions, places), and write down what came out.
 	@$(SETUP) run tools/matrix.py $(MATRIX_ARGS)
+
+coverage: ## Measure which lines and branches of the package its unit tests reach.
+	@$(SETUP) run -m coverage run -m pytest tests/unit tests/sweep tests/setup/test_setup_check.py
+	@$(SETUP) run -m coverage combine --quiet
+	@$(SETUP) run -m coverage report
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py

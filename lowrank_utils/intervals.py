@@ -21,7 +21,8 @@ class Interval:
 
     Attributes:
         mean: of the values.
-        low, high: the ends of the interval.
+        low: the lower end of the interval.
+        high: the upper end.
         count: how many values there were.
     """
 
@@ -38,8 +39,9 @@ class Difference(Interval):
     Attributes:
         effect: Cohen's d for paired values, the mean difference over its standard deviation; infinite
             if all differences are the same, and 0 if they are all 0.
-        low_corrected, high_corrected: the interval that holds with its confidence together with all the other
+        low_corrected: the lower end of the interval that holds with its confidence together with all the other
             ``comparisons`` of the family (Bonferroni: each may err with 0.05 over their number).
+        high_corrected: the upper end of that interval.
         comparisons: how many comparisons the family has.
     """
 

@@ -578,7 +578,7 @@ def clean() -> int:
         "build",
         "lora_dora.egg-info",
     )
-    found = [ROOT / name for name in caches]
+    found = [ROOT / name for name in caches] + list(ROOT.glob(".coverage*"))
     found += [path for name in ("__pycache__", ".ipynb_checkpoints") for path in ROOT.rglob(name)]
     for path in found:
         if path.is_dir():

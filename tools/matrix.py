@@ -98,11 +98,15 @@ def interpreter(version: str) -> str:
     """Return a Python of this version, from the path or from pyenv."""
     if version == ".".join(platform.python_version_tuple()[:2]):
         return sys.executable
-    candidates = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    found = shutil.which(f"python{version}") or (str(candidates[-1]) if candidates else None)
-    if found is None or subprocess.run([found, "-c", ""], check=False, capture_output=True).returncode:
-        raise NotOffered(f"there is no Python {version}")
-    return found
+    # What the path has may be pyenv's stand-in, which starts nothing where that version isn't chosen.
+    candidates = [
+        shutil.which(f"python{version}"),
+        *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
+    ]
+    for found in filter(None, candidates):
+        if subprocess.run([found, "-c", ""], check=False, capture_output=True).returncode == 0:
+            return str(found)
+    raise NotOffered(f"there is no Python {version}")
 
 
 def environment(name: str) -> str:

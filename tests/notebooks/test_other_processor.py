@@ -14,7 +14,16 @@ from matrix import ROOT, prepared, processor
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this isn't an x86-64 processor")
 def test_all_stored_outputs_come_out_under_sse():
     with prepared(processor("SSE", 1)) as (before, folder, variables):
-        command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "notebooks"]
+        command = [
+            *before,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            ROOT / "notebooks",
+        ]
         run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout
