@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare site slides bench matrix lock audit clean
+.PHONY: help lab test check figures notebooks compare site slides bench matrix mutants lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ slides: ## Build the slides from the stored notebooks, into build/slides.
 
 matrix: ## Run the notebooks in many settings (processors, versions, places), and write down what came out.
 	@$(SETUP) run tools/matrix.py $(MATRIX_ARGS)
+
+mutants: ## Change the package in small ways: does a unit test fail each time? Needs mutmut.
+	@$(SETUP) run tools/mutants.py $(MUTANTS_ARGS)
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py
