@@ -94,7 +94,14 @@ def prepare(file: str) -> None:
         "source_paths": ["lowrank_utils"],
         "only_mutate": [f"lowrank_utils/{file}"],
         "also_copy": ["conftest.py"],
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"],
+        "pytest_add_cli_args": [
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:unraisableexception",
+            "-k",
+            f"not ({LEFT_OUT})",
+        ],
         "pytest_add_cli_args_test_selection": [f"tests/unit/test_{name}.py" for name in FILES[file]],
         "process_isolation": "forkserver",  # torch is loaded once, and no test has run before a change is made
     }

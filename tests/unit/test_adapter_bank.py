@@ -330,14 +330,26 @@ def test_merged_layers_make_one_product_and_nothing_else(bank):
 
 
 def test_a_merged_bank_refuses_to_change(bank):
-    with pytest.raises(ValueError, match="no adapter is active, so there is nothing to merge"):
+    with pytest.raises(
+        ValueError, match=r"^no adapter is active, so there is nothing to merge; call activate first$"
+    ):
         bank.merge()
     bank.activate("anna")
     bank.merge()
-    for call in (bank.merge, bank.disable, lambda: bank.activate("ben"), lambda: bank.remove("anna")):
-        with pytest.raises(RuntimeError, match="the weights are merged; call restore first"):
+    calls = {
+        "merge": bank.merge,
+        "activate": lambda: bank.activate("ben"),
+        "remove": lambda: bank.remove("anna"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"^{name}: the weights are merged; call restore first$"):
             call()
-    with pytest.raises(RuntimeError, match="rows: the weights are merged"), bank.rows(["ben"] * 6):
+    with pytest.raises(RuntimeError, match=r"the weights are merged; call restore first$"):
+        bank.disable()
+    with (
+        pytest.raises(RuntimeError, match=r"^rows: the weights are merged; call restore first$"),
+        bank.rows(["ben"] * 6),
+    ):
         pass
     assert bank.active == ["anna"]
     bank.restore()
@@ -454,6 +466,12 @@ def wider(index=0):
     return model
 
 
+def elsewhere():
+    model = nn.Sequential(linear_layer(7, 6), linear_layer(6, 6))
+    replace_linear_layers(model, LinearWithLoRA, 2, 1.0, "1")
+    return model
+
+
 def longer():
     model = nn.Sequential(*base(), nn.Tanh(), linear_layer(3, 3))
     replace_linear_layers(model, LinearWithLoRA, 2, 1.0, "6")
@@ -473,6 +491,12 @@ def longer():
             longer(),
             ValueError,
             r"6 is adapted for a weight of shape \(3, 3\); the base model has no such layer",
+        ),
+        (
+            "zoe",
+            elsewhere(),
+            ValueError,
+            r"1 is adapted for a weight of shape \(6, 6\); the base model has a Tanh$",
         ),
         ("zoe", "/nowhere", FileNotFoundError, "isn't a folder"),
     ],
@@ -518,12 +542,26 @@ def test_unknown_names_and_repetitions_are_refused(bank):
     [
         ("model", TypeError, r"model must be an nn\.Module; got str"),
         (nn.Linear(3, 2), ValueError, "model is itself a Linear; a bank needs a module with layers inside"),
+        (
+            customer(1)[0],
+            ValueError,
+            "model is itself a LinearWithDoRA; a bank needs a module with layers inside",
+        ),
         (customer(1), ValueError, "already adapted: 0, 2, 4; a bank needs the plain base model"),
     ],
 )
 def test_a_bank_needs_a_plain_model(model, error, pattern):
     with pytest.raises(error, match=pattern):
         AdapterBank(model)
+
+
+def test_a_layer_that_the_base_model_uses_twice_is_refused_by_its_name():
+    shared = linear_layer(5, 5)
+    bank = AdapterBank(nn.Sequential(shared, nn.Tanh(), shared, linear_layer(5, 3)))
+    source = nn.Sequential(*(linear_layer(5, 5), nn.Tanh(), linear_layer(5, 5), linear_layer(5, 3)))
+    replace_linear_layers(source, LinearWithLoRA, 2, 1.0, ["2", "3"])
+    pattern = "^2 is used in several places of the base model, which a bank can't adapt$"
+    unchanged(bank, lambda: bank.add("anna", source), ValueError, pattern)
 
 
 def test_a_second_bank_on_the_same_model_is_refused(bank):

@@ -147,6 +147,14 @@ def test_factors_keep_the_dtype_and_are_computed_in_float32(dtype):
     torch.testing.assert_close((A.float() @ B.float()), original.float(), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("shape", [(4, 2000), (2000, 4)])
+def test_a_thin_matrix_takes_no_square_of_its_longer_side(shape):
+    original = normal(*shape)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        low_rank_approximation(original, 2)
+    assert 0 < max(event.cpu_memory_usage for event in profile.key_averages()) < 20 * original.nbytes
+
+
 def test_whole_numbers_are_approximated_as_what_they_stand_for():
     A, B = low_rank_approximation(torch.tensor([[1, 2], [3, 6]]), 1)
     assert_close(A @ B, torch.tensor([[1.0, 2.0], [3.0, 6.0]]), rtol=1e-5)
