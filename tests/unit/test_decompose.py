@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import array, assert_close, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_utils.decompose import (
     direction_change,
@@ -93,6 +94,14 @@ def test_norms_of_float64_rows_are_float64():
     weight = normal(5, 300)
     assert row_norms(weight).dtype == torch.float64
     assert_close(row_norms(weight), np.linalg.norm(array(weight), axis=1), rtol=1e-14)
+
+
+def test_on_apples_gpus_which_have_no_float64_norms_are_float32():
+    # Shapes and dtypes alone, as torch works them out where there is no such GPU.
+    with FakeTensorMode():
+        weight = torch.empty(3, 4, device="mps")
+        assert row_norms(weight).dtype == torch.float32
+        assert magnitude_and_direction(weight).direction.dtype == torch.float32
 
 
 # --- low_rank_approximation ----------------------------------------------------------------------
