@@ -235,7 +235,11 @@ def test_where_a_weight_is_read_one_adapter_works_and_rows_are_refused():
     assert not torch.allclose(bank.model(x), plain)
     with (
         bank.rows(["anna", None]),
-        pytest.raises(RuntimeError, match="a weight can't differ between the rows"),
+        pytest.raises(
+            RuntimeError,
+            match=r"^this model reads a layer's weight instead of calling the layer \(nn\.MultiheadAttention does, "
+            r"and torch's fast path for encoders in evaluation\); a weight can't differ between the rows of a batch$",
+        ),
     ):
         bank.model(x)
 
@@ -398,7 +402,11 @@ def test_the_state_dict_is_the_base_models(bank):
 
 
 def test_base_weights_cannot_be_loaded_under_the_adapters(bank):
-    with pytest.raises(RuntimeError, match=r"Remove the adapters, load, and add them again"):
+    message = (
+        "the base model's weights can't be loaded while a bank has adapters in it: each c was computed from "
+        "the weights as they are. Remove the adapters, load, and add them again"
+    )
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
         bank.model.load_state_dict(bank.model.state_dict())
 
 
@@ -410,6 +418,14 @@ def test_the_adapters_follow_the_model_to_another_dtype(bank):
     bank.merge()
     bank.model.double()
     assert_close(bank.model(X), expected, rtol=1e-5)
+
+
+def test_the_adapters_follow_the_model_to_another_device_by_rows_too(bank):
+    bank.model.to("meta")
+    with bank.rows(["anna", None, "ben"] * 2):
+        y = bank.model(X.to("meta"))
+    assert y.is_meta
+    assert y.shape == (6, 3)
 
 
 @pytest.mark.parametrize("training", [True, False])
