@@ -395,7 +395,11 @@ def test_a_customer_costs_the_bytes_of_its_adapter(kind, tmp_path):
 # --- A module like any other ----------------------------------------------------------------
 
 
-def test_the_state_dict_is_the_base_models(bank):
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_state_dict_is_the_base_models(bank, merged):
+    if merged:
+        bank.activate("anna")
+        bank.merge()
     names = {name.replace(".linear.", "."): tensor for name, tensor in bank.model.state_dict().items()}
     assert names.keys() == base().state_dict().keys()
     assert all(torch.equal(names[name], tensor) for name, tensor in base().state_dict().items())

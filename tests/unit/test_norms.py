@@ -344,6 +344,18 @@ def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part, factor
         predict_and_change()
 
 
+def test_in_float64_a_change_in_the_eleventh_digit_is_an_error_too():
+    model = kept_model().double()
+
+    def predict_and_change():
+        with torch.no_grad(), constant_weights(model):
+            model(X.double())
+            model[2].linear.weight.data.mul_(1 + 1e-11)
+
+    with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
+        predict_and_change()
+
+
 def test_all_layers_that_changed_are_named_with_what_to_do():
     model = kept_model()
 
