@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare site slides bench matrix coverage lock audit clean
+.PHONY: help lab test check figures notebooks compare site slides bench matrix coverage mutants lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ coverage: ## Measure which lines and branches of the package its unit tests reac
 	@$(SETUP) run -m coverage run -m pytest tests/unit tests/sweep tests/setup/test_setup_check.py
 	@$(SETUP) run -m coverage combine --quiet
 	@$(SETUP) run -m coverage report
+
+mutants: ## Change the package in small ways: does a unit test fail each time? Needs mutmut.
+	@$(SETUP) run tools/mutants.py $(MUTANTS_ARGS)
 
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py

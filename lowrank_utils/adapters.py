@@ -234,4 +234,4 @@ class AdapterBank:
         adapted = adapted_layer(self._linear(layer), part)
         c = None if part.m is None else row_scale(adapted.m, row_norms(adapted.updated_weight()))  # type: ignore[arg-type]
         A, B = adapted.lora.A.detach(), adapted.lora.B.detach()
-        return BankedAdapter(A, B, part.alpha, c).requires_grad_(False)
+        return BankedAdapter(A, B, part.alpha, c)

@@ -24,6 +24,7 @@ from lowrank_utils.adapt import (
     freeze_linear_layers,
     is_adapter,
     merge_adapters,
+    named_modules_outside_adapters,
     replace_linear_layers,
 )
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
@@ -312,7 +313,8 @@ def test_a_pattern_that_matches_nothing_is_refused_and_the_names_are_listed():
 
 @pytest.mark.parametrize("empty", [[], (), set()])
 def test_an_empty_list_of_targets_is_refused(empty):
-    refused(Network(), LinearWithLoRA, 2, 4.0, empty, match="targets is empty; leave it out to adapt all")
+    message = "^targets is empty; leave it out to adapt all linear layers$"
+    refused(Network(), LinearWithLoRA, 2, 4.0, empty, match=message)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,8 @@ def test_a_bare_linear_layer_is_refused_with_what_to_write_instead():
         LinearWithLoRA,
         2,
         4.0,
-        match=r"model is itself a Linear, .* write layer_class\(linear, rank, alpha\)",
+        match=r"^model is itself a Linear, which can't be replaced in place; "
+        r"for a linear layer write layer_class\(linear, rank, alpha\)$",
     )
 
 
@@ -410,6 +413,24 @@ def test_a_layer_without_a_shape_leaves_the_model_as_it_was():
     assert all(new is old for new, old in zip(model, before, strict=True))
     model(torch.zeros(1, 4))
     assert replace_linear_layers(model, LinearWithLoRA, 2, 4.0) == ["0", "2"]
+
+
+# --- named_modules_outside_adapters -------------------------------------------------------------
+
+
+def test_without_adapters_the_modules_are_torchs_each_once_or_under_each_name():
+    model = nn.Sequential(Shared(), Network())
+    assert list(named_modules_outside_adapters(model)) == list(model.named_modules())
+    assert list(named_modules_outside_adapters(model, remove_duplicate=False)) == modules(model)
+    assert len(modules(model)) == len(list(model.named_modules())) + 1
+
+
+@every_wrapper
+def test_nothing_inside_an_adapter_is_named_also_where_the_model_is_one(wrapper):
+    layer = moved(wrapper)
+    assert list(named_modules_outside_adapters(layer)) == [("", layer)]
+    model = nn.Sequential(layer, nn.ReLU())
+    assert [name for name, _ in named_modules_outside_adapters(model)] == ["", "0", "1"]
 
 
 # --- freeze_linear_layers ----------------------------------------------------------------------
@@ -494,6 +515,12 @@ def test_the_printed_count_is_a_table_with_thousands_and_a_total():
     )
 
 
+def test_the_first_column_is_as_wide_as_its_heading_where_all_names_are_shorter():
+    assert str(count_parameters(nn.Sequential(nn.Linear(2, 3)))) == (
+        "layer    trainable       frozen\n0                9            0\nall              9            0"
+    )
+
+
 def test_the_columns_of_the_printed_count_stay_aligned_under_long_and_short_names():
     for model in (Network(), nn.Linear(2, 2), nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})):
         lines = str(count_parameters(model)).splitlines()
@@ -542,7 +569,8 @@ def test_a_child_with_the_name_of_the_models_class_hides_nothing():
             self.scale = nn.Parameter(torch.ones(3))
             self.Head = nn.Linear(2, 2)
 
-    assert count_parameters(Head()).total == 9
+    assert count_parameters(Head()).per_layer == {"Head": (9, 0)}
+    assert count_parameters(Head().requires_grad_(False)).per_layer == {"Head": (0, 9)}
 
 
 # --- merge_adapters ----------------------------------------------------------------------------

@@ -235,7 +235,11 @@ def test_where_a_weight_is_read_one_adapter_works_and_rows_are_refused():
     assert not torch.allclose(bank.model(x), plain)
     with (
         bank.rows(["anna", None]),
-        pytest.raises(RuntimeError, match="a weight can't differ between the rows"),
+        pytest.raises(
+            RuntimeError,
+            match=r"^this model reads a layer's weight instead of calling the layer \(nn\.MultiheadAttention does, "
+            r"and torch's fast path for encoders in evaluation\); a weight can't differ between the rows of a batch$",
+        ),
     ):
         bank.model(x)
 
@@ -330,14 +334,26 @@ def test_merged_layers_make_one_product_and_nothing_else(bank):
 
 
 def test_a_merged_bank_refuses_to_change(bank):
-    with pytest.raises(ValueError, match="no adapter is active, so there is nothing to merge"):
+    with pytest.raises(
+        ValueError, match=r"^no adapter is active, so there is nothing to merge; call activate first$"
+    ):
         bank.merge()
     bank.activate("anna")
     bank.merge()
-    for call in (bank.merge, bank.disable, lambda: bank.activate("ben"), lambda: bank.remove("anna")):
-        with pytest.raises(RuntimeError, match="the weights are merged; call restore first"):
+    calls = {
+        "merge": bank.merge,
+        "activate": lambda: bank.activate("ben"),
+        "remove": lambda: bank.remove("anna"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"^{name}: the weights are merged; call restore first$"):
             call()
-    with pytest.raises(RuntimeError, match="rows: the weights are merged"), bank.rows(["ben"] * 6):
+    with pytest.raises(RuntimeError, match=r"the weights are merged; call restore first$"):
+        bank.disable()
+    with (
+        pytest.raises(RuntimeError, match=r"^rows: the weights are merged; call restore first$"),
+        bank.rows(["ben"] * 6),
+    ):
         pass
     assert bank.active == ["anna"]
     bank.restore()
@@ -379,14 +395,22 @@ def test_a_customer_costs_the_bytes_of_its_adapter(kind, tmp_path):
 # --- A module like any other ----------------------------------------------------------------
 
 
-def test_the_state_dict_is_the_base_models(bank):
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_state_dict_is_the_base_models(bank, merged):
+    if merged:
+        bank.activate("anna")
+        bank.merge()
     names = {name.replace(".linear.", "."): tensor for name, tensor in bank.model.state_dict().items()}
     assert names.keys() == base().state_dict().keys()
     assert all(torch.equal(names[name], tensor) for name, tensor in base().state_dict().items())
 
 
 def test_base_weights_cannot_be_loaded_under_the_adapters(bank):
-    with pytest.raises(RuntimeError, match=r"Remove the adapters, load, and add them again"):
+    message = (
+        "the base model's weights can't be loaded while a bank has adapters in it: each c was computed from "
+        "the weights as they are. Remove the adapters, load, and add them again"
+    )
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
         bank.model.load_state_dict(bank.model.state_dict())
 
 
@@ -398,6 +422,14 @@ def test_the_adapters_follow_the_model_to_another_dtype(bank):
     bank.merge()
     bank.model.double()
     assert_close(bank.model(X), expected, rtol=1e-5)
+
+
+def test_the_adapters_follow_the_model_to_another_device_by_rows_too(bank):
+    bank.model.to("meta")
+    with bank.rows(["anna", None, "ben"] * 2):
+        y = bank.model(X.to("meta"))
+    assert y.is_meta
+    assert y.shape == (6, 3)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -454,6 +486,12 @@ def wider(index=0):
     return model
 
 
+def elsewhere():
+    model = nn.Sequential(linear_layer(7, 6), linear_layer(6, 6))
+    replace_linear_layers(model, LinearWithLoRA, 2, 1.0, "1")
+    return model
+
+
 def longer():
     model = nn.Sequential(*base(), nn.Tanh(), linear_layer(3, 3))
     replace_linear_layers(model, LinearWithLoRA, 2, 1.0, "6")
@@ -473,6 +511,12 @@ def longer():
             longer(),
             ValueError,
             r"6 is adapted for a weight of shape \(3, 3\); the base model has no such layer",
+        ),
+        (
+            "zoe",
+            elsewhere(),
+            ValueError,
+            r"1 is adapted for a weight of shape \(6, 6\); the base model has a Tanh$",
         ),
         ("zoe", "/nowhere", FileNotFoundError, "isn't a folder"),
     ],
@@ -518,12 +562,26 @@ def test_unknown_names_and_repetitions_are_refused(bank):
     [
         ("model", TypeError, r"model must be an nn\.Module; got str"),
         (nn.Linear(3, 2), ValueError, "model is itself a Linear; a bank needs a module with layers inside"),
+        (
+            customer(1)[0],
+            ValueError,
+            "model is itself a LinearWithDoRA; a bank needs a module with layers inside",
+        ),
         (customer(1), ValueError, "already adapted: 0, 2, 4; a bank needs the plain base model"),
     ],
 )
 def test_a_bank_needs_a_plain_model(model, error, pattern):
     with pytest.raises(error, match=pattern):
         AdapterBank(model)
+
+
+def test_a_layer_that_the_base_model_uses_twice_is_refused_by_its_name():
+    shared = linear_layer(5, 5)
+    bank = AdapterBank(nn.Sequential(shared, nn.Tanh(), shared, linear_layer(5, 3)))
+    source = nn.Sequential(*(linear_layer(5, 5), nn.Tanh(), linear_layer(5, 5), linear_layer(5, 3)))
+    replace_linear_layers(source, LinearWithLoRA, 2, 1.0, ["2", "3"])
+    pattern = "^2 is used in several places of the base model, which a bank can't adapt$"
+    unchanged(bank, lambda: bank.add("anna", source), ValueError, pattern)
 
 
 def test_a_second_bank_on_the_same_model_is_refused(bank):

@@ -12,6 +12,7 @@ from lowrank_utils._arguments import (
     check_finite_number,
     check_floating_dtype,
     check_one_of,
+    check_seed,
     check_whole_number,
 )
 from lowrank_utils.lora import LoRALayer
@@ -84,9 +85,15 @@ def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init
             wrapper(linear_layer(), 2, 1.0, init=init)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", TypeError), (torch.int64, ValueError)])
-def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error):
-    with pytest.raises(error, match="dtype must be a"):
+@pytest.mark.parametrize(
+    ("dtype", "error", "message"),
+    [
+        ("float32", TypeError, r"dtype must be a torch dtype such as torch\.float32; got 'float32' \(str\)$"),
+        (torch.int64, ValueError, r"dtype must be a floating-point dtype such as .*; got torch\.int64$"),
+    ],
+)
+def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error, message):
+    with pytest.raises(error, match=message):
         LoRALayer(7, 5, 2, 1.0, dtype=dtype)
 
 
@@ -186,3 +193,11 @@ def test_a_limit_is_part_of_the_message_and_is_not_itself_allowed():
 def test_allowed_words_are_listed_in_order_and_in_quotes():
     with pytest.raises(ValueError, match="word must be one of 'a', 'b'; got 'c'"):
         check_one_of("word", "c", ["b", "a"])
+
+
+def test_a_seed_is_a_whole_number_that_every_library_takes():
+    assert [check_seed(seed) for seed in (0, 2**32 - 1)] == [0, 2**32 - 1]
+    for seed in (-1, 2**32):
+        message = f"^seed must be a whole number, 0 to 4294967295; got {seed}$"
+        with pytest.raises(ValueError, match=message):
+            check_seed(seed)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import array, assert_close, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_utils.decompose import (
     direction_change,
@@ -95,6 +96,14 @@ def test_norms_of_float64_rows_are_float64():
     assert_close(row_norms(weight), np.linalg.norm(array(weight), axis=1), rtol=1e-14)
 
 
+def test_on_apples_gpus_which_have_no_float64_norms_are_float32():
+    # Shapes and dtypes alone, as torch works them out where there is no such GPU.
+    with FakeTensorMode():
+        weight = torch.empty(3, 4, device="mps")
+        assert row_norms(weight).dtype == torch.float32
+        assert magnitude_and_direction(weight).direction.dtype == torch.float32
+
+
 # --- low_rank_approximation ----------------------------------------------------------------------
 
 
@@ -145,6 +154,14 @@ def test_factors_keep_the_dtype_and_are_computed_in_float32(dtype):
     A, B = low_rank_approximation(original, 6)
     assert A.dtype == B.dtype == dtype
     torch.testing.assert_close((A.float() @ B.float()), original.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(4, 2000), (2000, 4)])
+def test_a_thin_matrix_takes_no_square_of_its_longer_side(shape):
+    original = normal(*shape)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        low_rank_approximation(original, 2)
+    assert 0 < max(event.cpu_memory_usage for event in profile.key_averages()) < 20 * original.nbytes
 
 
 def test_whole_numbers_are_approximated_as_what_they_stand_for():

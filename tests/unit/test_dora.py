@@ -20,6 +20,7 @@ from support import (
 from torch import nn
 
 from lowrank_utils.dora import LinearWithDoRAMerged
+from lowrank_utils.lora import LinearWithLoRA
 
 both_norms = pytest.mark.parametrize("detach_norm", [True, False])
 
@@ -139,6 +140,19 @@ def test_zero_rows_give_no_nan_in_outputs_or_gradients(wrapper, detach_norm, zer
         assert torch.isfinite(gradient).all(), name
     # The zero rows' columns of B have a gradient, or they could never begin to learn.
     assert layer.lora.B.grad[:, zero_rows].abs().min() > 0
+
+
+@every_dora_wrapper
+@both_norms
+def test_a_zero_row_gets_the_gradient_that_lora_gives_it(wrapper, detach_norm):
+    linear = linear_layer()
+    linear.weight.data[1] = 0
+    layer, lora = wrapper(linear, 3, 1.7, detach_norm=detach_norm), LinearWithLoRA(linear, 3, 1.7)
+    lora.lora.load_state_dict(layer.lora.state_dict())
+    x, G = normal(4, 7, seed=20), normal(4, 5, seed=21)
+    to_B = gradients(layer, x, G)["lora.B"][:, 1]
+    assert_close(to_B, gradients(lora, x, G)["lora.B"][:, 1])
+    assert to_B.abs().min() > 0
 
 
 @every_dora_wrapper

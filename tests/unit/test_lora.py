@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import array, assert_close, every_wrapper, linear_layer, normal
+from support import LORA, array, assert_close, every_wrapper, linear_layer, normal
 
 from lowrank_utils.lora import INITIALISATIONS, LoRALayer
 
@@ -117,6 +117,13 @@ def test_a_rank_above_both_sides_warns_that_it_costs_more_than_the_weight(in_dim
     with pytest.warns(UserWarning, match=rf"rank={rank} is larger than both sides .*{numbers}"):
         layer = LoRALayer(in_dim, out_dim, rank, 1.0)
     assert layer.A.shape == (in_dim, rank)
+
+
+@pytest.mark.parametrize("wrapper", LORA)
+def test_the_warning_names_the_line_that_made_the_wrapper(wrapper):
+    with pytest.warns(UserWarning, match="rank=8") as warned:
+        wrapper(linear_layer(7, 5), 8, 1.0)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 @pytest.mark.parametrize(("in_dim", "out_dim", "rank"), [(3, 5, 5), (5, 3, 5), (3, 5, 4), (1, 1, 1)])

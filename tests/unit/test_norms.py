@@ -159,12 +159,21 @@ def test_a_large_layer_gives_the_merged_forms_outputs(dtype):
 
 
 def test_a_frozen_weight_gets_no_gradient_and_x_is_not_kept_for_one():
-    layer = large_layer()
+    layer = large_layer(torch.float64)
     layer.linear.requires_grad_(False)
-    x = normal(3, LARGE[0], dtype=torch.float32).requires_grad_()
-    layer(x).sum().backward()
+    twin = LinearWithDoRAMerged(layer.linear, 8, 0.5)
+    twin.load_state_dict(layer.state_dict())
+    found = []
+    for each in (layer, twin):
+        x = normal(3, LARGE[0]).requires_grad_()
+        each(x).pow(2).sum().backward()
+        found.append(x.grad)
     assert layer.linear.weight.grad is None
-    assert x.grad.abs().max() > 0
+    assert_close(*found)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        norms._ProductsWithFrozen.apply(x, layer.linear.weight, layer.lora.A.detach())
+    assert saved == [layer.linear.weight.shape]
 
 
 @given(
@@ -176,6 +185,14 @@ def test_norms_in_float32_are_those_in_float64_up_to_rounding(in_dim, scale, see
     torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
     V[2] = 1 if 1e-10 < scale < 1e10 else scale
     torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-14, 0.01, 1.0, 1e14])
+def test_norms_of_a_float32_weight_are_float32_and_all_others_float64(dtype, scale):
+    V = (torch.nn.functional.normalize(normal(6, 20)) * scale).to(dtype)
+    assert formed_row_norms(V).dtype == (torch.float32 if dtype == torch.float32 else torch.float64)
+    assert formed_row_norms(V.requires_grad_()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("size", "factored"), [((7, 5), False), (LARGE, True)])
@@ -204,6 +221,7 @@ def test_the_rule():
     assert pays(4096, 4096, rank=64)
     assert pays(512, 512, dtype=torch.float64)
     assert not pays(128, 784)
+    assert pays(1024, 1024, rank=256)
     assert not pays(1024, 1024, rank=257)
     assert not pays(1024, 1024, dtype=torch.bfloat16)
     assert not pays(1024, 1024, dtype=torch.float16)
@@ -311,18 +329,61 @@ def test_another_dtype_is_seen_at_once():
         close(model(X.double()), kept_model().double()(X.double()), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1.5, 1.001])
 @pytest.mark.parametrize("part", ["linear.weight", "lora.A", "lora.B"])
-def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part):
+def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part, factor):
     model = kept_model()
 
     def predict_and_change():
         with torch.no_grad(), constant_weights(model):
             model(X)
-            model[2].get_parameter(part).data.mul_(1.5)
+            model[2].get_parameter(part).data.mul_(factor)
             model(X)
 
     with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
         predict_and_change()
+
+
+def test_in_float64_a_change_in_the_eleventh_digit_is_an_error_too():
+    model = kept_model().double()
+
+    def predict_and_change():
+        with torch.no_grad(), constant_weights(model):
+            model(X.double())
+            model[2].linear.weight.data.mul_(1 + 1e-11)
+
+    with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
+        predict_and_change()
+
+
+def test_all_layers_that_changed_are_named_with_what_to_do():
+    model = kept_model()
+
+    def predict_and_change(remove):
+        with torch.no_grad(), constant_weights(model):
+            model(X)
+            for index in (0, 2):
+                model[index].lora.B.data.mul_(1.5)
+            if remove:
+                model[2] = nn.Identity()
+
+    message = (
+        r"^the weights of {} changed inside constant_weights, where they must not: outputs since then used the "
+        r"norms from before the change\. Change weights outside the block$"
+    )
+    with pytest.raises(RuntimeError, match=message.format("0, 2")):
+        predict_and_change(remove=False)
+    # A layer that is no longer in the model has no name there.
+    with pytest.raises(RuntimeError, match=message.format("0, LinearWithDoRA")):
+        predict_and_change(remove=True)
+
+
+def test_a_change_that_torch_notices_is_no_error_after_the_last_prediction():
+    model = kept_model()
+    with torch.no_grad(), constant_weights(model):
+        before = model(X)
+        model[2].lora.B.mul_(2)
+    assert not torch.allclose(model(X), before, atol=1e-3)
 
 
 def test_a_fused_optimizer_in_evaluation_mode_never_goes_unnoticed():

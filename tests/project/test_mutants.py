@@ -1,0 +1,71 @@
+"""Small changes of the layers are found by a unit test, and what isn't found has its reason."""
+
+from collections import Counter
+
+import mutants
+import pytest
+from mutants import FILES, RESULTS, ROOT, SURVIVORS, rows, without_decorators
+
+REQUIRED = ["lora.py", "dora.py", "adapt.py", "adapters.py", "decompose.py"]
+
+
+def results():
+    return {row[0]: row for row in rows(RESULTS)}
+
+
+@pytest.mark.parametrize("file", REQUIRED)
+def test_nine_of_ten_changes_of_the_layers_are_found(file):
+    _, changes, found, left, share, *_ = results()[file]
+    assert int(changes) == int(found) + int(left) > 50
+    assert float(share.removesuffix(" %")) == round(100 * int(found) / int(changes), 1) >= 90
+
+
+def test_each_change_that_was_not_found_has_its_reason():
+    left = {file: int(row[3]) for file, row in results().items()}
+    assert Counter(row[0] for row in rows(SURVIVORS)) == Counter(left)
+    for *change, reason in rows(SURVIVORS):
+        assert len(reason.split()) > 2, change
+
+
+def test_a_reason_belongs_to_code_that_is_there():
+    for file, function, before, *_ in rows(SURVIVORS):
+        source = (ROOT / "lowrank_utils" / file).read_text(encoding="utf-8")
+        assert f"def {function.split('.')[-1]}(" in source
+        assert " ".join(before.split()) in " ".join(source.split()), before
+
+
+def test_files_and_tests_that_the_tool_names_exist():
+    for file, tests in FILES.items():
+        assert (ROOT / "lowrank_utils" / file).is_file()
+        for name in tests:
+            assert (ROOT / "tests" / "unit" / f"test_{name}.py").is_file()
+
+
+def test_a_decorator_becomes_the_assignment_that_it_stands_for():
+    source = """
+class Layer:
+    @property
+    def weight(self):
+        return 2
+
+    @classmethod
+    @cache
+    def of(cls):
+        return cls
+
+    def plain(self):
+        return 3
+"""
+    space = {"cache": lambda function: lambda cls: (function(cls), "cached")}
+    changed = without_decorators(source)
+    exec(changed, space)
+    assert "@" not in changed
+    assert space["Layer"]().weight == 2
+    assert space["Layer"].of() == (space["Layer"], "cached")
+    assert space["Layer"]().plain() == 3
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    cells = [[mutants.code(text) for text in ("a | b", "`quoted`", "plain")], ["", "x", "1 %"]]
+    mutants.write(tmp_path / "page.md", "# Title\n\n", ["one", "two", "three"], cells)
+    assert rows(tmp_path / "page.md") == [["a | b", "`quoted`", "plain"], ["", "x", "1 %"]]
