@@ -34,6 +34,8 @@ CHARACTERS = 76
 HEADINGS = {1: 88, 2: 70, 3: 62}
 FORMULA = 100
 PICTURE, TALL_PICTURE, WIDE_PICTURE = 440, 630, 1040
+# By how much a picture may grow where there is room.
+GROWTH = (60, 120, 180)
 CODE_SIZES = (26, 22, 20, 18)
 # The width of a letter of a monospaced font, and the height of a line, in font sizes.
 CODE_LETTER, CODE_LINE, CODE_PADDING = 0.603, 1.3, 34
@@ -301,7 +303,7 @@ def blocks_of(cell: NotebookNode, kind: str) -> list[Block]:
 def slides_of(notebook: NotebookNode) -> NotebookNode:
     """Return a notebook for nbconvert, in which each slide and subslide fits on the screen."""
     cells: list[NotebookNode] = []
-    used, previous = 0.0, None
+    used, first, previous = 0.0, 0, None
     for cell in notebook.cells:
         kind = cell.metadata.get("slideshow", {}).get("slide_type") or slide_type(cell, previous)
         previous = cell
@@ -318,7 +320,8 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
             opens = block.start == "slide" or (block.start == "subslide" and not alone)
             if opens or used + block.height > HEIGHT:
                 start = block.start if opens else "subslide"
-                used, revealing = 0.0, False
+                grow_picture(cells[first:], HEIGHT - used)
+                used, first, revealing = 0.0, len(cells), False
             else:
                 start = "fragment" if block.start == "fragment" else "-"
             used += block.height
@@ -331,7 +334,17 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
                 cells.append(block.cell)
         if cell.cell_type == "markdown" and (whole := without_pictures(cell.source)) not in cells[-1].source:
             cells.append(note_cell(whole))
+    grow_picture(cells[first:], HEIGHT - used)
     return nbformat.v4.new_notebook(cells=with_links(cells), metadata=notebook.metadata)
+
+
+def grow_picture(slide: list[NotebookNode], room: float) -> None:
+    """Give the only picture of a slide, if it has just one, the room that is left: the last row reads its labels too."""
+    shown = [cell for cell in slide if cell.metadata.slideshow.slide_type != "notes"]
+    drawn = [cell for cell in shown if "![" in cell.source or "picture" in cell.metadata.get("tags", [])]
+    fitting = [size for size in GROWTH if size <= room]
+    if len(drawn) == 1 and drawn[0].source.count("![") <= 1 and fitting:
+        drawn[0].metadata["tags"] = [*drawn[0].metadata.get("tags", []), f"grown-{max(fitting)}"]
 
 
 def separator(above: str, below: str) -> str:

@@ -125,10 +125,10 @@ def environment(name: str) -> str:
     constraints = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if name == "oldest":
-        # torch pins what it needs by itself.
-        free = ("torch==", "torchvision==", "matplotlib==", "sympy==")
-        lines = [line for line in lines if not line.startswith(free)]
-        lines += [f"{package}=={lowest(package)}" for package in ("torch", "torchvision", "matplotlib")]
+        # mlxtend's newer releases ask for a newer matplotlib; torch pins sympy by itself.
+        oldest = ("torch", "torchvision", "matplotlib", "mlxtend")
+        lines = [line for line in lines if line.split("==")[0] not in (*oldest, "sympy")]
+        lines += [f"{package}=={lowest(package)}" for package in oldest]
     constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
     subprocess.run(
         [str(python), "-m", "pip", "install", "-q", "-c", str(constraints), "-e", f"{ROOT}[test]"], check=True

@@ -46,7 +46,8 @@ def slide_type(cell: NotebookNode, previous: NotebookNode | None) -> str:
         follows_code = previous is not None and previous.cell_type == "code"
         return "fragment" if follows_code and not cell.source.startswith("#") else "subslide"
     tags = cell.metadata.get("tags", [])
-    if cell.cell_type != "code" or is_set_up(cell):
+    # A slider moves in JupyterLab; on a slide it would be its code alone.
+    if cell.cell_type != "code" or is_set_up(cell) or "interactive" in tags:
         return "skip"
     if "solution" in tags:
         return "notes"
