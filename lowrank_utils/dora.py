@@ -5,14 +5,13 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils._arguments import check_last_dimension
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
-from lowrank_utils.lora import AdaptedLinear, add_low_rank
-from lowrank_utils.norms import product_and_norm, values_can_be_read
+from lowrank_utils.lora import AdaptedLinear
+from lowrank_utils.norms import product_and_norm
 
 
 def row_scale(m: Tensor, norm: Tensor) -> Tensor:
@@ -30,9 +29,6 @@ def row_scale(m: Tensor, norm: Tensor) -> Tensor:
     # Rounded as m is: at the start c is then exactly 1 in every dtype.
     norm = norm.to(m.dtype)
     zero = norm == 0
-    # Two operations instead of five where nothing is to be taken care of, as nearly always.
-    if values_can_be_read(zero) and not zero.any():
-        return m / norm
     return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
 
 
@@ -88,7 +84,7 @@ class LinearWithDoRA(LinearWithDoRAMerged):
         check_last_dimension(x, self.in_features)
         xW, norm = product_and_norm(self, x, self.detach_norm)
         c = row_scale(self.m, norm)
-        y = add_low_rank(xW, x, self.lora)
+        y = xW + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
-        c = c.to(y.dtype)
-        return c * y if self.bias is None else torch.addcmul(self.bias.to(y.dtype), c, y)
+        y = c.to(y.dtype) * y
+        return y if self.bias is None else y + self.bias.to(y.dtype)

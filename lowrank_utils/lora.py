@@ -117,18 +117,6 @@ class LoRALayer(nn.Module):
             return self.alpha * (self.B.T @ self.A.T)
 
 
-def add_low_rank(y: Tensor, x: Tensor, lora: LoRALayer) -> Tensor:
-    """Return y + s·x·A·B, that is ``y + lora(x)``, summed inside the last product: one pass over y less.
-
-    Args:
-        y: what is added to, (…, out).
-        x: the input of ``lora``, (…, in).
-        lora: the factors and their scaling.
-    """
-    xA = (x @ lora.A).reshape(-1, lora.A.shape[1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), xA, lora.B, alpha=lora.alpha).view(y.shape)
-
-
 class AroundLinear(nn.Module):
     """What is put around a pretrained linear layer and answers to its sizes and its bias, like the layer itself.
 
