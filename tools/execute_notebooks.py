@@ -11,7 +11,9 @@ the difference, and commit. Two runs write the same bytes.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -39,17 +41,17 @@ NOTEBOOK_METADATA = {
 }
 
 
-def execute(notebook: NotebookNode, folder: Path, timeout: int = 600) -> None:
+def execute(notebook: NotebookNode, folder: Path, timeout: int = 600, **hooks: Callable[..., Any]) -> None:
     """Run all cells of ``notebook`` in a fresh kernel, in place.
 
     Args:
         notebook: what to run.
         folder: the kernel's working directory.
         timeout: seconds per cell.
+        hooks: what nbclient calls on the way, such as ``on_cell_executed``.
     """
-    client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources, **hooks)
     client.execute(env=kernel_environment())
 
 
