@@ -35,6 +35,8 @@ DOCUMENTS = {
     "Teaching": ("docs/teaching.md",),
     "The project": (
         "docs/reproducibility.md",
+        "docs/mutants.md",
+        "docs/survivors.md",
         "docs/faults.md",
         "docs/licences.md",
         "CONTRIBUTING.md",

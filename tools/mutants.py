@@ -4,7 +4,7 @@
     python tools/mutants.py                    all files below
     python tools/mutants.py lora.py dora.py    some
 
-How many changes were found is written to tests/mutants/results.md, and those that weren't to tests/mutants/survivors.md,
+How many changes were found is written to docs/mutants.md, and those that weren't to docs/survivors.md,
 where the reason why is kept from run to run. Files that aren't run now keep their rows.
 """
 
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "tests" / "mutants" / "results.md"
-SURVIVORS = ROOT / "tests" / "mutants" / "survivors.md"
+RESULTS = ROOT / "docs" / "mutants.md"
+SURVIVORS = ROOT / "docs" / "survivors.md"
 WORK = ROOT / "build" / "mutants"
 MUTMUT = "3.8.1"
 
