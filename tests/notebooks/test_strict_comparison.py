@@ -1,6 +1,7 @@
 """The comparison of stored outputs can fail: a spoilt copy of a notebook is caught, and an untouched one isn't."""
 
 import base64
+import importlib.util
 import io
 import os
 import shutil
@@ -72,7 +73,8 @@ def test_a_spoilt_output_is_caught(spoil, caught, executed, root, tmp_path):
     if spoil is not None:
         spoil(notebook.cells)
     (tmp_path / "small.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
-    shutil.copy(root / "conftest.py", tmp_path)
+    for part in ("conftest.py", "constraints.txt"):
+        shutil.copy(root / part, tmp_path)
     (tmp_path / "tools").mkdir()
     shutil.copy(root / "tools" / "execute_notebooks.py", tmp_path / "tools")
     run = subprocess.run(
@@ -119,3 +121,14 @@ def test_a_picture_with_sliders_is_stored_as_one_sentence(tmp_path):
     normalise(notebook)
     assert notebook.cells[0].outputs[0].data == {"text/plain": WITHOUT_A_KERNEL}
     assert "widgets" not in notebook.metadata
+
+
+def test_the_tolerance_for_pictures_is_that_of_the_pinned_release_or_of_another(root):
+    # The name conftest belongs to several files.
+    spec = importlib.util.spec_from_file_location("the_projects_conftest", root / "conftest.py")
+    comparison = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(comparison)
+    constraints = (root / "constraints.txt").read_text()
+    (pinned,) = [line.split("==")[1] for line in constraints.splitlines() if line.startswith("matplotlib==")]
+    assert comparison.picture_tolerance(pinned) == 0.02
+    assert comparison.picture_tolerance(pinned + ".1") == comparison.OTHER_RELEASE_TOLERANCE == 0.15

@@ -299,7 +299,7 @@ def planted(mistake: Mistake | None, folder: Path) -> Path:
     """Copy the package and its tests into ``folder``, with the mistake in it, and return ``folder``."""
     for part in ("lowrank_utils", "tests", "tools"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("conftest.py", "pyproject.toml"):
+    for part in ("conftest.py", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / part, folder)
     if mistake is not None:
         file = folder / "lowrank_utils" / mistake.file
