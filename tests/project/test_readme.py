@@ -216,3 +216,11 @@ def test_all_files_of_the_package_stand_in_the_table():
     files = {path.name for path in package.glob("*.py")}
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
     assert listed == {name for name in files | folders if not name.startswith("_")}
+
+
+def test_the_time_to_the_first_cell_is_the_measured_one():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "notebooks" / "results" / "first_cell.json").read_text(encoding="utf-8"))
+    seconds, size = measured["seconds"], measured["megabytes"]["environment"] / 1000
+    assert f"took {seconds['environment']:.0f} seconds and {size:.1f} GB" in readme
+    assert f"first executed cell it is {seconds['kernel'] + seconds['first cell']:.1f} seconds" in readme
