@@ -50,10 +50,8 @@ def train(d: Drawing, y: float) -> None:
     d.path([(4.73, y - SIDE / 2), (4.73, y + SIDE / 2)], color="muted", width=1)
     below = y - SIDE / 2 - 0.2
     d.text(2.44, below, "{frozen|frozen}")
-    d.text(3.96, below, "s·({A·B|LoRA})ᵀ, {trained|LoRA}", size=11)
-    d.text(
-        6.68, below, "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖, {m|magnitude} {trained|magnitude}", size=11
-    )
+    d.text(3.96, below, "s·({A·B|LoRA})ᵀ, {trained|LoRA}")
+    d.text(6.68, below, "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖, {m|magnitude} {trained|magnitude}")
     note = "At the start {ΔW|LoRA} = 0 and {m|magnitude} = ‖{W|frozen}‖, so {c|magnitude} = 1 and W′ = {W|frozen}."
     d.text(4.4, y - 1.15, note)
 

@@ -14,7 +14,7 @@ def factors(d: Drawing, x: float, y: float) -> Box:
     d.text(x, low.y - 0.06, "{A|ink}  (in, r)")
     d.text(x, high.y + 0.06, "{B|ink}  (r, out)")
     d.arrow(low.top, high.bottom)
-    d.text(x + 0.14, y, "{trained|LoRA}", size=11, align="left")
+    d.text(x + 0.14, y, "{trained|LoRA}", align="left")
     d.text(x + 0.1, y + HEIGHT / 2 + 0.2, "· s", align="left")
     return Box(x, y, WIDTH, HEIGHT)
 

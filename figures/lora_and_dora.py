@@ -3,7 +3,7 @@
 from drawing import Box, Drawing, drawing
 from flow import factors, frozen, two_ways, values
 
-BIAS, SCALING = 5.3, 4.62
+BIAS, SCALING = 4.72, 4.06
 
 
 def finish(d: Drawing, before: Box, *lines: str) -> None:
@@ -12,18 +12,18 @@ def finish(d: Drawing, before: Box, *lines: str) -> None:
     d.text(bias.x - 0.13, bias.y, "{b|ink}  (out,)")
     d.lock(bias.right[0] - 0.18, bias.y)
     total = d.operator(before.x, BIAS, "+")
-    output = values(d, before.x, BIAS + 0.62, "{y|ink}  (batch, out)")
+    output = values(d, before.x, BIAS + 0.51, "{y|ink}  (batch, out)")
     d.arrow(bias.right, total.left)
     d.arrow(before.top, total.bottom)
     d.arrow(total.top, output.bottom)
-    d.lines(before.x, 0.88, *lines)
+    d.lines(before.x, 0.71, *lines)
 
 
 def scale(d: Drawing, before: Box) -> Box:
     """Multiply by the trained magnitude over the norm, and return where that happens."""
     magnitude = d.box(Box(before.x + 1.3, SCALING, 0.95, 0.36), "magnitude")
     d.text(magnitude.x, SCALING, "{m|ink}  (out,)")
-    d.text(magnitude.x, SCALING - 0.3, "{trained|magnitude}", size=11)
+    d.text(magnitude.x, SCALING - 0.3, "{trained|magnitude}")
     d.text(before.x + 0.22, SCALING + 0.36, "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖", align="left")
     product = d.operator(before.x, SCALING, "")
     d.circle(before.x, SCALING, 0.02, "ink")
@@ -33,12 +33,12 @@ def scale(d: Drawing, before: Box) -> Box:
 
 
 def draw() -> None:
-    with drawing("lora_and_dora", 8.8, 6.95) as d:
-        y, side = 2.93, 0.95
+    with drawing("lora_and_dora", 8.8, 6.1) as d:
+        y, side = 2.5, 0.95
         sums = []
         for x, title in ((2.25, "LoRA"), (6.55, "DoRA")):
-            d.panel(Box(x, 3.475, 4.1, 6.55), title)
-            sums.append(two_ways(d, x, 1.7, frozen(d, x - side, y), factors(d, x + side, y)))
+            d.panel(Box(x, 3.05, 4.1, 5.7), title)
+            sums.append(two_ways(d, x, 1.37, frozen(d, x - side, y), factors(d, x + side, y)))
         finish(
             d,
             sums[0],

@@ -26,10 +26,7 @@ def product(d: Drawing) -> None:
     d.text(a.x, a.top[1] + 0.15, "r")
     d.text(b.left[0] - 0.12, b.y, "r")
     d.text(
-        (a.left[0] + square.right[0]) / 2,
-        0.42,
-        "each entry: a row of {A|LoRA} times a column of {B|LoRA}",
-        size=11,
+        (a.left[0] + square.right[0]) / 2, 0.42, "each entry: a row of {A|LoRA} times a column of {B|LoRA}"
     )
 
 
@@ -46,7 +43,7 @@ def counts(d: Drawing) -> None:
         draw_bar(Box(left + width / 2, y, width, 0.34), look)
         d.text(left, y + 0.4, f"{{{name}|{look}}}   {total} = {{{count:,}|ink}}", align="left")
     d.text(left, 1.1, f"{whole // factors} times fewer numbers to train", size=13, bold=True, align="left")
-    d.lines(left, 0.55, "These bars are to scale;", "A and B on the left are widened.", size=11, align="left")
+    d.lines(left, 0.55, "These bars are to scale;", "A and B on the left are widened.", align="left")
 
 
 def draw() -> None:

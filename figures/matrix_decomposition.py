@@ -80,17 +80,9 @@ def draw() -> None:
         equation(d, 3.95)
         d.panel(Box(4.4, 1.33, 8.4, 2.26))
         axes(d, 1.62)
-        d.lines(1.3, 0.62, "all weights into", "output neuron 2", size=11)
-        d.lines(
-            3.7, 0.62, "torch: y = x{W|frozen}ᵀ, {W|frozen} (out, in)", "the neuron is a {row|ink}", size=11
-        )
-        d.lines(
-            6.9,
-            0.62,
-            "article: y = x·{W|frozen}, {W|frozen} (in, out)",
-            "the neuron is a {column|ink}",
-            size=11,
-        )
+        d.lines(1.3, 0.62, "all weights into", "output neuron 2")
+        d.lines(3.7, 0.62, "torch: y = x{W|frozen}ᵀ, {W|frozen} (out, in)", "the neuron is a {row|ink}")
+        d.lines(6.9, 0.62, "article: y = x·{W|frozen}, {W|frozen} (in, out)", "the neuron is a {column|ink}")
 
 
 if __name__ == "__main__":

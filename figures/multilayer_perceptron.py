@@ -35,7 +35,7 @@ def weights(d: Drawing, layer: int) -> int:
     d.path(*([(x, y), (end, y_end)] for y in starts for y_end in ends), color="muted", width=0.4)
     count = before * after + after
     label = (f"`layers[{2 * layer}]`", "`Linear`", f"W ({after}, {before}), b ({after},)", f"{count:,}")
-    d.lines((x + end) / 2, 0.8, *label, size=11)
+    d.lines((x + end) / 2, 0.8, *label)
     return count
 
 
@@ -45,11 +45,11 @@ def draw() -> None:
         for layer in range(4):
             neurons(d, layer)
         for index in (1, 2):
-            d.lines(PLACES[index], 0.8, f"`layers[{2 * index - 1}]`", "`ReLU`", "", "+", size=11)
+            d.lines(PLACES[index], 0.8, f"`layers[{2 * index - 1}]`", "`ReLU`", "", "+")
         for digit, y in zip("9210", np.delete(heights(SHOWN[3]), DOTS), strict=True):
             d.text(PLACES[3] + 0.3, y, digit)
-        d.lines(0.9, 0.8, "", "", "", "parameters:", size=11)
-        d.lines(PLACES[3] + 0.2, 0.8, "", "", "", f"= {total:,}", size=11)
+        d.lines(0.9, 0.8, "", "", "", "parameters:")
+        d.lines(PLACES[3] + 0.2, 0.8, "", "", "", f"= {total:,}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ def plane(d: Drawing) -> None:
     d.arrow(place(0, -1.2), place(0, 2.35), color="muted", width=1)
     angles = np.linspace(0, 2 * np.pi, 73)
     d.path([place(np.cos(angle), np.sin(angle)) for angle in angles], color="muted", style="--", width=1.2)
-    d.text(*place(1.12, -0.92), "unit circle", size=11)
+    d.text(*place(1.12, -0.92), "unit circle")
     x, y = place(0, 2)
     d.path([(x - 0.05, y), (x + 0.05, y)], color="muted", width=1)
-    d.text(x - 0.16, y, "2", size=11)
+    d.text(x - 0.16, y, "2")
     x, y = place(0, 1)
-    d.text(x - 0.16, y + 0.13, "1", size=11)
+    d.text(x - 0.16, y + 0.13, "1")
     x, y = place(1, 0)
-    d.text(x + 0.14, y - 0.15, "1", size=11)
+    d.text(x + 0.14, y - 0.15, "1")
 
 
 def draw() -> None:
