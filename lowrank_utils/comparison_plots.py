@@ -63,6 +63,8 @@ def _nothing_to_draw(what: str) -> Figure:
 def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Any]]:
     columns = min(count, 2)
     rows = -(-count // columns)
+    # Two rows in all of 4.9 inches still fit on a slide in type that the last row reads.
+    height = min(height, 2.45) if rows > 1 else height
     figure, grid = plt.subplots(rows, columns, figsize=(7.2, height * rows), squeeze=False)
     for axes in grid.flat[count:]:
         axes.set_axis_off()

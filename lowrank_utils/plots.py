@@ -181,7 +181,7 @@ def plot_confusion(axes: Axes, labels: Tensor, predictions: Tensor, title: str) 
                     str(int(counts[row, column])),
                     ha="center",
                     va="center",
-                    fontsize=8,
+                    fontsize=10,
                     color=color,
                 )
     axes.set(title=title, xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
