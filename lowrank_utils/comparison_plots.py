@@ -82,15 +82,18 @@ def plot_accuracy_by_parameters(summary: pd.DataFrame) -> Figure:
     """Draw the mean test accuracy against the number of trainable parameters, a panel per task.
 
     Args:
-        summary: as ``tables.means`` gives it. Methods that train nothing are a horizontal line.
+        summary: as ``tables.means`` gives it. The accuracy of a method that trains nothing stands in the
+            title: as a line it would press all others into a narrow strip.
     """
+    trained = summary[summary["trainable"] > 0]
+    if len(trained) == 0:
+        return _nothing_to_draw("methods that train something")
     tasks = _tasks(summary)
     figure, panels = _panels(len(tasks))
     for axes, (name, group) in zip(panels, tasks, strict=True):
         for method, rows in group.groupby("method", sort=False):
             if (rows["trainable"] == 0).all():
-                look = METHOD_LOOKS[method]
-                axes.axhline(100 * rows["mean"].iloc[0], color=look.color, linestyle=look.line, label=method)
+                name += f" ({method}: {100 * rows['mean'].iloc[0]:.1f} %)"
             else:
                 _with_interval(axes, rows["trainable"], rows, method)
         axes.set(title=name, xscale="log", xlabel="trainable parameters", ylabel="test accuracy (%)")

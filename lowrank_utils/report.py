@@ -46,7 +46,7 @@ def write_report(
     _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
     settings = results[0][1]["settings"]
     lines = [
-        "# Is DoRA better than LoRA?",
+        f"# Is DoRA better than LoRA? On {settings['data_set']}",
         f"{len(results)} runs of notebook 07, {settings['data_set']}, {table['seed'].nunique()} seeds, "
         f"{settings['adaptation_examples']:,} examples × {settings['epochs']} epochs, "
         f"code {version}, torch {metadata.version('torch').split('+')[0]}. "

@@ -35,14 +35,14 @@ def points(axes, name):
 
 def test_accuracy_by_parameters(table):
     figure = plot_accuracy_by_parameters(means(table))
-    assert [axes.get_title() for axes in figure.axes] == ["rotation 45°", "inversion"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["rotation 45° (frozen: 30.0 %)", "inversion (frozen: 30.0 %)"]
     x, y = points(figure.axes[0], "LoRA")
     assert x == [200, 400]
     assert y == pytest.approx([72, 80])
-    (frozen,) = [line for line in figure.axes[0].lines if line.get_label() == "frozen"]
-    assert frozen.get_ydata() == pytest.approx([30, 30])
+    assert figure.axes[0].get_ylim()[0] > 60, "the frozen network would press all others into a strip"
     assert figure.axes[0].get_ylabel() == "test accuracy (%)"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["frozen", "LoRA", "DoRA"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "DoRA"]
 
 
 def test_accuracy_by_rank_leaves_out_what_has_none(table):
@@ -135,6 +135,7 @@ def test_weight_changes_are_a_panel_per_layer_and_a_line_per_seed():
 def test_where_there_is_nothing_to_draw_the_figure_says_so(table):
     only_frozen = table[table["method"] == "frozen"]
     for figure in (
+        plot_accuracy_by_parameters(means(only_frozen)),
         plot_accuracy_by_rank(means(only_frozen)),
         plot_differences(differences(only_frozen, "DoRA", "LoRA")),
         plot_learning_curves([], rank=2),
