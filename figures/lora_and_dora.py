@@ -33,11 +33,11 @@ def scale(d: Drawing, before: Box) -> Box:
 
 
 def draw() -> None:
-    with drawing("lora_and_dora", 8.8, 6.1) as d:
+    with drawing("lora_and_dora", 8.8, 6.05) as d:
         y, side = 2.5, 0.95
         sums = []
         for x, title in ((2.25, "LoRA"), (6.55, "DoRA")):
-            d.panel(Box(x, 3.05, 4.1, 5.7), title)
+            d.panel(Box(x, 3.0, 4.1, 5.7), title)
             sums.append(two_ways(d, x, 1.37, frozen(d, x - side, y), factors(d, x + side, y)))
         finish(
             d,

@@ -11,6 +11,7 @@ The whole text stands in the notes for the speaker (key S). No page loads anythi
 import argparse
 import base64
 import html
+import math
 import re
 import shutil
 import struct
@@ -33,9 +34,10 @@ LINE, GAP = 45, 14
 CHARACTERS = 76
 HEADINGS = {1: 88, 2: 70, 3: 62}
 FORMULA = 100
-PICTURE, TALL_PICTURE, WIDE_PICTURE = 440, 630, 1040
-# By how much a picture may grow where there is room.
-GROWTH = (60, 120, 180)
+# The least that type may have on a slide, and what the smallest in a picture has at the picture's own size: 10 points
+# at 100 dots per inch in a plot, 12 points at 96 in a drawing.
+LETTERS = 18
+PLOT_LETTERS, DRAWING_LETTERS = 10 * 100 / 72, 12 * 96 / 72
 CODE_SIZES = (26, 22, 20, 18)
 # The width of a letter of a monospaced font, and the height of a line, in font sizes.
 CODE_LETTER, CODE_LINE, CODE_PADDING = 0.603, 1.3, 34
@@ -170,7 +172,7 @@ def markdown_blocks(source: str) -> Iterator[Block]:
         elif token.type == "html_block" or re.match(r"About \d+ minutes", text):
             continue
         elif text.startswith("!["):
-            yield text_block(text, height=PICTURE)
+            yield drawing_block(text)
         elif text.startswith("$$"):
             yield text_block(text, height=FORMULA)
         else:
@@ -224,18 +226,30 @@ def parts_of(text: str) -> list[str]:
 
 
 def picture_block(output: NotebookNode, alt: NotebookNode) -> Block:
-    """Return a picture in the size that the slide has for its shape."""
-    content = base64.b64decode(output.data["image/png"])
+    """Return a plot, as large as its smallest type needs."""
     # A PNG's width and height stand at its beginning.
-    width, height = struct.unpack(">II", content[16:24])
-    kind, shown = "picture", float(PICTURE)
-    if height > 0.75 * width:
-        kind, shown = "tall-picture", TALL_PICTURE
-    elif WIDE_PICTURE / width * height < PICTURE:
-        kind, shown = "wide-picture", WIDE_PICTURE / width * height + 10
-    cell = nbformat.v4.new_code_cell("", outputs=[output], metadata={"tags": [kind], "mystnb": alt})
+    width, height = struct.unpack(">II", base64.b64decode(output.data["image/png"])[16:24])
+    cell = nbformat.v4.new_code_cell("", outputs=[output], metadata={"mystnb": alt})
     cell.metadata["transient"] = {"remove_source": True}
-    return Block(cell, shown)
+    return sized_block(cell, width, height, LETTERS / PLOT_LETTERS)
+
+
+def drawing_block(source: str) -> Block:
+    """Return a drawing that Markdown includes, as large as its smallest type needs."""
+    alt, name = re.findall(r"!\[([^]]*)\]\(\.\./figures/(\S+)\)", " ".join(source.split()))[0]
+    svg = (ROOT / "figures" / name).read_text(encoding="utf-8")
+    # An SVG's size is in points, of which 72 are 96 pixels.
+    width, height = (
+        float(points) * 96 / 72 for points in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2]
+    )
+    picture = f'<img src="figures/{name}" alt="{html.escape(alt)}">'
+    return sized_block(markdown_cell(picture), width, height, LETTERS / DRAWING_LETTERS)
+
+
+def sized_block(cell: NotebookNode, width: float, height: float, scale: float) -> Block:
+    """Return a block for a picture that is to be shown at least ``scale`` times its own width and height."""
+    cell.metadata["picture"] = {"height": scale * height, "most": WIDTH / width * height}
+    return Block(cell, scale * height + GAP)
 
 
 def code_blocks(cell: NotebookNode) -> Iterator[Block]:
@@ -273,7 +287,8 @@ def with_lead_ins(blocks: Iterable[Block]) -> Iterator[Block]:
     """Yield blocks of Markdown of which none ends with words that announce the next, which may be on another slide."""
     waiting: Block | None = None
     for block in blocks:
-        if waiting is not None and not block.start and waiting.height + block.height <= HEIGHT:
+        apart = block.start or "picture" in block.cell.metadata
+        if waiting is not None and not apart and waiting.height + block.height <= HEIGHT:
             source = f"{waiting.cell.source}\n\n{block.cell.source}"
             block = Block(markdown_cell(source), waiting.height + block.height, waiting.start)
         elif waiting is not None:
@@ -327,7 +342,8 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
             used += block.height
             revealing = start == "fragment" or (revealing and start == "-")
             join = start == "-" and cells and cells[-1].cell_type == block.cell.cell_type == "markdown"
-            if join and cells[-1].metadata.slideshow.slide_type != "notes":
+            pictures = any("picture" in part.metadata for part in (block.cell, *cells[-1:]))
+            if join and not pictures and cells[-1].metadata.slideshow.slide_type != "notes":
                 cells[-1].source += separator(cells[-1].source, block.cell.source) + block.cell.source
             else:
                 block.cell.metadata["slideshow"] = {"slide_type": start}
@@ -339,12 +355,13 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
 
 
 def grow_picture(slide: list[NotebookNode], room: float) -> None:
-    """Give the only picture of a slide, if it has just one, the room that is left: the last row reads its labels too."""
-    shown = [cell for cell in slide if cell.metadata.slideshow.slide_type != "notes"]
-    drawn = [cell for cell in shown if "![" in cell.source or "picture" in cell.metadata.get("tags", [])]
-    fitting = [size for size in GROWTH if size <= room]
-    if len(drawn) == 1 and drawn[0].source.count("![") <= 1 and fitting:
-        drawn[0].metadata["tags"] = [*drawn[0].metadata.get("tags", []), f"grown-{max(fitting)}"]
+    """Give the pictures of a slide the room that is left: the larger, the farther they are read from."""
+    drawn = [cell for cell in slide if "picture" in cell.metadata]
+    for cell in drawn:
+        picture = cell.metadata.picture
+        picture.height = math.floor(min(picture.height + max(0, room) / len(drawn), picture.most))
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("<img ", f'<img style="height: {picture.height}px" ')
 
 
 def separator(above: str, below: str) -> str:
