@@ -57,11 +57,11 @@ def train(d: Drawing, y: float) -> None:
 
 
 def draw() -> None:
-    with drawing("dora_steps", 8.8, 5.65) as d:
-        d.panel(Box(4.4, 4.25, 8.4, 2.4), "1   Decompose the pretrained weight")
-        decompose(d, 4.17)
-        d.panel(Box(4.4, 1.55, 8.4, 2.7), "2   Train the magnitude, and the direction by LoRA")
-        train(d, 1.65)
+    with drawing("dora_steps", 8.8, 5.45) as d:
+        d.panel(Box(4.4, 4.1, 8.4, 2.3), "1   Decompose the pretrained weight")
+        decompose(d, 4.03)
+        d.panel(Box(4.4, 1.5, 8.4, 2.6), "2   Train the magnitude, and the direction by LoRA")
+        train(d, 1.6)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ PLOT_LETTERS, DRAWING_LETTERS = 10 * 100 / 72, 12 * 96 / 72
 CODE_SIZES = (26, 22, 20, 18)
 # The width of a letter of a monospaced font, and the height of a line, in font sizes.
 CODE_LETTER, CODE_LINE, CODE_PADDING = 0.603, 1.3, 34
+# Code stands below the words before it, if these are no more than a heading and three lines.
+INTRODUCTION = 240
 # A paragraph or a point of a list keeps whole sentences up to so many letters.
 PARAGRAPH = 230
 
@@ -193,9 +195,9 @@ def list_blocks(lines: list[str]) -> Iterator[Block]:
         yield text_block(kept, height=lines_of(shown_text(kept), CHARACTERS - 3) * LINE + 6)
 
 
-def code_size(text: str) -> int:
+def code_size(text: str, largest: int = CODE_SIZES[0]) -> int:
     """Return the largest font size at which the lines of ``text`` aren't broken and fit on a slide."""
-    for size in CODE_SIZES[:-1]:
+    for size in CODE_SIZES[CODE_SIZES.index(largest) : -1]:
         fits = max(map(len, text.splitlines()), default=0) * size * CODE_LETTER <= WIDTH - CODE_PADDING
         if fits and code_height(text, size) <= HEIGHT:
             return size
@@ -252,13 +254,13 @@ def sized_block(cell: NotebookNode, width: float, height: float, scale: float) -
     return Block(cell, scale * height + GAP)
 
 
-def code_blocks(cell: NotebookNode) -> Iterator[Block]:
-    """Yield a code cell's source, unless it draws, and its outputs."""
+def code_blocks(cell: NotebookNode, largest: int) -> Iterator[Block]:
+    """Yield a code cell's source, unless it draws, and its outputs, in type of ``largest`` pixels at most."""
     exercise = "exercise" in cell.metadata.get("tags", [])
     outputs = [] if exercise else cell.outputs
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     if not pictures:
-        size = code_size(cell.source)
+        size = code_size(cell.source, largest)
         code = nbformat.v4.new_code_cell(cell.source, metadata={"tags": [f"code-{size}"]})
         yield Block(code, code_height(cell.source, size))
     for output in outputs:
@@ -266,7 +268,7 @@ def code_blocks(cell: NotebookNode) -> Iterator[Block]:
             yield picture_block(output, cell.metadata.get("mystnb", NotebookNode()))
             continue
         for text in parts_of(output_text(output).rstrip("\n")):
-            size = code_size(text)
+            size = code_size(text, largest)
             printed = nbformat.v4.new_output("stream", name="stdout", text=text)
             shown = nbformat.v4.new_code_cell("", outputs=[printed], metadata={"tags": [f"code-{size}"]})
             shown.metadata["transient"] = {"remove_source": True}
@@ -281,6 +283,13 @@ def note_cell(source: str) -> NotebookNode:
 def without_pictures(source: str) -> str:
     """Return Markdown for the speaker's notes: no pictures, and each link's words alone."""
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", source))
+
+
+def without_last_lead_in(cell: NotebookNode) -> NotebookNode:
+    """Return a cell without the sentence that announces a slider, which slides don't have."""
+    shorter = NotebookNode(cell)
+    shorter.source = re.sub(r"(?:^|(?<=[.?!)])\s)[^.?!]*:\Z", "", cell.source, flags=re.M).rstrip()
+    return shorter
 
 
 def with_lead_ins(blocks: Iterable[Block]) -> Iterator[Block]:
@@ -303,10 +312,18 @@ def with_lead_ins(blocks: Iterable[Block]) -> Iterator[Block]:
         yield waiting
 
 
-def blocks_of(cell: NotebookNode, kind: str) -> list[Block]:
-    """Return the blocks of a cell, the first of which begins as its slide type ``kind`` says."""
+def blocks_of(cell: NotebookNode, kind: str, largest: int = CODE_SIZES[0]) -> list[Block]:
+    """Return the blocks of a cell, the first of which begins as its slide type ``kind`` says.
+
+    Args:
+        cell: what is to be shown.
+        kind: its slide type.
+        largest: font size of code, in pixels.
+    """
     blocks = list(
-        code_blocks(cell) if cell.cell_type == "code" else with_lead_ins(markdown_blocks(cell.source))
+        code_blocks(cell, largest)
+        if cell.cell_type == "code"
+        else with_lead_ins(markdown_blocks(cell.source))
     )
     if blocks and kind != "-":
         # A heading inside of a fragment opens a slide all the same.
@@ -319,7 +336,7 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
     """Return a notebook for nbconvert, in which each slide and subslide fits on the screen."""
     cells: list[NotebookNode] = []
     used, first, previous = 0.0, 0, None
-    for cell in notebook.cells:
+    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
         kind = cell.metadata.get("slideshow", {}).get("slide_type") or slide_type(cell, previous)
         previous = cell
         if kind == "skip":
@@ -328,11 +345,14 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
             text = cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
             cells.append(note_cell(text))
             continue
+        if following is not None and "interactive" in following.metadata.get("tags", []):
+            cell = without_last_lead_in(cell)
         revealing = False
-        for block in blocks_of(cell, kind):
-            # A heading doesn't stand alone above a plot.
-            alone = cells and cells[-1].source.startswith("#") and "\n" not in cells[-1].source
-            opens = block.start == "slide" or (block.start == "subslide" and not alone)
+        blocks, goes_on = introduced(cells[first:], used, cell, kind)
+        for block in blocks:
+            opens = block.start == "slide" or (
+                block.start == "subslide" and not (goes_on and block is blocks[0])
+            )
             if opens or used + block.height > HEIGHT:
                 start = block.start if opens else "subslide"
                 grow_picture(cells[first:], HEIGHT - used)
@@ -352,6 +372,32 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
             cells.append(note_cell(whole))
     grow_picture(cells[first:], HEIGHT - used)
     return nbformat.v4.new_notebook(cells=with_links(cells), metadata=notebook.metadata)
+
+
+def introduced(
+    slide: list[NotebookNode], used: float, cell: NotebookNode, kind: str
+) -> tuple[list[Block], bool]:
+    """Return a cell's blocks, and whether they stand on the slide before, which says little by itself.
+
+    Args:
+        slide: what is on the slide so far.
+        used: how many pixels it takes.
+        cell: what comes next.
+        kind: its slide type.
+    """
+    blocks = blocks_of(cell, kind)
+    shown = [part for part in slide if part.metadata.slideshow.slide_type != "notes"]
+    words = "\n".join(part.source for part in shown)
+    if not words or any(part.cell_type == "code" or "picture" in part.metadata for part in shown):
+        return blocks, False
+    heading_alone = words.startswith("#") and "\n" not in words
+    # What was asked to be predicted isn't shown yet.
+    if cell.cell_type == "code" and used <= INTRODUCTION and "**Predict" not in words:
+        for largest in CODE_SIZES[:-1]:
+            smaller = blocks_of(cell, kind, largest)
+            if used + sum(block.height for block in smaller) <= HEIGHT:
+                return smaller, True
+    return blocks, heading_alone
 
 
 def grow_picture(slide: list[NotebookNode], room: float) -> None:

@@ -10,6 +10,9 @@ from html_pages import Page, broken_links, loaded_from_elsewhere
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WIDTH, HEIGHT = 1280, 720
+# Pixels that the last row reads. The points in pictures are what tests/project/test_type_sizes.py holds.
+LETTERS = 18
+SMALLEST_IN_PLOTS, SMALLEST_IN_DRAWINGS = 10, 12
 
 # Goes to each slide, shows all of it, and measures what is on it.
 MEASURE = """() => Reveal.getSlides().map((slide) => {
@@ -19,6 +22,7 @@ MEASURE = """() => Reveal.getSlides().map((slide) => {
     .filter((part) => !part.closest('aside') && part.getClientRects().length);
   const boxes = shown.map((part) => part.getBoundingClientRect());
   const sized = shown.filter((part) => part.matches('p,li,pre,table') && part.innerText.trim());
+  const pictures = shown.filter((part) => part.matches('img'));
   return {
     place: `${h}/${v}`,
     text: slide.innerText.slice(0, 60),
@@ -27,6 +31,10 @@ MEASURE = """() => Reveal.getSlides().map((slide) => {
     bottom: Math.max(...boxes.map((box) => box.bottom)),
     right: Math.max(...boxes.map((box) => box.right)),
     letters: Math.min(...sized.map((part) => parseFloat(getComputedStyle(part).fontSize)), 99),
+    pictures: pictures.map((part) => ({
+      plot: part.src.startsWith('data:'),
+      scales: [part.width / part.naturalWidth, part.height / part.naturalHeight],
+    })),
     wide: shown.filter((part) => part.scrollWidth > part.clientWidth + 1 && part.matches('pre,table,p')).length,
   };
 })"""
@@ -86,7 +94,12 @@ def test_every_slide_fits_and_is_large(path, show, screenshot):
         assert slide["bottom"] <= HEIGHT, slide
         assert slide["right"] <= WIDTH, slide
         assert slide["wide"] == 0, slide
-        assert slide["letters"] >= 18, slide
+        assert slide["letters"] >= LETTERS, slide
+        for picture in slide["pictures"]:
+            across, down = picture["scales"]
+            assert across == pytest.approx(down, rel=0.01), slide
+            smallest = SMALLEST_IN_PLOTS * 100 / 72 if picture["plot"] else SMALLEST_IN_DRAWINGS * 96 / 72
+            assert across * smallest >= LETTERS - 0.05, slide
     # Some to look at: the first, one with formulas or code, the last.
     for place in (0, len(found) // 3, 2 * len(found) // 3, len(found) - 1):
         page.evaluate("([h, v]) => Reveal.slide(h, v, 99)", list(map(int, found[place]["place"].split("/"))))
