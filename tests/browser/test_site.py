@@ -210,11 +210,16 @@ def test_solutions_are_folded_and_unfold(address, page):
     solutions = page.locator("details.hide")
     expect(solutions).to_have_count(sum("solution" in cell.metadata.get("tags", []) for cell in cells))
     for place in range(solutions.count()):
-        code = solutions.nth(place).locator("pre")
-        expect(code).to_be_hidden()
+        code = solutions.nth(place).locator(".cell_input pre")
+        # What a solution prints is a part of it.
+        printed = solutions.nth(place).locator(".cell_output pre")
+        for part in (code, printed):
+            expect(part).to_be_hidden()
         solutions.nth(place).locator("summary").click()
-        expect(code).to_be_visible()
+        for part in (code, printed):
+            expect(part).to_be_visible()
         expect(code).to_contain_text(f"# Solution 3.{place + 1}")
+        expect(printed).to_contain_text(f"Exercise 3.{place + 1}: correct")
 
 
 def test_hints_open(address, page):

@@ -176,7 +176,7 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(no
         assert solution.source.startswith(f"# Solution {number}.{place}\n")
         assert f"{name}: correct" in text_of_outputs(solution)
         assert solution.metadata.jupyter.source_hidden
-        assert "hide-input" in tags(solution)
+        assert "hide-cell" in tags(solution)
         # The stub and its solution call the same check on a function of the same name.
         assert (
             stub.source.split("\n\n")[-1].strip()

@@ -34,7 +34,7 @@ def test_text(source, previous, expected):
         (code("from lowrank_utils.checks import check_a"), "skip"),
         (code("print(1)"), "subslide"),
         (code("check_a(a)", "exercise", "raises-exception"), "-"),
-        (code("def a(): ...", "solution", "hide-input"), "notes"),
+        (code("def a(): ...", "solution", "hide-cell"), "notes"),
         (code("LoRA(0)", "raises-exception"), "subslide"),
         (nbformat.v4.new_raw_cell("raw"), "skip"),
     ],
