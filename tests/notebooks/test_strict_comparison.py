@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from execute_notebooks import execute, normalise
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image, ImageChops, ImageOps
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
@@ -123,12 +124,51 @@ def test_a_picture_with_sliders_is_stored_as_one_sentence(tmp_path):
     assert "widgets" not in notebook.metadata
 
 
-def test_the_tolerance_for_pictures_is_that_of_the_pinned_release_or_of_another(root):
-    # The name conftest belongs to several files.
+@pytest.fixture
+def comparison(root):
+    """The project's conftest.py; that name belongs to several files."""
     spec = importlib.util.spec_from_file_location("the_projects_conftest", root / "conftest.py")
-    comparison = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(comparison)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_comparison_of_pictures_is_that_of_the_pinned_release_or_of_another(comparison, root):
     constraints = (root / "constraints.txt").read_text()
     (pinned,) = [line.split("==")[1] for line in constraints.splitlines() if line.startswith("matplotlib==")]
-    assert comparison.picture_tolerance(pinned) == 0.02
-    assert comparison.picture_tolerance(pinned + ".1") == comparison.OTHER_RELEASE_TOLERANCE == 0.15
+    assert comparison.comparison_of_pictures(pinned) == (comparison.picture_difference, 0.02)
+    assert comparison.comparison_of_pictures(pinned + ".1") == (comparison.coarse_difference, 0.5)
+
+
+def stored_pictures(root):
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    yield output.data["image/png"]
+
+
+def as_png(picture):
+    content = io.BytesIO()
+    picture.save(content, format="png")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def test_a_picture_of_another_release_may_be_moved_but_not_be_another(comparison, root):
+    def refused(stored, new):
+        return comparison.coarse_difference(stored, as_png(new)) > comparison.COARSE_TOLERANCE
+
+    pictures = list(stored_pictures(root))
+    assert len(pictures) >= 25
+    for stored in pictures:
+        picture = comparison.opened(stored, "L")
+        assert not refused(
+            stored, ImageChops.offset(picture, 4, 2).resize((picture.width, picture.height + 2))
+        )
+        assert refused(stored, ImageOps.mirror(picture))
+        assert refused(stored, ImageOps.flip(picture))
+    # Of the last one: itself, an empty one, another one of its size, itself in another.
+    assert not refused(stored, picture)
+    assert refused(stored, Image.new("L", picture.size, "white"))
+    assert refused(stored, comparison.opened(pictures[0], "L").resize(picture.size))
+    assert refused(stored, picture.resize((picture.width, 2 * picture.height)))
