@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import secrets
 import shutil
@@ -61,6 +62,11 @@ def recover(folder: Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 old.rename(folder)
+
+
+def is_being_replaced(folder: Path) -> bool:
+    """Tell whether a process is at it, or was until it was killed: its new folder stands beside."""
+    return any(folder.parent.glob(f".{glob.escape(folder.name)}.*.new"))
 
 
 def _old_name(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowrank_utils._arguments import is_adapter
-from lowrank_utils._folders import recover, replace_folder
+from lowrank_utils._folders import is_being_replaced, recover, replace_folder
 from lowrank_utils.adapt import named_modules_outside_adapters
 from lowrank_utils.adapter_config import (
     CONFIG,
@@ -36,6 +36,8 @@ from lowrank_utils.lora import AdaptedLinear, LinearWithLoRA
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
+# Seconds for which a folder that another process replaces may stay away, or be replaced again.
+PATIENCE = 2.0
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -223,23 +225,27 @@ def read_adapter(
 def _read_files(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read the two files of one and the same adapter, also while another process replaces the folder."""
     recover(folder)
-    missing = 0
-    for _ in range(100):
+    give_up, missing = time.monotonic() + PATIENCE, 0
+    while time.monotonic() < give_up:
         before = _identity(folder)
         try:
             config = read_config(_file_inside(folder, CONFIG))
             tensors = _read_tensors(_file_inside(folder, TENSORS))
-        except (OSError, AdapterFileError):
-            # A file that is gone or doesn't fit is an error only if its folder is still the same. One that is
-            # missing may be between two names, where folders can't be exchanged in one step.
+        except (OSError, AdapterFileError) as error:
+            # A file that doesn't fit is an error only if its folder is still the same. What is missing may be between
+            # two names, where folders can't be exchanged in one step; missed several times in a row with nobody at
+            # work there, it is gone.
             recover(folder)
-            missing += before is None
-            if _identity(folder) == before and (before or missing > 5):
+            gone = isinstance(error, FileNotFoundError)
+            missing = missing + 1 if gone and not is_being_replaced(folder) else 0
+            if _identity(folder) == before and (missing > 20 or not gone):
                 raise
             time.sleep(0.001)
         else:
             if _identity(folder) == before:
                 return config, tensors
+    # What a process that was killed left may look as if it were still at work; then the folder is missing.
+    _file_inside(folder, CONFIG)
     raise AdapterFileError(f"{folder}: is replaced over and over; load it when nobody saves there")
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import struct
+import threading
 
 import pytest
 import safetensors.torch
@@ -26,6 +27,7 @@ from support import (
 )
 from torch import nn
 
+from lowrank_utils import adapter_files
 from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
 from lowrank_utils.adapter_config import AdapterFileError, read_config
 from lowrank_utils.adapter_files import load_adapter, save_adapter
@@ -640,6 +642,21 @@ def test_a_link_to_the_folder_itself_is_fine(saved, tmp_path):
 def test_an_adapter_that_a_crash_left_under_its_second_name_is_found(saved):
     saved.rename(saved.with_name(f".{saved.name}.old"))
     assert load_adapter(Base(), saved) == NAMES
+
+
+def test_a_folder_that_another_process_is_replacing_is_waited_for(saved):
+    new = saved.with_name(f".{saved.name}.0123abcd.new")
+    saved.rename(new)
+    arrival = threading.Timer(0.2, new.rename, [saved])
+    arrival.start()
+    assert load_adapter(Base(), saved) == NAMES
+    arrival.join()
+
+
+def test_a_new_folder_that_a_crash_left_is_not_waited_for_without_end(saved, monkeypatch):
+    monkeypatch.setattr(adapter_files, "PATIENCE", 0.1)
+    saved.rename(saved.with_name(f".{saved.name}.0123abcd.new"))
+    refused(saved, "isn't a folder; an adapter is a folder with", FileNotFoundError)
 
 
 def test_names_that_end_like_others_are_written_as_a_pattern(folder):
