@@ -3,9 +3,9 @@
     python tools/build_slides.py                 into build/slides, with index.html to start from
     python tools/build_slides.py --output FOLDER
 
-Each cell is shown as its slide type says (see ``slide_types.py``). So that the last row can read it, a paragraph is
-shown with its first sentences, code that draws a plot is left out, and what doesn't fit goes to a further slide.
-The whole text stands in the notes for the speaker (key S). No page loads anything from another host.
+Each cell is shown as its slide type says (see ``slide_types.py``). So that the last row can read it, type and pictures
+are large, code that draws a plot is left out, and what doesn't fit goes to a further slide. The answers and the
+solutions stand in the notes for the speaker (key S). No page loads anything from another host.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +42,15 @@ PLOT_LETTERS, DRAWING_LETTERS = 10 * 100 / 72, 12 * 96 / 72
 CODE_SIZES = (26, 22, 20, 18)
 # The width of a letter of a monospaced font, and the height of a line, in font sizes.
 CODE_LETTER, CODE_LINE, CODE_PADDING = 0.603, 1.3, 34
+# Lines are broken at spaces and nothing else in them is changed.
+WRAPPING = {
+    "expand_tabs": False,
+    "replace_whitespace": False,
+    "break_on_hyphens": False,
+    "break_long_words": False,
+}
 # Code stands below the words before it, if these are no more than a heading and three lines.
 INTRODUCTION = 240
-# A paragraph or a point of a list keeps whole sentences up to so many letters.
-PARAGRAPH = 230
 
 # The parts of reveal.js that the slides load. Its other themes ask another host for their fonts.
 REVEAL = (
@@ -80,40 +86,6 @@ def lines_of(text: str, characters: int) -> int:
 def shown_text(source: str) -> str:
     """Return Markdown without what takes no room: the addresses of links, stars and backticks."""
     return re.sub(r"\]\([^)]*\)|[*`\[]", "", source)
-
-
-def first_sentences(paragraph: str, limit: int = PARAGRAPH) -> str:
-    """Return as many whole sentences as fit into ``limit`` characters, and one in any case.
-
-    A paragraph that asks for a prediction stays whole, and so does one that ends with a colon: what follows belongs
-    to its last sentence.
-
-    Args:
-        paragraph: Markdown on one or several lines.
-        limit: characters as they are shown.
-    """
-    if paragraph.startswith("**Predict") or len(shown_text(paragraph)) <= limit:
-        return paragraph
-    sentences = re.split(r"(?<=[.?!])(?<!\b[A-Z]\.)\s+(?=[^a-z])", paragraph)
-    # A sentence in brackets or between marks isn't cut in two.
-    whole: list[str] = []
-    for sentence in sentences:
-        if (whole and any(whole[-1].count(a) > whole[-1].count(b) for a, b in ("()", "[]"))) or (
-            whole and any(whole[-1].count(mark) % 2 for mark in ("**", "`", "$"))
-        ):
-            whole[-1] += " " + sentence
-        else:
-            whole.append(sentence)
-    if re.fullmatch(r"\*\*[^*]+\*\*", whole[0]) and len(whole) > 1:
-        whole[:2] = [" ".join(whole[:2])]
-    last = whole.pop() if paragraph.endswith(":") and len(whole) > 1 else ""
-    kept = whole[0]
-    for sentence in whole[1:]:
-        # A remark in brackets is for the reader.
-        if len(shown_text(f"{kept} {sentence} {last}")) > limit or sentence.startswith("("):
-            break
-        kept += " " + sentence
-    return f"{kept} {last}".strip()
 
 
 def markdown_cell(source: str) -> NotebookNode:
@@ -178,7 +150,7 @@ def markdown_blocks(source: str) -> Iterator[Block]:
         elif text.startswith("$$"):
             yield text_block(text, height=FORMULA)
         else:
-            yield text_block(first_sentences(" ".join(part)))
+            yield text_block(" ".join(part))
 
 
 def list_blocks(lines: list[str]) -> Iterator[Block]:
@@ -191,8 +163,8 @@ def list_blocks(lines: list[str]) -> Iterator[Block]:
             points[-1] += " " + line.strip()
     for point in points:
         mark, text = point.split(" ", 1)
-        kept = f"{mark} {first_sentences(text.strip(), 2 * PARAGRAPH)}"
-        yield text_block(kept, height=lines_of(shown_text(kept), CHARACTERS - 3) * LINE + 6)
+        point = f"{mark} {text.strip()}"
+        yield text_block(point, height=lines_of(shown_text(point), CHARACTERS - 3) * LINE + 6)
 
 
 def code_size(text: str, largest: int = CODE_SIZES[0]) -> int:
@@ -204,10 +176,31 @@ def code_size(text: str, largest: int = CODE_SIZES[0]) -> int:
     return CODE_SIZES[-1]
 
 
+def characters_of(size: int) -> int:
+    """Return how many letters of code of a font size a slide's width holds."""
+    return int((WIDTH - CODE_PADDING) / (size * CODE_LETTER))
+
+
 def code_height(text: str, size: int) -> float:
     """Return how high ``text`` is in a font size."""
-    characters = int((WIDTH - CODE_PADDING) / (size * CODE_LETTER))
-    return lines_of(text, characters) * size * CODE_LINE + CODE_PADDING
+    return lines_of(text, characters_of(size)) * size * CODE_LINE + CODE_PADDING
+
+
+def wrapped(text: str) -> str:
+    """Return code or printed text whose lines fit in the smallest font size.
+
+    What is longer goes on below, further to the right, and a comment behind code goes above it.
+    """
+    room, lines = characters_of(CODE_SIZES[-1]), []
+    for line in text.split("\n"):
+        indent = re.match(r" *", line)[0]
+        code, mark, comment = line.partition("  # ")
+        if len(line) > room and mark:
+            lines.append(f"{indent}# {comment}")
+            line = code
+        first, *rest = textwrap.wrap(line, room, subsequent_indent=f"{indent}        ", **WRAPPING) or [line]
+        lines += [first, *rest]
+    return "\n".join(lines)
 
 
 def output_text(output: NotebookNode) -> str:
@@ -260,14 +253,15 @@ def code_blocks(cell: NotebookNode, largest: int) -> Iterator[Block]:
     outputs = [] if exercise else cell.outputs
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     if not pictures:
-        size = code_size(cell.source, largest)
-        code = nbformat.v4.new_code_cell(cell.source, metadata={"tags": [f"code-{size}"]})
-        yield Block(code, code_height(cell.source, size))
+        source = wrapped(cell.source)
+        size = code_size(source, largest)
+        code = nbformat.v4.new_code_cell(source, metadata={"tags": [f"code-{size}"]})
+        yield Block(code, code_height(source, size))
     for output in outputs:
         if output in pictures:
             yield picture_block(output, cell.metadata.get("mystnb", NotebookNode()))
             continue
-        for text in parts_of(output_text(output).rstrip("\n")):
+        for text in parts_of(wrapped(output_text(output).rstrip("\n"))):
             size = code_size(text, largest)
             printed = nbformat.v4.new_output("stream", name="stdout", text=text)
             shown = nbformat.v4.new_code_cell("", outputs=[printed], metadata={"tags": [f"code-{size}"]})
