@@ -49,8 +49,8 @@ WRAPPING = {
     "break_on_hyphens": False,
     "break_long_words": False,
 }
-# Code stands below the words before it, if these are no more than a heading and three lines.
-INTRODUCTION = 240
+# Code stands below the words before it, if these are no more than a heading and seven lines.
+INTRODUCTION = 420
 
 # The parts of reveal.js that the slides load. Its other themes ask another host for their fonts.
 REVEAL = (
@@ -195,11 +195,11 @@ def wrapped(text: str) -> str:
     for line in text.split("\n"):
         indent = re.match(r" *", line)[0]
         code, mark, comment = line.partition("  # ")
-        if len(line) > room and mark:
+        if len(line) > room and code.strip() and mark:
             lines.append(f"{indent}# {comment}")
             line = code
-        first, *rest = textwrap.wrap(line, room, subsequent_indent=f"{indent}        ", **WRAPPING) or [line]
-        lines += [first, *rest]
+        further = f"{indent}# " if line.startswith(f"{indent}# ") else f"{indent}        "
+        lines += textwrap.wrap(line, room, subsequent_indent=further, **WRAPPING) or [line]
     return "\n".join(lines)
 
 

@@ -57,16 +57,19 @@ def test_what_an_earlier_build_left_is_removed(tmp_path):
     assert (tmp_path / "notebooks" / "05_dora.ipynb").is_file()
 
 
-def test_a_paragraph_keeps_whole_sentences():
-    short = "Short. Enough."
-    assert build_slides.first_sentences(short) == short
-    long = "A first one. " + "The second is " + "long " * 60 + "indeed."
-    assert build_slides.first_sentences(long) == "A first one."
-    question = "**Predict.** " + "What " * 80 + "comes?"
-    assert build_slides.first_sentences(question) == question
-    assert build_slides.first_sentences(long + " So you get:") == "A first one. So you get:"
-    brackets = "It is so (see there. And here " + "too " * 60 + "). More."
-    assert build_slides.first_sentences(brackets).endswith("too ).")
+def test_long_lines_of_code_are_broken_at_spaces_and_stay_what_they_were():
+    room = build_slides.characters_of(build_slides.CODE_SIZES[-1])
+    call = "    print(" + ", ".join(f"argument_{place}" for place in range(12)) + ")"
+    lines = build_slides.wrapped(call).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("            argument_")
+    assert [line for line in lines if len(line) > room] == []
+    assert " ".join(map(str.strip, lines)) == call.strip()
+    assert build_slides.wrapped("short = 1  # a remark") == "short = 1  # a remark"
+    remark = "a remark that stands behind a line of code and makes it longer than a slide is wide, so it goes above"
+    assert build_slides.wrapped(f"    short = 1  # {remark}") == f"    # {remark}\n    short = 1"
+    first, second = build_slides.wrapped(f"  # {remark}, and on to a second line").splitlines()
+    assert (first[:4], second[:4]) == ("  # ", "  # ")
 
 
 def test_a_long_output_is_cut_where_a_line_is_empty():
