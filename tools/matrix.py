@@ -238,7 +238,7 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> str:
 
 INTRODUCTION = """# Where the digits are the same
 
-Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (to fifteen under another release of matplotlib, which sets the texts in them otherwise), in each of the settings below. `python tools/matrix.py` runs them and writes this table. A setting that a machine doesn't offer is named as not run, with the reason.
+Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (under another release of matplotlib, which sets the texts in them otherwise, coarsely and by what they draw), in each of the settings below. `python tools/matrix.py` runs them and writes this table. A setting that a machine doesn't offer is named as not run, with the reason.
 
 SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider. They add in another order with each, which is why what is trained and then printed is trained in float64.
 
