@@ -4,9 +4,11 @@ import base64
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import nbformat
@@ -18,6 +20,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
+ROOT = Path(__file__).resolve().parents[2]
 CELLS = [
     "import matplotlib.pyplot as plt",
     "print('seven', 7)",
@@ -58,39 +61,53 @@ def never_run(cells):
     cells[1].outputs, cells[1].execution_count = [], None
 
 
-@pytest.mark.parametrize(
-    ("spoil", "caught"),
-    [
-        (None, None),
-        (spoil_text, "Cell 1"),
-        (spoil_picture, "Cell 2"),
-        (drop_picture, "Cell 2"),
-        (drop_result, "Cell 3"),
-        (never_run, "Cell 1"),
-    ],
-)
-def test_a_spoilt_output_is_caught(spoil, caught, executed, root, tmp_path):
-    notebook = nbformat.reads(executed, as_version=4)
-    if spoil is not None:
+# What spoils a copy of the notebook, and the cell in which that must be caught.
+CASES = {
+    "untouched": (lambda _: None, None),
+    "text": (spoil_text, "Cell 1"),
+    "picture": (spoil_picture, "Cell 2"),
+    "no_picture": (drop_picture, "Cell 2"),
+    "no_result": (drop_result, "Cell 3"),
+    "never_run": (never_run, "Cell 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def caught(executed, tmp_path_factory):
+    """The exit status of nbval over one copy for each case, its output, and the cells that it caught by case."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    for name, (spoil, _) in CASES.items():
+        notebook = nbformat.reads(executed, as_version=4)
         spoil(notebook.cells)
-    (tmp_path / "small.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+        (folder / f"{name}.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
     for part in ("conftest.py", "constraints.txt"):
-        shutil.copy(root / part, tmp_path)
-    (tmp_path / "tools").mkdir()
-    shutil.copy(root / "tools" / "execute_notebooks.py", tmp_path / "tools")
+        shutil.copy(ROOT / part, folder)
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "execute_notebooks.py", folder / "tools")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "--color=no", "small.ipynb"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "--color=no"],
+        cwd=folder,
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
         capture_output=True,
         text=True,
         check=False,
     )
-    failed = {
-        line.split("::")[1].split(" - ")[0] for line in run.stdout.splitlines() if line.startswith("FAILED")
-    }
-    assert failed == ({caught} if caught else set()), run.stdout
-    assert (run.returncode == 0) == (caught is None)
+    found = {name: set() for name in CASES}
+    for name, cell in re.findall(r"^FAILED (\w+)\.ipynb::(Cell \d+)", run.stdout, flags=re.MULTILINE):
+        found[name].add(cell)
+    return run, found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_spoilt_output_is_caught(case, caught):
+    run, found = caught
+    _, cell = CASES[case]
+    assert found[case] == ({cell} if cell else set()), run.stdout
+
+
+def test_a_spoilt_output_is_an_error(caught):
+    run, _ = caught
+    assert run.returncode == 1
 
 
 def test_executing_a_notebook_again_gives_the_stored_bytes(root):
