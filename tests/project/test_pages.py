@@ -72,6 +72,26 @@ def test_long_lines_of_code_are_broken_at_spaces_and_stay_what_they_were():
     assert (first[:4], second[:4]) == ("  # ", "  # ")
 
 
+def test_a_slider_that_slides_do_not_have_is_not_announced():
+    cell = build_slides.markdown_cell(
+        "It is an arrow (a short one). Try it with two sliders, one for each part:"
+    )
+    assert build_slides.without_last_lead_in(cell).source == "It is an arrow (a short one)."
+    assert cell.source.endswith("part:"), "the notebook's own cell stays"
+
+
+def test_what_is_to_be_predicted_is_not_on_the_slide_that_asks():
+    code = build_slides.nbformat.v4.new_code_cell("print(1)")
+
+    def goes_on(words):
+        above = build_slides.markdown_cell(words)
+        above.metadata["slideshow"] = {"slide_type": "slide"}
+        return build_slides.introduced([above], 100, code, "subslide")[1]
+
+    assert goes_on("Count them.")
+    assert not goes_on("**Predict.** How many are there?")
+
+
 def test_a_long_output_is_cut_where_a_line_is_empty():
     text = "\n".join(["first"] * 20) + "\n\n" + "\n".join(["second"] * 20)
     parts = build_slides.parts_of(text)
