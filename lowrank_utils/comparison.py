@@ -25,7 +25,6 @@ from lowrank_utils.grid import (
     read_grids,
     run_id,
 )
-from lowrank_utils.report import write_report
 from lowrank_utils.settings import Settings
 from lowrank_utils.store import Outcome, Store
 from lowrank_utils.sweep import dask_workers, local_workers, run_all
@@ -146,6 +145,9 @@ def sweep(arguments: argparse.Namespace) -> int:
         done = {run: s for run, s in runs.items() if store.state(run) == "done"}
         failed = [run for run in runs if store.state(run) == "failed"]
         if done:
+            # Here, since only this needs tables and plots.
+            from lowrank_utils.report import write_report
+
             results = [(run, store.result(run)) for run in done]
             stem = arguments.name or (arguments.grid.stem if arguments.grid else "comparison")
             complete = len(done) == len(runs)

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lowrank_utils.settings import Settings
+if TYPE_CHECKING:
+    from lowrank_utils.settings import Settings
 
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOK = PACKAGE.parent / "notebooks" / "07_comparison.ipynb"
@@ -71,7 +72,7 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
         raise SweepError(f"{notebook} can't be read ({error.strerror}); name one with --notebook") from None
 
 
-def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list[Settings]:
+def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings"]:
     """Return the settings of every run: each combination of the values in each grid, none of them twice.
 
     Args:
@@ -82,6 +83,9 @@ def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list[Settings]
     Raises:
         SweepError: a parameter is unknown or a value is not allowed.
     """
+    # Here, since the workers of a sweep import this module and needn't wait for torch.
+    from lowrank_utils.settings import Settings
+
     known = {name: value for name, value in defaults.items() if name != "result_path"}
     runs: list[Settings] = []
     for grid in grids:
@@ -143,7 +147,7 @@ def _bare_code(source: str) -> str:
     return ast.unparse(tree)
 
 
-def run_id(settings: Settings, version: str) -> str:
+def run_id(settings: "Settings", version: str) -> str:
     """Return the name of a run, which its parameters and the code's version decide."""
     text = json.dumps({"settings": settings.as_dict(), "code": version}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 
 from lowrank_utils.grid import SweepError
-from lowrank_utils.settings import Settings
+
+if TYPE_CHECKING:
+    from lowrank_utils.settings import Settings
 
 
 class Outcome(NamedTuple):
@@ -82,7 +84,7 @@ class Store:
                 f"{path} can't be read ({error}); remove its folder, and the run is done again"
             ) from None
 
-    def keep(self, run: str, settings: Settings, outcome: Outcome) -> None:
+    def keep(self, run: str, settings: "Settings", outcome: Outcome) -> None:
         """Write down what a run left. It is there whole or not at all, also if the machine stops."""
         if outcome.result is not None:
             files, place = {"result.json": outcome.result}, "runs"

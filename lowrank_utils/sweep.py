@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
 
 from lowrank_utils._kernels import kernel_environment
 from lowrank_utils.grid import SweepError, code_version
-from lowrank_utils.settings import Settings
 from lowrank_utils.store import Outcome, Store
+
+# A worker starts the processes that compute, and needn't wait for torch itself.
+if TYPE_CHECKING:
+    from lowrank_utils.settings import Settings
 
 # What jupyter_client says of a kernel that was of no use from the start.
 NEVER_STARTED = ("Kernel didn't respond in", "Kernel died before replying to kernel_info")
@@ -132,7 +135,7 @@ def dask_workers(address: str) -> Iterator[tuple[Executor, int]]:
 def run_all(
     executor: Executor,
     store: Store,
-    runs: Mapping[str, Settings],
+    runs: Mapping[str, "Settings"],
     notebook: str,
     threads: int,
     report: Callable[[str, Outcome], None],

@@ -45,13 +45,13 @@ ALLOWED = {
     "checks.magnitude_and_direction": LAYERS,
     "checks.merged_and_unmerged": LAYERS,
     "checks.production": LAYERS,
-    "comparison": PLOTS | TABLES | DATA | {"filelock", "psutil", "tqdm", "yaml"},
+    "comparison": DATA | {"filelock", "psutil", "tqdm", "yaml"},
     "comparison_plots": PLOTS | TABLES,
     "data": DATA,
     "decompose": LAYERS,
     "dora": LAYERS,
     "experiment": DATA | {"tqdm"},
-    "grid": DATA | {"yaml"},
+    "grid": {"yaml"},
     "interactive": {"ipywidgets", "matplotlib"},
     "intervals": TABLES - {"pandas"},
     "lora": LAYERS,
@@ -60,17 +60,19 @@ ALLOWED = {
     "plots": PLOTS,
     "report": PLOTS | TABLES,
     "settings": DATA,
-    "store": DATA | {"yaml", "filelock"},
-    "sweep": DATA | {"yaml", "filelock", "psutil"},
+    "store": {"yaml", "filelock"},
+    "sweep": {"yaml", "filelock", "psutil"},
     "tables": TABLES,
     "training": DATA | {"tqdm"},
 }
 
 
 def statements(body):
-    """Yield what runs when a module is imported: all statements but those inside functions."""
+    """Yield what runs when a module is imported: all statements but those inside functions, and those for types."""
     for node in body:
         yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield from statements(
                 child
