@@ -356,13 +356,25 @@ def install(extras: set, torch: str) -> None:
         pins = [f"{name}=={pinned(name)}" for name in ("torch", "torchvision")]
         pip_install("--index-url", CPU_INDEX, "--no-deps", *pins)
     pip_install("-c", "constraints.txt", "-e", f".[{','.join(sorted(extras))}]")
+    compile_all()
+
+
+def compile_all() -> None:
+    """Compile what is installed on all cores, so that nothing waits for it later; pip would use one core."""
+    say("[2/3] Compiling what was installed")
+    code = (
+        "import compileall, sysconfig\n"
+        "if __name__ == '__main__': compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+    )
+    # Some packages hold files that no Python compiles, such as templates; what isn't compiled is so when it is imported.
+    subprocess.run([str(venv_python()), "-I", "-c", code], cwd=ROOT, env=clean_environment())
 
 
 def pip_install(*arguments: str) -> None:
     """Run ``pip install`` in the environment, with its output shown."""
     # Only a setting outside of the environment could ask for --user, and pip refuses it inside.
     settings = {**clean_environment(), "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [str(venv_python()), "-m", "pip", "install", "--no-input", *arguments]
+    command = [str(venv_python()), "-m", "pip", "install", "--no-input", "--no-compile", *arguments]
     status = subprocess.run(command, cwd=ROOT, env=settings).returncode
     if status == 0:
         return

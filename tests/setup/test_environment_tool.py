@@ -231,20 +231,32 @@ def pip_calls(tool, tmp_path, monkeypatch):
 def test_the_default_installation_is_one_line_of_pip(tool, pip_calls, capsys, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     tool.install({"lab", "test"}, "default")
-    (command,) = pip_calls
-    assert command[0] == str(tool.venv_python())
-    assert command[1:] == ["-m", "pip", "install", "--no-input", "-c", "constraints.txt", "-e", ".[lab,test]"]
+    command, compiling = pip_calls
+    assert command[0] == compiling[0] == str(tool.venv_python())
+    assert " ".join(command[1:]) == "-m pip install --no-input --no-compile -c constraints.txt -e .[lab,test]"
+    assert "compileall" in compiling[-1]
     said = capsys.readouterr().out
     assert "3 GB to download" in said
     assert "TORCH=cpu" in said
 
 
+def test_all_that_is_installed_gets_compiled(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    packages = Path(tool.ask_python("import sysconfig; print(sysconfig.get_path('purelib'))"))
+    (packages / "good").mkdir()
+    (packages / "good" / "module.py").write_text("x = 1\n")
+    (packages / "template.py").write_text("x = {{ value }\n")
+    tool.compile_all()
+    assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["module"]
+
+
 def test_the_cpu_build_comes_from_its_index_without_dependencies(tool, pip_calls):
     tool.install({"lab"}, "cpu")
-    first, second = (" ".join(command[4:]) for command in pip_calls)
+    first, second, _ = (" ".join(command[4:]) for command in pip_calls)
     pins = "torch==2.15.0 torchvision==0.29.2"
-    assert first == f"--no-input --index-url {tool.CPU_INDEX} --no-deps {pins}"
-    assert second == "--no-input -c constraints.txt -e .[lab]"
+    assert first == f"--no-input --no-compile --index-url {tool.CPU_INDEX} --no-deps {pins}"
+    assert second == "--no-input --no-compile -c constraints.txt -e .[lab]"
 
 
 @pytest.mark.parametrize(
