@@ -2,7 +2,8 @@
 
 The frozen layer, which computes its output and the gradient of its input, is the limit: every adapter does that and
 something more. In each round all methods take their turn in a new order, so that a busy machine slows all of them, and
-ratios are taken within a round. "evaluation" is the forward pass alone, without gradients. Memory is the peak
+ratios are taken within a round. "DoRA, frozen_weights" is DoRA with the promise of that name, and "evaluation" the
+forward pass alone, without gradients and with the promise ``constant_weights``. Memory is the peak
 of what torch allocates in one pass beyond weights and input: gradients, too. The results are written to
 notebooks/results/adapter_speed.json.
 """
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged
-from lowrank_utils.norms import constant_weights
+from lowrank_utils.norms import constant_weights, frozen_weights
 
 try:
     import peft
@@ -39,6 +40,7 @@ OURS = {
     "LoRA": LinearWithLoRA,
     "LoRA, merged": LinearWithLoRAMerged,
     "DoRA": LinearWithDoRA,
+    "DoRA, frozen_weights": LinearWithDoRA,
     "DoRA, merged": LinearWithDoRAMerged,
 }
 
@@ -151,7 +153,8 @@ def setting(
     for count in threads:
         bar.set_postfix_str(f"{in_dim} → {out_dim}, batch {batch}, rank {rank}, {count} threads")
         torch.set_num_threads(count)
-        found = measure(training, order, SECONDS)
+        with frozen_weights(adapted["DoRA, frozen_weights"]):
+            found = measure(training, order, SECONDS)
         with constant_weights(nn.ModuleList(adapted[name] for name in OURS)):
             found |= measure(evaluation, order, SECONDS / 2)
         for name, times in found.items():

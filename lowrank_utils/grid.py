@@ -27,6 +27,7 @@ CODE = (
     "lora",
     "methods",
     "norms",
+    "promises",
     "settings",
     "training",
 )

@@ -6,19 +6,30 @@ also the subject of "Scaling DoRA: High-Rank Adaptation via Factored Norms and F
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_utils._arguments import is_adapter
 from lowrank_utils.decompose import row_norms
 from lowrank_utils.lora import AdaptedLinear
+from lowrank_utils.promises import Promise
 
 
-def factored_row_norms(W: Tensor, A: Tensor, B: Tensor, alpha: float, AW: Tensor | None = None) -> Tensor:
+def squared_row_norms(W: Tensor) -> Tensor:
+    """Return ‖W‖² by rows, (out,), in the dtype of W. Without a gradient."""
+    return torch.linalg.vector_norm(W.detach(), dim=1).square_()
+
+
+def factored_row_norms(
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    AW: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> Tensor:
     """Return ‖W + s·(A·B)ᵀ‖ by rows from products with the thin factors alone; A·B is never formed.
 
     ‖W + sBᵀAᵀ‖² = ‖W‖² + 2s·Σ_r (AᵀWᵀ) ⊙ B + s²·Σ_r (AᵀA·B) ⊙ B, summed over the rank. The sum
@@ -32,20 +43,19 @@ def factored_row_norms(W: Tensor, A: Tensor, B: Tensor, alpha: float, AW: Tensor
         B: the second, (r, out).
         alpha: the scaling s.
         AW: AᵀWᵀ, (r, out), if it is there already.
+        squares: ‖W‖² by rows, (out,), if it is there already.
 
     Returns:
         Shape (out,), in the dtype of W. Without a gradient.
     """
     with torch.no_grad():
         AW = F.linear(A.T, W) if AW is None else AW
-        squares = torch.linalg.vector_norm(W, dim=1).square_()
+        squares = squared_row_norms(W) if squares is None else squares
         update = torch.addmm(AW, A.T @ A, B, beta=2 * alpha, alpha=alpha**2)
         sums = torch.linalg.vecdot(update, B, dim=0).add_(squares)
         # Written so that NaN and what overflows count as unsafe too, and a row of zeros as well.
         safe = (
-            (sums > squares.mul_(0.25))
-            & (sums < torch.finfo(W.dtype).max)
-            & (sums > torch.finfo(W.dtype).tiny)
+            (sums > 0.25 * squares) & (sums < torch.finfo(W.dtype).max) & (sums > torch.finfo(W.dtype).tiny)
         )
         norms = sums.sqrt_()
         if not safe.all():
@@ -131,18 +141,14 @@ def product_and_norm(layer: AdaptedLinear, x: Tensor, detach_norm: bool) -> tupl
     """
     W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
     with_gradient = torch.is_grad_enabled() and not detach_norm
-    if not torch.compiler.is_compiling() and (kept := _kept_norm(layer)) is not None:
+    if not torch.compiler.is_compiling() and (kept := _NORMS.value(layer)) is not None:
         return F.linear(x, W), kept
     if with_gradient or not factored_norm_pays(x, W, A):
         with torch.set_grad_enabled(with_gradient):
             norm = formed_row_norms(layer.updated_weight())
         return F.linear(x, W), norm
     xW, AW = _ProductsWithFrozen.apply(x, W, A.detach())
-    return xW, factored_row_norms(W, A, B, layer.lora.alpha, AW)
-
-
-# What `constant_weights` keeps, in the thread that asked for it alone: layer → norm, and the tensors it came from.
-_KEPT: ContextVar[dict[nn.Module, tuple[Tensor, list[Any]] | None]] = ContextVar("kept norms")
+    return xW, factored_row_norms(W, A, B, layer.lora.alpha, AW, _SQUARES.value(layer))
 
 
 @contextmanager
@@ -166,46 +172,32 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         RuntimeError: at the end of the block, if weights were changed unnoticed. The outputs
             since that change were computed with old norms.
     """
-    kept: dict[nn.Module, tuple[Tensor, list[Any]] | None]
-    kept = {module: None for module in model.modules() if is_adapter(module)}
-    token = _KEPT.set({**_KEPT.get({}), **kept})
-    try:
+    with _NORMS.given_for(model):
         yield
-        entries = _KEPT.get()
-    finally:
-        _KEPT.reset(token)
-    names = {module: name for name, module in model.named_modules()}
-    stale = [names.get(layer, type(layer).__name__) for layer in kept if _is_stale(layer, entries[layer])]
-    if stale:
-        raise RuntimeError(
-            f"the weights of {', '.join(stale)} changed inside constant_weights, where they must not: "
-            "outputs since then used the norms from before the change. Change weights outside the block"
-        )
 
 
-def _kept_norm(layer: AdaptedLinear) -> Tensor | None:
-    """Return the norm that may be used again, or None."""
-    kept = _KEPT.get({})
-    if layer not in kept:
-        return None
-    tensors = (layer.linear.weight, layer.lora.A, layer.lora.B)
-    if layer.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        kept[layer] = None
-        return None
-    now = _marks(tensors, layer.lora.alpha)
-    entry = kept[layer]
-    if entry is None or entry[1] != now:
-        entry = kept[layer] = (_norm_now(layer), now)
-    return entry[0]
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Promise that the pretrained weights of ``model`` stay as they are while its adapters are trained.
+
+    Inside the block, a DoRA layer whose W is frozen reads W once for ‖W‖² and keeps it, where it computes ‖V‖
+    by ``factored_row_norms``. A large layer then saves a pass over W in each step, and computes the same bits.
+    What is noticed of a change, and when, is as in ``constant_weights``::
+
+        with frozen_weights(model):
+            ...  # train as usual
+
+    Args:
+        model: a module with adapters in it.
+
+    Raises:
+        RuntimeError: at the end of the block, if a pretrained weight was changed unnoticed. The outputs
+            since that change were computed with old norms.
+    """
+    with _SQUARES.given_for(model):
+        yield
 
 
-def _marks(tensors: tuple[Tensor, ...], alpha: float) -> list[Any]:
-    """Return what differs after every change that torch notices: another tensor, dtype, place or version."""
-    marks = [(id(t), t.dtype, t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
-    return [*marks, alpha]
-
-
-@torch.no_grad()
 def _norm_now(layer: AdaptedLinear) -> Tensor:
     W, A = layer.linear.weight, layer.lora.A
     if factored_norm_pays(W, W, A):
@@ -213,11 +205,15 @@ def _norm_now(layer: AdaptedLinear) -> Tensor:
     return formed_row_norms(layer.updated_weight())
 
 
-def _is_stale(layer: nn.Module, entry: tuple[Tensor, list[Any]] | None) -> bool:
-    if entry is None or not isinstance(layer, AdaptedLinear):
-        return False
-    norm, marks = entry
-    if marks != _marks((layer.linear.weight, layer.lora.A, layer.lora.B), layer.lora.alpha):
-        # Torch noticed this change, and the next forward pass would have, too.
-        return False
-    return not torch.allclose(_norm_now(layer), norm, rtol=64 * torch.finfo(layer.lora.A.dtype).eps, atol=0)
+_NORMS = Promise(
+    "constant_weights",
+    lambda layer: (layer.linear.weight, layer.lora.A, layer.lora.B, layer.lora.alpha),
+    _norm_now,
+    in_training=False,
+)
+_SQUARES = Promise(
+    "frozen_weights",
+    lambda layer: (layer.linear.weight,),
+    lambda layer: squared_row_norms(layer.linear.weight),
+    in_training=True,
+)

@@ -58,6 +58,7 @@ ALLOWED = {
     "methods": LAYERS,
     "norms": LAYERS,
     "plots": PLOTS,
+    "promises": LAYERS,
     "report": PLOTS | TABLES,
     "settings": DATA,
     "store": {"yaml", "filelock"},

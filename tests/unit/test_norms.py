@@ -18,6 +18,7 @@ from lowrank_utils.norms import (
     factored_norm_pays,
     factored_row_norms,
     formed_row_norms,
+    frozen_weights,
     product_and_norm,
 )
 
@@ -460,3 +461,106 @@ def test_inference_mode_and_parameters_made_in_it():
         model = kept_model()
         with constant_weights(model):
             close(model(X), model(X))
+
+
+# --- Squares that are kept ------------------------------------------------------------------
+
+
+@pytest.fixture
+def squared(monkeypatch):
+    """Note the weights whose rows are squared."""
+    seen = []
+    function = norms.squared_row_norms
+    monkeypatch.setattr(norms, "squared_row_norms", lambda W: seen.append(W) or function(W))
+    return seen
+
+
+def trained(model, steps=4):
+    """Return the losses of a few steps with a fused optimizer, and the weights that they led to."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(parameters, lr=0.01, fused=True), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(X).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [p.detach().clone() for p in parameters]
+
+
+def model_to_train():
+    model = kept_model().train()
+    for index in (0, 2):
+        model[index].lora.requires_grad_(True)
+        model[index].m.requires_grad_(True)
+    return model
+
+
+def test_training_with_frozen_weights_reads_w_once_and_gives_the_same_bits(squared):
+    model, twin = model_to_train(), model_to_train()
+    losses, weights = trained(model)
+    # Only the large layer has its norm from the factors.
+    assert len(squared) == 4
+    squared.clear()
+    with frozen_weights(twin):
+        losses_in_block, weights_in_block = trained(twin)
+        assert len(squared) == 1
+    assert losses_in_block == losses
+    assert len(set(losses)) == 4
+    for actual, expected in zip(weights_in_block, weights, strict=True):
+        assert torch.equal(actual, expected)
+    squared.clear()
+    twin(X)
+    assert len(squared) == 1, "kept beyond the block"
+
+
+def test_a_pretrained_weight_that_is_trained_too_keeps_nothing(squared):
+    model = model_to_train()
+    model[0].linear.weight.requires_grad_(True)
+    with frozen_weights(model):
+        trained(model)
+        assert len(squared) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.linear.weight.mul_(3),
+        lambda layer: setattr(layer.linear, "weight", nn.Parameter(3 * layer.linear.weight)),
+        lambda layer: layer.load_state_dict({k: 3 * v for k, v in layer.state_dict().items()}),
+        lambda layer: layer.double(),
+    ],
+    ids=["in place", "another parameter", "load_state_dict", "dtype"],
+)
+def test_a_change_of_w_that_torch_notices_is_seen_at_once(change):
+    model = kept_model().train()
+    with torch.no_grad(), frozen_weights(model):
+        model[0](X)
+        change(model[0])
+        x = X.to(model[0].m.dtype)
+        after = model[0](x)
+    close(after, model[0](x))
+
+
+def test_a_change_of_w_that_torch_does_not_notice_is_an_error_at_the_end():
+    model = model_to_train()
+
+    def train_and_change():
+        with frozen_weights(model):
+            model(X)
+            model[0].linear.weight.data.mul_(1.001)
+
+    with pytest.raises(
+        RuntimeError, match=r"the weights of 0 changed inside frozen_weights, .*Change weights"
+    ):
+        train_and_change()
+
+
+def test_both_promises_at_once():
+    model = kept_model()
+    expected = model(X)
+    with torch.no_grad(), frozen_weights(model), constant_weights(model):
+        model.train()
+        close(model(X), expected)
+        model.eval()
+        close(model(X), expected)
