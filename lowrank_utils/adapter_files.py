@@ -30,8 +30,9 @@ from lowrank_utils.adapter_config import (
     read_config,
 )
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.dora import LinearWithDoRA, row_scale
+from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import AdaptedLinear, LinearWithLoRA
+from lowrank_utils.norms import row_scale
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

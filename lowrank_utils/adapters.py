@@ -23,7 +23,7 @@ from lowrank_utils.adapter_files import (
 )
 from lowrank_utils.banked_linear import BankedAdapter, BankedLinear, Selection
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.dora import row_scale
+from lowrank_utils.norms import row_scale
 
 __all__ = ["AdapterBank", "load_adapter", "save_adapter"]
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.dora import LinearWithDoRAMerged, row_scale
+from lowrank_utils.dora import LinearWithDoRAMerged
 from lowrank_utils.lora import AdaptedLinear
+from lowrank_utils.norms import row_scale
 
 
 class LayerA(LinearWithDoRAMerged):

@@ -11,25 +11,7 @@ from torch import Tensor, nn
 from lowrank_utils._arguments import check_last_dimension
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
 from lowrank_utils.lora import AdaptedLinear
-from lowrank_utils.norms import product_and_norm
-
-
-def row_scale(m: Tensor, norm: Tensor) -> Tensor:
-    """Return c = m/‖V‖, by which each output is multiplied.
-
-    A zero row has no direction; its c is 1, so that A and B still get a gradient.
-
-    Args:
-        m: the magnitude, (out,).
-        norm: ‖V‖, the lengths of the rows of V = W + ΔW, (out,).
-
-    Returns:
-        Shape (out,), in the dtype of m.
-    """
-    # Rounded as m is: at the start c is then exactly 1 in every dtype.
-    norm = norm.to(m.dtype)
-    zero = norm == 0
-    return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
+from lowrank_utils.norms import product_and_scale, row_scale
 
 
 class LinearWithDoRAMerged(AdaptedLinear):
@@ -76,15 +58,14 @@ class LinearWithDoRA(LinearWithDoRAMerged):
 
     A row's scale can be applied to the weight or to the output that the row produces, so this
     equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is needed for its norms
-    alone, and those cost less than V (``norms.product_and_norm``).
+    alone, and those cost less than V (``norms.product_and_scale``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        xW, norm = product_and_norm(self, x, self.detach_norm)
-        c = row_scale(self.m, norm)
+        xW, c = product_and_scale(self, x)
         y = xW + self.lora(x)
         # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
-        y = c.to(y.dtype) * y
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y, b = c.to(y.dtype) * y, self.bias
+        return y if b is None else y + b.to(y.dtype)

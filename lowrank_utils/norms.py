@@ -1,4 +1,4 @@
-"""The row norms of W + ΔW that DoRA divides by: two ways to compute them, and when to compute them at all.
+"""DoRA's c = m/‖V‖ by rows: two ways to compute the norms of V = W + ΔW, and when to compute them at all.
 
 Notebook 8 derives the factored way. Storing the norms of an updated weight without the weight is
 also the subject of "Scaling DoRA: High-Rank Adaptation via Factored Norms and Fused Kernels", arXiv 2603.22276.
@@ -13,8 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.lora import AdaptedLinear
 from lowrank_utils.promises import Promise
+
+
+def row_scale(m: Tensor, norm: Tensor) -> Tensor:
+    """Return c = m/‖V‖, by which each output is multiplied.
+
+    A zero row has no direction; its c is 1, so that A and B still get a gradient.
+
+    Args:
+        m: the magnitude, (out,).
+        norm: ‖V‖, the lengths of the rows of V = W + ΔW, (out,).
+
+    Returns:
+        Shape (out,), in the dtype of m.
+    """
+    # Rounded as m is: at the start c is then exactly 1 in every dtype.
+    norm = norm.to(m.dtype)
+    zero = norm == 0
+    return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)
 
 
 def squared_row_norms(W: Tensor) -> Tensor:
@@ -128,38 +145,39 @@ def formed_row_norms(V: Tensor) -> Tensor:
     return row_norms(V)
 
 
-def product_and_norm(layer: AdaptedLinear, x: Tensor, detach_norm: bool) -> tuple[Tensor, Tensor]:
-    """Return x·Wᵀ, (…, out), and ‖W + ΔW‖ by rows, (out,).
+def product_and_scale(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x·Wᵀ, (…, out), and c = m/‖V‖ by rows, (out,), for a DoRA layer and its input x (…, in).
 
-    It gives what ``F.linear(x, W)`` and ``row_norms(layer.updated_weight())`` give, up to rounding, without
-    forming ΔW where that is faster.
+    It gives what ``F.linear(x, W)`` and ``row_scale(m, row_norms(V))`` give, up to rounding, without
+    forming V where that is faster.
 
     Args:
-        layer: the adapted layer, with W and the factors.
+        layer: an ``AdaptedLinear`` with m, (out,), and ``detach_norm``. If that is False, the norm has its gradient,
+            and V is formed.
         x: its input, (…, in).
-        detach_norm: leave out the gradient of the norm. With False the norm has it, and ΔW is formed.
     """
-    W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
-    with_gradient = torch.is_grad_enabled() and not detach_norm
-    if not torch.compiler.is_compiling() and (kept := _NORMS.value(layer)) is not None:
-        return F.linear(x, W), kept
+    if not torch.compiler.is_compiling() and (kept := _SCALES.value(layer)) is not None:
+        return F.linear(x, layer.linear.weight), kept
+    W, A = layer.linear.weight, layer.lora.A
+    with_gradient = torch.is_grad_enabled() and not layer.detach_norm
     if with_gradient or not factored_norm_pays(x, W, A):
         with torch.set_grad_enabled(with_gradient):
             norm = formed_row_norms(layer.updated_weight())
-        return F.linear(x, W), norm
+        return F.linear(x, W), row_scale(layer.m, norm)
     xW, AW = _ProductsWithFrozen.apply(x, W, A.detach())
-    return xW, factored_row_norms(W, A, B, layer.lora.alpha, AW, _SQUARES.value(layer))
+    norm = factored_row_norms(W, A, layer.lora.B, layer.lora.alpha, AW, _SQUARES.value(layer))
+    return xW, row_scale(layer.m, norm)
 
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer needs its norms only once.
+    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer needs c = m/‖V‖ only once.
 
-    Inside the block, a layer in evaluation mode computes ‖V‖ in its first forward pass without gradients
-    and keeps it. A new norm is computed after ``load_state_dict``, a conversion, another change that torch
+    Inside the block, a layer in evaluation mode computes c in its first forward pass without gradients
+    and keeps it. A new one is computed after ``load_state_dict``, a conversion, another change that torch
     counts, or a forward pass with gradients, which an optimizer needs before its step. Copies of the
     model made in the block keep nothing. Some changes aren't counted (through ``.data``, by a
-    fused optimizer), so at the end of the block every kept norm is compared with a new one::
+    fused optimizer), so at the end of the block every kept c is compared with a new one::
 
         model.eval()
         with torch.no_grad(), constant_weights(model):
@@ -170,9 +188,9 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
     Raises:
         RuntimeError: at the end of the block, if weights were changed unnoticed. The outputs
-            since that change were computed with old norms.
+            since that change were computed with an old c.
     """
-    with _NORMS.given_for(model):
+    with _SCALES.given_for(model):
         yield
 
 
@@ -198,17 +216,23 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _norm_now(layer: AdaptedLinear) -> Tensor:
-    W, A = layer.linear.weight, layer.lora.A
+def _scale_now(layer: Any) -> Tensor:
+    W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
     if factored_norm_pays(W, W, A):
-        return factored_row_norms(W, A, layer.lora.B, layer.lora.alpha)
-    return formed_row_norms(layer.updated_weight())
+        return row_scale(layer.m, factored_row_norms(W, A, B, layer.lora.alpha))
+    return row_scale(layer.m, formed_row_norms(layer.updated_weight()))
 
 
-_NORMS = Promise(
+def _sources_of_scale(layer: Any) -> tuple[Any, ...]:
+    # At each pass: a module looks its parts up slowly.
+    lora = layer.lora
+    return layer.linear.weight, lora.A, lora.B, layer.m, lora.alpha
+
+
+_SCALES = Promise(
     "constant_weights",
-    lambda layer: (layer.linear.weight, layer.lora.A, layer.lora.B, layer.lora.alpha),
-    _norm_now,
+    _sources_of_scale,
+    _scale_now,
     in_training=False,
 )
 _SQUARES = Promise(

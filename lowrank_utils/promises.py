@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_utils._arguments import is_adapter
-from lowrank_utils.lora import AdaptedLinear
 
 
 class Promise:
@@ -29,8 +28,8 @@ class Promise:
     def __init__(
         self,
         block: str,
-        sources: Callable[[AdaptedLinear], tuple[Any, ...]],
-        compute: Callable[[AdaptedLinear], Tensor],
+        sources: Callable[[Any], tuple[Any, ...]],
+        compute: Callable[[Any], Tensor],
         *,
         in_training: bool,
     ) -> None:
@@ -67,7 +66,7 @@ class Promise:
                 "since then used the norms from before the change. Change weights outside the block"
             )
 
-    def value(self, layer: AdaptedLinear) -> Tensor | None:
+    def value(self, layer: nn.Module) -> Tensor | None:
         """Return the layer's value, computed now or kept; None where nothing may be kept."""
         kept = self._kept.get({})
         if layer not in kept:
@@ -84,8 +83,8 @@ class Promise:
             entry = kept[layer] = (self._compute(layer), marks)
         return entry[0]
 
-    def _is_stale(self, layer: nn.Module, entry: tuple[Tensor, list[Any]] | None) -> bool:
-        if entry is None or not isinstance(layer, AdaptedLinear):
+    def _is_stale(self, layer: Any, entry: tuple[Tensor, list[Any]] | None) -> bool:
+        if entry is None:
             return False
         value, marks = entry
         if marks != _marks(self._sources(layer)):

@@ -19,7 +19,7 @@ from lowrank_utils.norms import (
     factored_row_norms,
     formed_row_norms,
     frozen_weights,
-    product_and_norm,
+    product_and_scale,
 )
 
 LARGE = (512, 600)
@@ -232,14 +232,16 @@ def test_the_rule():
         assert not pays(1024, 1024)
 
 
-def test_a_kept_gradient_of_the_norm_forms_the_weight():
-    layer = large_layer(detach_norm=False)
-    norm = product_and_norm(layer, normal(2, LARGE[0], dtype=torch.float32), detach_norm=False)[1]
-    assert norm.requires_grad
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_the_norm_has_its_gradient_where_it_is_not_detached(detach_norm, computed):
+    layer = large_layer(detach_norm=detach_norm)
+    c = product_and_scale(layer, normal(2, LARGE[0], dtype=torch.float32))[1]
+    of_m, of_B = torch.autograd.grad(c.sum(), [layer.m, layer.lora.B], allow_unused=True)
+    assert (of_m != 0).all()
+    assert (of_B is None) == detach_norm
+    assert computed == ["factored_row_norms" if detach_norm else "formed_row_norms"]
     with torch.no_grad():
-        assert not product_and_norm(layer, normal(2, LARGE[0], dtype=torch.float32), detach_norm=False)[
-            1
-        ].requires_grad
+        assert not product_and_scale(layer, normal(2, LARGE[0], dtype=torch.float32))[1].requires_grad
 
 
 def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
@@ -253,11 +255,11 @@ def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Count how often norms are computed."""
+    """Note which way norms are computed, once for each time."""
     calls = []
     for name in ("factored_row_norms", "formed_row_norms"):
         function = getattr(norms, name)
-        monkeypatch.setattr(norms, name, lambda *a, f=function: calls.append(1) or f(*a))
+        monkeypatch.setattr(norms, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
     return calls
 
 
@@ -306,6 +308,7 @@ def changed_by(change):
 CHANGES = {
     "an edit in place": lambda model: model[0].lora.B.mul_(2),
     "of A": lambda model: model[0].lora.A.mul_(2),
+    "of m": lambda model: model[0].m.mul_(2),
     "of W": lambda model: model[2].linear.weight.add_(1),
     "another parameter": lambda model: setattr(model[0].lora, "B", nn.Parameter(3 * model[0].lora.B)),
     "alpha": lambda model: setattr(model[0].lora, "alpha", 4.0),
@@ -331,7 +334,7 @@ def test_another_dtype_is_seen_at_once():
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.001])
-@pytest.mark.parametrize("part", ["linear.weight", "lora.A", "lora.B"])
+@pytest.mark.parametrize("part", ["linear.weight", "lora.A", "lora.B", "m"])
 def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part, factor):
     model = kept_model()
 

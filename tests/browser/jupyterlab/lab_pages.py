@@ -1,5 +1,6 @@
 """JupyterLab in a browser: the server with its copy of the project, and what one does on a notebook's page."""
 
+import copy
 from pathlib import Path
 
 import nbformat
@@ -23,16 +24,17 @@ class LabSite:
         self.token = token
         self.root = root
 
-    def put(self, notebook) -> Path:
+    def put(self, notebook, name: str = "of_the_tests.ipynb") -> Path:
         """Write a notebook without its stored outputs, whose counts would look like cells that have run.
 
         Args:
             notebook: a file among the project's notebooks, or the notebook itself.
+            name: for the notebook itself, its file's name.
         """
         if isinstance(notebook, Path):
-            file, notebook = self.root / "notebooks" / notebook.name, nbformat.read(notebook, as_version=4)
-        else:
-            file = self.root / "notebooks" / "of_the_tests.ipynb"
+            notebook, name = nbformat.read(notebook, as_version=4), notebook.name
+        file = self.root / "notebooks" / name
+        notebook = copy.deepcopy(notebook)
         for cell in code_cells(notebook):
             cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, file)
