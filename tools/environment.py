@@ -49,11 +49,9 @@ CPU_INDEX_SECONDS = 5
 # What each command needs; ``test`` in pyproject.toml builds on ``lab``.
 EXTRAS = {"lab": ("lab",), "check": ("lab",), "test": ("lab", "test"), "run": ("lab", "test")}
 
-# All tests take turns on all cores, file by file, for the tests of a file share what they set up. One process more than
-# there are cores, since a test waits for a browser, a kernel or pip a fifth of its time. The order stays, since the
-# browser's tests must come last in their process. A selection (ARGUMENTS) runs as it is asked for.
-PROCESSES = min(4, (os.cpu_count() or 1) + 1)
-IN_PARALLEL = [f"--numprocesses={PROCESSES}", "--dist=loadfile", "--no-loadscope-reorder"]
+# All tests take turns on all cores, file by file, for the tests of a file share what they set up. The order stays, since
+# the browser's tests must come last in their process. A selection (ARGUMENTS) runs as it is asked for.
+IN_PARALLEL = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
 
 
 class Stop(Exception):
