@@ -41,7 +41,7 @@ FILES = {
     "adapters.py": ["adapter_bank", "extreme_inputs"],
     "banked_linear.py": ["adapter_bank", "extreme_inputs"],
     "norms.py": ["norms", "dora"],
-    "promises.py": ["norms"],
+    "promises.py": ["promises", "norms"],
     "adapter_config.py": ["adapter_files", "peft_parity"],
     "adapter_files.py": ["adapter_files", "adapter_bank", "peft_parity"],
     "_folders.py": ["folders", "adapter_files"],
