@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,12 +155,17 @@ def run_all(
         executor.submit(execute, notebook, settings.as_dict(), version, threads): run
         for run, settings in runs.items()
     }
+    left = set(waiting)
     try:
-        for future in as_completed(waiting):
-            run = waiting[future]
-            outcome = future.result()
-            store.keep(run, runs[run], outcome)
-            report(run, outcome)
+        while left:
+            # For a second at a time: a Ctrl-C that comes just before a wait begins is noticed when it ends.
+            done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+            # First what can be kept, then a worker's end, which is raised.
+            for future in sorted(done, key=lambda each: each.exception() is not None):
+                run = waiting[future]
+                outcome = future.result()
+                store.keep(run, runs[run], outcome)
+                report(run, outcome)
     finally:
         for future in waiting:
             future.cancel()

@@ -1,6 +1,10 @@
 """One run in a process of its own: a kernel that never answers is started again, another failure isn't."""
 
+import json
 import subprocess
+import sys
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +61,41 @@ def test_another_failure_is_not_tried_again(papermill):
     plan += ["ValueError: a loss became infinite", ""]
     assert outcome().error == "ValueError: a loss became infinite"
     assert len(started) == 1
+
+
+# A signal that Python takes note of while the main thread is about to wait interrupts no wait.
+INTERRUPTED = """
+import _thread, threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+from lowrank_utils.sweep import run_all
+
+future = Future()
+settings = SimpleNamespace(as_dict=dict)
+threading.Timer(0.5, _thread.interrupt_main).start()
+rescue = threading.Timer(20, future.set_exception, [TimeoutError("the run went on")])
+rescue.start()
+try:
+    run_all(SimpleNamespace(submit=lambda *_: future), None, {"run": settings}, '{"cells": []}', 1, None)
+except KeyboardInterrupt:
+    print("the run is left" if not future.done() or future.cancelled() else "the run went on")
+rescue.cancel()
+"""
+
+
+def test_an_interruption_that_comes_just_before_a_wait_is_noticed():
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=True)
+    assert run.stdout == "the run is left\n"
+
+
+def test_what_is_done_is_kept_when_a_worker_ends_at_the_same_moment():
+    futures = {"lost": Future(), "done": Future()}
+    futures["lost"].set_exception(RuntimeError("a worker was ended"))
+    futures["done"].set_result(sweep.Outcome("executed", "{}", ""))
+    settings = {run: SimpleNamespace(as_dict=lambda name=run: name) for run in futures}
+    executor = SimpleNamespace(submit=lambda _execute, _notebook, name, *_: futures[name])
+    kept = {}
+    store = SimpleNamespace(keep=lambda run, _settings, outcome: kept.update({run: outcome.result}))
+    with pytest.raises(RuntimeError, match="a worker was ended"):
+        sweep.run_all(executor, store, settings, NOTEBOOK, 1, lambda *_: None)
+    assert kept == {"done": json.dumps({})}
