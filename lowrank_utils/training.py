@@ -1,5 +1,6 @@
 """The multilayer perceptron, the training loop, accuracy, and the reproducible setting."""
 
+import inspect
 import os
 import random
 import sys
@@ -35,7 +36,8 @@ def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
     np.random.seed(seed)  # noqa: NPY002 (some libraries draw from this state)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(True)
+    # The same as use_deterministic_algorithms(True), which loads torch's compiler to tell it as well.
+    torch.set_deterministic_debug_mode("error")
     # Sums then don't depend on how many cores there are. For layers as small as these a second
     # thread gains nothing, and on a busy machine threads that wait for each other cost tenfold.
     torch.set_num_threads(1)
@@ -68,9 +70,20 @@ class MultilayerPerceptron(nn.Module):
         return self.layers(x)
 
 
+class _EagerAdam(torch.optim.Adam):
+    """torch's Adam for training without ``torch.compile``.
+
+    Torch keeps its compiler away from these two methods by decorators that load the compiler first. That is a second or
+    two at the first step of every process, as long as many a training here. Below the decorators are the same methods.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
 def adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
     """Return Adam with all its steps in one kernel, which for small layers saves much of a training step."""
-    return torch.optim.Adam(parameters, learning_rate, fused=True)
+    return _EagerAdam(parameters, learning_rate, fused=True)
 
 
 @dataclass

@@ -257,6 +257,41 @@ def test_the_default_optimizer_is_adam_with_the_learning_rate():
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_the_default_optimizer_takes_the_steps_of_torchs_fused_adam_to_the_last_bit():
+    ours, theirs = perceptron(), perceptron()
+    digits, counted = blobs(16), []
+    updates = training.adam(ours.parameters(), 0.03), torch.optim.Adam(theirs.parameters(), 0.03, fused=True)
+    for update in updates:
+        update.register_step_post_hook(lambda optimizer, *_: counted.append(optimizer))
+    for _ in range(4):
+        for model, update in zip((ours, theirs), updates, strict=True):
+            update.zero_grad()
+            F.cross_entropy(model(digits.images), digits.labels).backward()
+            update.step()
+    assert counted == 4 * [*updates]
+    assert_same_state(ours, snapshot(theirs))
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
+    state, expected = (update.state_dict()["state"] for update in updates)
+    assert state.keys() == expected.keys()
+    for number, entries in expected.items():
+        assert entries.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(state[number][name], entry) for name, entry in entries.items())
+
+
+def test_training_loads_no_compiler():
+    code = (
+        "import sys, torch\n"
+        "from lowrank_utils.data import Digits\n"
+        "from lowrank_utils.training import MultilayerPerceptron, reproducible, train\n"
+        "reproducible(0)\n"
+        "digits = Digits(torch.rand(8, 5), torch.arange(8) % 3)\n"
+        "history = train(MultilayerPerceptron(5, 4, 4, 3), digits, epochs=2, learning_rate=0.01)\n"
+        "print(history.steps, 'torch._dynamo' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "2 False"
+
+
 def test_gradients_do_not_add_up_from_step_to_step():
     ours, theirs = perceptron(), perceptron()
     digits = Digits(blobs(16).images[:1].repeat(6, 1), blobs(16).labels[:1].repeat(6))
