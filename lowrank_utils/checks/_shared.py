@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# In float64 this number + 1 is this number again: what is added to it before the rest is lost, and shows the order.
+ONE_IS_LOST = 2.0**60
+
 
 class ExerciseError(AssertionError):
     """The answer isn't right yet; the message is a hint."""

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_utils.broken import LAYERS
-from lowrank_utils.checks._shared import ExerciseError, ask, compare, examples, exercise
+from lowrank_utils.checks._shared import ONE_IS_LOST, ExerciseError, ask, compare, equal, examples, exercise
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 
 
@@ -61,10 +60,12 @@ def check_dora_output(function: Callable[..., Tensor]) -> None:
         }
         answer = ask(function, **e.take("x weight bias A B alpha m"))
         compare("dora_output", answer, F.linear(x, c.unsqueeze(1) * e.V, bias), mistakes)
-    shapes = [(50, 30), (20, 30), (20,), (30, 2), (2, 20)]
-    with FlopCounterMode(display=False) as counter:
-        function(*(torch.randn(size) for size in shapes), 2.5, torch.rand(20))
-    if counter.get_total_flops() < 2 * 50 * (30 * 20 + 2 * (30 + 20)):
+    # Each row of W is so large that W + ΔW rounds to W. x is at a right angle to it, so that ΔW is all that counts.
+    weight = torch.full((3, 2), ONE_IS_LOST, dtype=torch.float64)
+    x, A, B = (torch.tensor(rows).to(weight) for rows in ([[1.0, -1.0]], [[1.0], [0.0]], [[1.0, 2.0, 3.0]]))
+    # With m = ‖V‖ the factor c is 1.
+    answer = function(x, weight, torch.zeros(3).to(weight), A, B, 2.5, weight.norm(dim=1))
+    if not equal(answer, 2.5 * B):
         raise ExerciseError(
             "right, but that is the merged form: x must meet W and A·B apart, as in LoRA's unmerged form"
         )

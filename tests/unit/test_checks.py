@@ -365,6 +365,8 @@ OTHER_SOLUTIONS = [
     ("unit_vector", lambda v: v / v.norm().clamp(min=1e-30)),
     ("unit_vector", lambda v: v if not v.any() else F.normalize(v, dim=0, eps=0)),
     ("weight_norm_gradients", floats(weight_norm)),
+    ("apply_update", lambda x, w, A, B: torch.addmm(F.linear(x, w), x @ A, B)),
+    ("apply_update", lambda x, w, A, B: F.linear(x, w) + torch.einsum("bi,ir,ro->bo", x, A, B)),
     ("dora_output", factored_dora),
     ("dora_output", lambda x, w, b, A, B, a, m: torch.addmm(b, x @ A, B) * 0 + dora(x, w, b, A, B, a, m)),
     ("paired_difference", floats(lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5))),
@@ -421,6 +423,7 @@ MISTAKES = {
         (lambda x, w, A, B: x @ w.T, "the update is missing"),  # noqa: ARG005
         (lambda x, w, A, B: x @ A @ B, "the update alone"),  # noqa: ARG005
         (lambda x, w, A, B: x @ (w.T + A @ B), "A·B was built in full"),
+        (lambda x, w, A, B: x @ w.T + x @ (A @ B), "A·B was built in full"),
         (lambda x, w, A, B: x @ w.T - (x @ A) @ B, "not taken away"),
         (in_place_update, "weight was changed in place"),
         (lambda x, w, A, B: (x @ w.T + x @ A @ B).float(), "wrong dtype"),
@@ -545,6 +548,8 @@ MISTAKES = {
         (lambda x, w, b, A, B, a, m: m * (x @ w.T + a * (x @ A @ B)) + b, "not divided"),
         (lambda x, w, b, A, B, a, m: dora(x, w, 0, A, B, a, m), "bias is missing"),  # noqa: ARG005
         (merged_dora, "that is the merged form"),
+        (lambda x, w, b, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1) * (x @ V_of(w, A, B, a).T) + b,
+            "that is the merged form"),
         (lambda x, w, b, A, B, a, m: m / V_of(w, A, B, a).norm(dim=1) * (x @ w.T) + a * (x @ A @ B) + b,
             "scales the update too"),
         (lambda x, w, b, A, B, a, m: m * F.normalize(x @ w.T + a * (x @ A @ B), dim=1) + b, "norm of the output"),
