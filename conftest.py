@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,9 @@ def setup(notebook):
 
 
 def pytest_configure():
+    # A shell has what it starts in the background ignore Ctrl-C, and so would all processes that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # nbval has no hooks for these, so its methods are wrapped; its options and its collection stay in charge.
     IPyNbCell.runtest = runtest
     IPyNbCell.compare_outputs = compare_outputs

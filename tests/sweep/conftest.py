@@ -1,13 +1,14 @@
 """A notebook with the parameters of notebook 07 that computes nothing, so that a sweep takes seconds."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import pytest
+
+from lowrank_utils.comparison import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,31 +58,45 @@ def notebook(tmp_path):
 
 
 @pytest.fixture
-def command(notebook, tmp_path):
-    """The command line of a sweep of the stand-in, into ``tmp_path / "out"``."""
+def arguments(notebook, tmp_path):
+    """The arguments of a sweep of the stand-in, into ``tmp_path / "out"``."""
 
-    def build(*arguments, out="out"):
-        start = [sys.executable, "-m", "lowrank_utils.comparison", "--notebook", str(notebook)]
+    def build(*more, out="out"):
         fixed = ["-p", "methods", "[LoRA, DoRA]", "-p", "seeds", "[1, 2, 3]", "--out", str(tmp_path / out)]
-        return [*start, *fixed, *map(str, arguments)]
+        return ["--notebook", str(notebook), *fixed, *map(str, more)]
 
     return build
 
 
 @pytest.fixture
-def sweep(command):
-    """Run a sweep to its end, and return its exit status and what it printed."""
+def command(arguments):
+    """The command line of such a sweep, for a process of its own."""
 
-    def run(*arguments, out="out", **environment):
-        return subprocess.run(
-            command(*arguments, out=out),
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+    def build(*more, out="out"):
+        return [sys.executable, "-m", "lowrank_utils.comparison", *arguments(*more, out=out)]
+
+    return build
+
+
+class Ended(NamedTuple):
+    """What a sweep left: its exit status and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def sweep(arguments, monkeypatch, capfd):
+    """Run a sweep to its end in this process, which has loaded all that the command would load first."""
+
+    def run(*more, out="out", **environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            capfd.readouterr()
+            status = main(arguments(*more, out=out))
+        return Ended(status, *capfd.readouterr())
 
     return run
 
