@@ -12,6 +12,15 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 sys.path.insert(0, str(ROOT / "figures"))
 
 
+# The tests that take minutes each come first, so that no core waits for one of them in the end.
+LONGEST = ("test_other_processor.py", "test_parameters.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request):
     """Each notebook's file in turn."""

@@ -44,7 +44,7 @@ def minilm():
 
 @pytest.fixture(scope="module")
 def task():
-    """Tokens of 24 sentences to train on and 24 others, and their labels."""
+    """Tokens of 12 sentences to train on and 12 others, and their labels."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
 
     def sentences(module):
@@ -53,15 +53,15 @@ def task():
             for f in vars(module).values()
             if inspect.isroutine(f) and f.__doc__
         }
-        return sorted(s for s in found if 25 < len(s) < 60 and "(" not in s)[:24]
+        return sorted(s for s in found if 25 < len(s) < 60 and "(" not in s)[:12]
 
     classes = [sentences(np), sentences(plt)]
-    assert [len(c) for c in classes] == [24, 24]
+    assert [len(c) for c in classes] == [12, 12]
     texts = [text for pair in zip(*classes, strict=True) for text in pair]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
-    labels = torch.arange(48) % 2
-    parts = [{key: value[i : i + 24] for key, value in tokens.items()} for i in (0, 24)]
-    return parts, labels[:24]
+    labels = torch.arange(24) % 2
+    parts = [{key: value[i : i + 12] for key, value in tokens.items()} for i in (0, 12)]
+    return parts, labels[:12]
 
 
 def embed(model, tokens):
@@ -107,7 +107,7 @@ def test_attention_projections_are_trained_saved_and_the_same_in_peft(kind, mini
         for other in (theirs, again, merge_adapters(model)):
             torch.testing.assert_close(embed(other.eval(), test), expected, rtol=1e-10, atol=1e-12)
         # Different adapters for different sentences of one batch.
-        with bank.rows(["trained", None] * 12):
+        with bank.rows(["trained", None] * 6):
             mixed = embed(bank.model, test)
         torch.testing.assert_close(mixed[::2], expected[::2], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(mixed[1::2], plain[1::2], rtol=1e-10, atol=1e-12)

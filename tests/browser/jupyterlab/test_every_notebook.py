@@ -11,8 +11,8 @@ from playwright.sync_api import expect
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.ipynb"))
 
 
-# Parameters of the comparison, so that it trains a few networks instead of hundreds; nbval runs it as it is stored.
-FEWER = {"seeds": [1, 2], "learning_rates": [0.01]}
+# Parameters of notebooks 06 and 07, so that they train less and fewer networks; nbval runs them as they are stored.
+FEWER = {"seeds": [1, 2], "learning_rates": [0.01], "epochs": 1, "adaptation_epochs": 2}
 
 
 def with_fewer_runs(notebook):
@@ -20,7 +20,7 @@ def with_fewer_runs(notebook):
     for cell in code_cells(notebook):
         for name, value in FEWER.items() if "parameters" in tags(cell) else ():
             cell.source = re.sub(
-                rf"^({name}: list = )\[.*?\]", rf"\g<1>{value}", cell.source, flags=re.MULTILINE
+                rf"^({name}: \w+ = )[^#]*?(?= *(#|$))", rf"\g<1>{value}", cell.source, flags=re.MULTILINE
             )
     return notebook
 
