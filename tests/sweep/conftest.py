@@ -1,7 +1,9 @@
 """A notebook with the parameters of notebook 07 that computes nothing, so that a sweep takes seconds."""
 
+import _thread
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ import pytest
 from lowrank_utils.comparison import main
 
 ROOT = Path(__file__).resolve().parents[2]
+# A sweep that takes longer is interrupted, so that it can't hold up all tests.
+SECONDS = 240
 
 # It fails where a test has planted it, waits where a test wants to interrupt it, and else makes up a result
 # that depends on all parameters.
@@ -95,7 +99,12 @@ def sweep(arguments, monkeypatch, capfd):
             for name, value in environment.items():
                 patch.setenv(name, value)
             capfd.readouterr()
-            status = main(arguments(*more, out=out))
+            too_long = threading.Timer(SECONDS, _thread.interrupt_main)
+            too_long.start()
+            try:
+                status = main(arguments(*more, out=out))
+            finally:
+                too_long.cancel()
         return Ended(status, *capfd.readouterr())
 
     return run

@@ -23,10 +23,14 @@ def ranks_of(results):
     return sorted({run["rank"] for result in results.values() for run in result["runs"]})
 
 
-def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(sweep, kept, tmp_path):
+def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(command, kept, tmp_path):
     published = tmp_path / "published"
     words = ("--jobs", 2, "--publish", published, "--name", "small")
-    run = sweep("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", *words)
+    # As a user types it, in a process of its own.
+    typed = command("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", *words)
+    run = subprocess.run(
+        typed, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
+    )
     assert run.returncode == 0, run.stderr
     results, failed = kept()
     assert len(results) == 4
