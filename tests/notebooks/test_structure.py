@@ -312,3 +312,15 @@ def test_measured_numbers_in_prose_come_from_an_output_above(notebook):
                 plain = number.lstrip("+").replace("−", "-")
                 if "." in plain or "%" in plain:
                     assert plain in seen, f"{number!r} in: {sentence}"
+
+
+def test_measured_numbers_in_alt_texts_come_from_code_or_an_output(notebook):
+    """As in prose, but rounded where a picture is described."""
+    seen = ""
+    for cell in code_cells(notebook):
+        seen += "\n" + cell.source + "\n" + text_of_outputs(cell)
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        values = [float(number) for number in re.findall(r"\d+\.\d+", seen)]
+        for number in re.findall(r"\d+\.\d+", alt):
+            digits = len(number.partition(".")[2])
+            assert any(round(value, digits) == float(number) for value in values), f"{number} in: {alt}"

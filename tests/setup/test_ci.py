@@ -14,7 +14,7 @@ def run(root, tmp_path):
     """Run .ci/run where only the given programs exist; each notes its call, and apt-get brings the packages."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("bash", "dirname", "touch", "chmod"):
+    for name in ("bash", "dirname", "touch", "chmod", "sleep"):
         (programs / name).symlink_to(shutil.which(name))
 
     def add(name, body):
@@ -25,10 +25,11 @@ def run(root, tmp_path):
         for name in ("python3", *present):
             add(name, "")
         add("id", f"echo {user}")
+        # It takes its time, so that tests which didn't wait for it would begin too early.
         brought = " ".join(f"[{name}]=1" for name in packages)
         add(
             "apt-get",
-            f'declare -A brought=({brought})\n[[ "$1" == update ]] && exit 0\nshift 4\n'
+            f'sleep 0.2\ndeclare -A brought=({brought})\n[[ "$1" == update ]] && exit 0\nshift 4\n'
             f'for name in "$@"; do [[ -v "brought[$name]" ]] || exit 100; '
             f'touch "{programs}/$name"; chmod +x "{programs}/$name"; done',
         )
