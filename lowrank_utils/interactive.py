@@ -27,7 +27,8 @@ class PictureWithSliders(VBox):
 
     def __init__(self, draw: Callable[..., Figure], **sliders: Any) -> None:
         self.draw, self.sliders = draw, sliders
-        self.picture = Image(format="png", layout={"max_width": "100%"})
+        # In a box it would be stretched to the width of the page, and a square one be taller than a screen.
+        self.picture = Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         super().__init__([*sliders.values(), self.picture])
         for slider in sliders.values():
             # The default width cuts labels of several words.

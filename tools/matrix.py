@@ -146,8 +146,6 @@ def prepared(setting: Setting) -> Iterator[tuple[list[str], Path, dict[str, str]
         name: value for name, value in os.environ.items() if setting.variables.get(name, "") is not None
     }
     variables |= {name: value for name, value in setting.variables.items() if value is not None}
-    # The package of the folder that is run, whatever is installed.
-    variables["PYTHONDONTWRITEBYTECODE"] = "1"
     before: list[str] = []
     with ExitStack() as stack:
         folder = ROOT
@@ -155,6 +153,7 @@ def prepared(setting: Setting) -> Iterator[tuple[list[str], Path, dict[str, str]
             top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder = top / ("mein Übungs ordner" if setting.place == "space" else "checkout")
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".matrix", ".git", "build"))
+        # The package of the folder that is run, whatever is installed.
         variables["PYTHONPATH"] = str(folder)
         if setting.place == "read-only":
             mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && cd "$1" && shift && exec "$@"'

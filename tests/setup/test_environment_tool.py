@@ -228,35 +228,115 @@ def pip_calls(tool, tmp_path, monkeypatch):
     return calls
 
 
-def test_the_default_installation_is_one_line_of_pip(tool, pip_calls, capsys, monkeypatch):
+@pytest.fixture
+def uv_calls(tool, pip_calls, monkeypatch):
+    """The commands that are run where pip brings uv, which ends with an exit status of its own: (arguments, variables)."""
+
+    class Calls(list):
+        status, settings = 0, ""
+
+    calls = Calls()
+
+    def run(command, **options):
+        command = list(map(str, command))
+        if command[1:5] == ["-m", "pip", "config", "list"]:
+            return subprocess.CompletedProcess(command, 0, stdout=calls.settings)
+        calls.append((command, options["env"]))
+        if target := [argument for argument in command if argument.startswith("--target=")]:
+            program = Path(target[0].removeprefix("--target="), "bin", "uv.exe" if os.name == "nt" else "uv")
+            program.parent.mkdir()
+            program.touch(mode=0o755)
+        is_uv = Path(command[0]).stem == "uv"
+        return subprocess.CompletedProcess(command, calls.status if is_uv else pip_calls.status)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    return calls
+
+
+def test_the_default_installation_is_one_line_of_uv(tool, uv_calls, capsys, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     tool.install({"lab", "test"}, "default")
-    command, compiling = pip_calls
-    assert command[0] == compiling[0] == str(tool.venv_python())
-    assert " ".join(command[1:]) == "-m pip install --no-input --no-compile -c constraints.txt -e .[lab,test]"
-    assert "compileall" in compiling[-1]
+    (bringing, _), (command, variables) = uv_calls
+    assert bringing[0] == str(tool.venv_python())
+    assert bringing[-1] == tool.UV
+    wanted = f"pip install --python {tool.venv_python()} -c constraints.txt -e .[lab,test]"
+    assert " ".join(command[1:]) == wanted
+    assert variables["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+    assert not Path(command[0]).exists(), "uv stays no longer than it works"
     said = capsys.readouterr().out
     assert "3 GB to download" in said
     assert "TORCH=cpu" in said
 
 
-def test_all_that_is_installed_gets_compiled(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
-    packages = Path(tool.ask_python("import sysconfig; print(sysconfig.get_path('purelib'))"))
-    (packages / "good").mkdir()
-    (packages / "good" / "module.py").write_text("x = 1\n")
-    (packages / "template.py").write_text("x = {{ value }\n")
-    tool.compile_all()
-    assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["module"]
-
-
-def test_the_cpu_build_comes_from_its_index_without_dependencies(tool, pip_calls):
+def test_the_cpu_build_comes_from_its_index_without_dependencies(tool, uv_calls):
     tool.install({"lab"}, "cpu")
-    first, second, _ = (" ".join(command[4:]) for command in pip_calls)
-    pins = "torch==2.15.0 torchvision==0.29.2"
-    assert first == f"--no-input --no-compile --index-url {tool.CPU_INDEX} --no-deps {pins}"
-    assert second == "--no-input --no-compile -c constraints.txt -e .[lab]"
+    _, first, second = (" ".join(command[5:]) for command, _ in uv_calls)
+    assert first == f"--index-url {tool.CPU_INDEX} --no-deps torch==2.15.0 torchvision==0.29.2"
+    assert second == "-c constraints.txt -e .[lab]"
+
+
+def test_uv_looks_where_pip_is_told_to(tool, uv_calls):
+    uv_calls.settings = (
+        ":env:.index-url='https://variable.example/simple'\n"
+        "global.cert='/etc/certificates.crt'\n"
+        "global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'\n"
+        "global.index-url='https://file.example/simple'\n"
+        "install.find-links='/wheels'\n"
+        "list.format='columns'\n"
+    )
+    tool.install({"lab"}, "default")
+    _, variables = uv_calls[-1]
+    assert {name: variables[name] for name in tool.UV_NAMES.values()} == {
+        "UV_INDEX_URL": "https://variable.example/simple",
+        "UV_EXTRA_INDEX_URL": "https://one.example/simple https://two.example/simple",
+        "UV_FIND_LINKS": "/wheels",
+        "SSL_CERT_FILE": "/etc/certificates.crt",
+    }
+
+
+def pip_line(extras):
+    return f"-m pip install --no-input --no-compile -c constraints.txt -e .[{extras}]"
+
+
+@pytest.mark.parametrize("name", ["constraint", "no-index", "require-hashes"])
+def test_what_uv_would_not_keep_is_left_to_pip(tool, uv_calls, name):
+    uv_calls.settings = f"global.{name}='true'\n"
+    tool.install({"lab"}, "default")
+    ((command, _),) = uv_calls
+    assert " ".join(command[1:]) == pip_line("lab")
+
+
+def test_pip_installs_where_uv_gives_up(tool, uv_calls, capsys):
+    uv_calls.status = 2
+    tool.install({"lab"}, "default")
+    command, _ = uv_calls[-1]
+    assert " ".join(command[1:]) == pip_line("lab")
+    assert "uv gave up" in capsys.readouterr().out
+
+
+def test_pip_installs_where_uv_can_not_be_had(tool, pip_calls):
+    tool.install({"lab"}, "default")
+    *_, bringing, command = pip_calls
+    assert bringing[-1] == tool.UV
+    assert " ".join(command[1:]) == pip_line("lab")
+
+
+def test_the_settings_of_the_real_pip_are_read(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "venv_python", lambda: Path(sys.executable))
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://file.example/simple\n"
+        "extra-index-url =\n    https://one.example/simple\n    https://two.example/simple\n"
+    )
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
+    settings = tool.pip_settings()
+    assert settings["index-url"] == "https://file.example/simple"
+    assert tool.uv_settings(settings)["UV_EXTRA_INDEX_URL"] == (
+        "https://one.example/simple https://two.example/simple"
+    )
+    assert settings["find-links"] == "/wheels"
 
 
 @pytest.mark.parametrize(
@@ -383,6 +463,13 @@ def test_what_leads_python_elsewhere_is_left_out(tool, monkeypatch):
     assert not {"PYTHONHOME", "PYTHONPATH"} & set(variables)
     assert variables["PATH"].split(os.pathsep)[0] == str(tool.venv_python().parent)
     assert variables["VIRTUAL_ENV"] == str(tool.VENV)
+
+
+def test_what_is_imported_is_compiled_once(tool, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in tool.environment_for(tool.venv_python())
+    # Another Python's folders aren't ours to write to.
+    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(Path(sys.executable))
 
 
 # The command line.

@@ -83,11 +83,13 @@ def test_a_notebook_runs_from_top_to_bottom(page, lab, screenshot, stored):
 
 
 def assert_sliders_change_the_picture(cell):
-    """There is a slider at least, and each changes the picture below."""
+    """There is a slider at least, and each changes the picture below, which is no larger than it was drawn."""
     sliders = cell.get_by_role("slider")
     expect(sliders.first).to_be_visible()
     for slider in sliders.all():
         assert changes_its_picture(cell, slider), cell.inner_text()
+    image = cell.locator(".jp-OutputArea img")
+    assert image.evaluate("picture => picture.width / picture.naturalWidth") <= 1
     cell.scroll_into_view_if_needed()
 
 
