@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import re
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_it_has_a_row_about(subject):
     assert [row for row in ROWS if subject in row[0]]
 
 
+@functools.cache
 def functions(path):
     """Return the source of each function of a file, with its decorators and what stands in the file above them."""
     text = path.read_text(encoding="utf-8")
