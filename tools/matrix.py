@@ -3,6 +3,7 @@
     python tools/matrix.py                     run every setting that this machine offers
     python tools/matrix.py --list              say which those are
     python tools/matrix.py SSE "no network"    run some
+    python tools/matrix.py --table             run nothing; after a change to a notebook, say so in the table
 
 Each outcome is written to notebooks/results/matrix.json and to the table in docs/reproducibility.md as soon as it is
 there. Settings that aren't run now keep their last outcome.
@@ -11,6 +12,7 @@ there. Settings that aren't run now keep their last outcome.
 # ruff: noqa: S603 (it runs Python and the system's own tools, never through a shell of the caller's)
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -33,11 +35,12 @@ RESULTS = ROOT / "notebooks" / "results" / "matrix.json"
 TABLE = ROOT / "docs" / "reproducibility.md"
 ENVIRONMENTS = ROOT / ".matrix"
 
-# What each vector unit of an x86-64 processor is called by torch, by Intel's MKL and by oneDNN.
+# What each vector unit of an x86-64 processor is called by torch, twice by Intel's MKL and by oneDNN. On AMD's processors MKL
+# heeds none of its own names but COMPATIBLE, which is SSE.
 PROCESSORS = {
-    "SSE": ("default", "SSE4_2", "SSE41"),
-    "AVX2": ("avx2", "AVX2", "AVX2"),
-    "AVX-512": ("avx512", "AVX512", "AVX512_CORE"),
+    "SSE": ("default", "SSE4_2", "COMPATIBLE", "SSE41"),
+    "AVX2": ("avx2", "AVX2", None, "AVX2"),
+    "AVX-512": ("avx512", "AVX512", None, "AVX512_CORE"),
 }
 
 
@@ -51,6 +54,7 @@ class Setting:
         python: ``"pinned"``, the oldest versions that pyproject.toml allows (``"oldest"``), or a version such as ``3.12``.
         place: ``"here"``, a copy in a path with a ``"space"``, or a ``"read-only"`` checkout.
         network: False leaves it the loopback device alone.
+        vectors: the vector unit that torch says it uses, if the setting asks for one.
     """
 
     name: str
@@ -58,16 +62,21 @@ class Setting:
     python: str = "pinned"
     place: str = "here"
     network: bool = True
+    vectors: str | None = None
 
 
 def processor(name: str, threads: int) -> Setting:
     """Return the setting that uses one vector unit, although the processor may have wider ones."""
-    torch, mkl, onednn = PROCESSORS[name]
-    variables = {"ATEN_CPU_CAPABILITY": torch, "MKL_ENABLE_INSTRUCTIONS": mkl, "ONEDNN_MAX_CPU_ISA": onednn}
-    return Setting(
-        f"{name}, {threads} thread{'s' * (threads > 1)}",
-        variables | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-    )
+    torch, mkl, everywhere, onednn = PROCESSORS[name]
+    variables = {
+        "ATEN_CPU_CAPABILITY": torch,
+        "MKL_ENABLE_INSTRUCTIONS": mkl,
+        "MKL_CBWR": everywhere,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+    return Setting(f"{name}, {threads} thread{'s' * (threads > 1)}", variables, vectors=torch.upper())
 
 
 SETTINGS = [
@@ -190,12 +199,33 @@ def compiled_locale(name: str) -> Iterator[str]:
         yield folder
 
 
+def check_vectors(wanted: str | None, python: str, variables: Mapping[str, str]) -> None:
+    """Raise ``NotOffered`` if torch doesn't use the vector unit that a setting asks for."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    done = subprocess.run(
+        [python, "-c", code], env=dict(variables), capture_output=True, text=True, check=True
+    )
+    if wanted not in (None, used := done.stdout.strip()):
+        raise NotOffered(f"this processor offers {used} and not {wanted}")
+
+
+def digest() -> str:
+    """Return the SHA-256 of all code cells of the notebooks, with their stored outputs."""
+    content = hashlib.sha256()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                content.update(json.dumps([cell["source"], cell["outputs"]], sort_keys=True).encode())
+    return content.hexdigest()
+
+
 def run(setting: Setting) -> dict[str, str]:
     """Run all notebooks in one setting, and return its row."""
-    row = {"setting": setting.name, "date": date.today().isoformat()}
+    row = {"setting": setting.name, "date": date.today().isoformat(), "notebooks": digest()}
     try:
         python = environment(setting.python)
         with prepared(setting) as (before, folder, variables):
+            check_vectors(setting.vectors, python, variables)
             # Old packages call what newer ones deprecate; here the outputs count.
             quiet = ["-W", "ignore::DeprecationWarning"] if setting.python == "oldest" else []
             done = subprocess.run(
@@ -228,21 +258,21 @@ def stored() -> dict[str, dict[str, str]]:
 def table(rows: Mapping[str, Mapping[str, str]]) -> str:
     """Return the page with the rows as a table."""
     lines = ["| setting | outcome | versions | date |", "|---|---|---|---|"]
+    now = digest()
     for setting in SETTINGS:
         row = rows.get(setting.name)
         cells = [row["outcome"], row["versions"], row["date"]] if row else ["not run yet", "", ""]
+        if row and row["outcome"].startswith("all ") and row.get("notebooks") != now:
+            cells[0] += ", of notebooks that have changed since"
         lines.append(f"| {setting.name} | {' | '.join(cells)} |")
     return INTRODUCTION + "\n".join(lines) + "\n"
 
 
 INTRODUCTION = """# Where the digits are the same
 
-Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (under another release of matplotlib, which sets the texts in them otherwise, coarsely and by what they draw), in each of the settings below. `python tools/matrix.py` runs them and writes this table. A setting that a machine doesn't offer is named as not run, with the reason.
+Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (under another release of matplotlib, which sets the texts in them otherwise, coarsely and by what they draw), in each of the settings below. `python tools/matrix.py` runs them and writes this table. Where a machine doesn't offer a setting, the row of a machine that did stays.
 
-SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider. They add in another order with each, which is why what is trained and then printed is trained in float64.
-
-Nothing was emulated on an AMD EPYC of the first generation, which has AVX2 and no AVX-512: there all stored outputs were the same on 2026-11-25.
-On that day, after the runs below, notebooks 01, 02, 04 and 05 were stored anew; all tests together run SSE again.
+SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider (and torch is asked whether it does). They add in another order with each, which is why what is trained and then printed is trained in float64.
 
 """
 
@@ -269,6 +299,9 @@ def main() -> int:
         "settings", nargs="*", metavar="SETTING", help="part of a setting's name; default: all"
     )
     parser.add_argument("--list", action="store_true", help="only list the settings")
+    parser.add_argument(
+        "--table", action="store_true", help="only write the table anew, for changed notebooks"
+    )
     arguments = parser.parse_args()
     chosen = [
         s for s in SETTINGS if not arguments.settings or any(part in s.name for part in arguments.settings)
@@ -279,12 +312,18 @@ def main() -> int:
         print("\n".join(setting.name for setting in chosen))
         return 0
     rows, differing = stored(), 0
+    if arguments.table:
+        save(rows)
+        return 0
     with tqdm(chosen, unit="setting") as bar:
         for setting in bar:
             bar.set_postfix_str(setting.name)
-            rows[setting.name] = run(setting)
-            differing += rows[setting.name]["outcome"].endswith("differ")
-            bar.write(f"{setting.name}: {rows[setting.name]['outcome']}")
+            row = run(setting)
+            differing += row["outcome"].endswith("differ")
+            bar.write(f"{setting.name}: {row['outcome']}")
+            # What another machine could run stays, with the date and the notebooks of that run.
+            if not (row["outcome"].startswith("not run") and setting.name in rows):
+                rows[setting.name] = row
             save(rows)
     return int(differing > 0)
 

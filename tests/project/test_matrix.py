@@ -1,6 +1,7 @@
 """The table of settings is what was run, and a setting is prepared as its name says."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -16,7 +17,74 @@ def rows():
 
 
 def test_the_page_shows_the_rows():
-    assert TABLE.read_text(encoding="utf-8") == table(rows())
+    shown = table(rows())
+    assert TABLE.read_text(encoding="utf-8") == shown, (
+        "after a change to a notebook: python tools/matrix.py --table"
+    )
+
+
+def test_a_row_of_other_notebooks_is_named_so(monkeypatch, tmp_path):
+    notebook = tmp_path / "notebooks" / "01.ipynb"
+    notebook.parent.mkdir()
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+
+    def write(text, source, output):
+        cells = [
+            {"cell_type": "markdown", "source": text},
+            {"cell_type": "code", "source": source, "outputs": [output]},
+        ]
+        notebook.write_text(json.dumps({"cells": cells}))
+
+    write("words", "1 + 1", "2")
+    row = {"outcome": "all 1 cells the same", "versions": "", "date": "", "notebooks": matrix.digest()}
+    changed = "all 1 cells the same, of notebooks that have changed since"
+    assert changed not in table({"SSE, 1 thread": row})
+    write("other words", "1 + 1", "2")
+    assert changed not in table({"SSE, 1 thread": row})
+    for source, output in [("1 + 2", "2"), ("1 + 1", "3")]:
+        write("words", source, output)
+        assert changed in table({"SSE, 1 thread": row})
+
+
+def test_a_vector_unit_that_the_processor_lacks_is_not_offered():
+    with prepared(named("SSE, 1 thread")) as (_, _, variables):
+        matrix.check_vectors("DEFAULT", sys.executable, variables)
+        with pytest.raises(NotOffered, match="offers DEFAULT and not AVX512"):
+            matrix.check_vectors("AVX512", sys.executable, variables)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this isn't an x86-64 processor")
+def test_sums_are_taken_in_another_order_under_sse():
+    code = (
+        "import hashlib, torch; torch.set_num_threads(1); torch.manual_seed(0); "
+        "product = torch.randn(64, 784, dtype=torch.float64) @ torch.randn(784, 128, dtype=torch.float64); "
+        "print(hashlib.sha256(product.numpy().tobytes()).hexdigest())"
+    )
+    here = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert len(here) == 64
+    assert output_in("SSE, 1 thread", sys.executable, "-c", code) != here
+
+
+def test_what_another_machine_could_run_stays(monkeypatch, tmp_path):
+    old = {
+        "setting": "AVX-512, 1 thread",
+        "outcome": "all 9 cells the same",
+        "versions": "",
+        "date": "",
+        "notebooks": "",
+    }
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    monkeypatch.setattr(matrix, "TABLE", tmp_path / "table.md")
+    matrix.save({old["setting"]: old})
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "AVX-512"])
+    monkeypatch.setattr(
+        matrix, "run", lambda setting: {**old, "setting": setting.name, "outcome": "not run: no"}
+    )
+    assert matrix.main() == 0
+    assert matrix.stored()["AVX-512, 1 thread"] == old
+    assert matrix.stored()["AVX-512, 2 threads"]["outcome"] == "not run: no"
 
 
 def test_nothing_differed_in_what_was_run():
