@@ -32,14 +32,19 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )
 
+LONGEST = ("test_every_notebook.py", "test_site.py")
+
 expect.set_options(timeout=PATIENCE)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Put these tests last: from the first of them on, Playwright's event loop holds this thread to the end."""
+    """Put these tests last: from the first of them on, Playwright's event loop holds this thread to the end.
+
+    Those that take minutes are the first of them, so that no core waits for one of them in the end.
+    """
     folder = Path(__file__).parent
-    items.sort(key=lambda item: folder in item.path.parents)
+    items.sort(key=lambda item: folder in item.path.parents and 1 + (item.path.name not in LONGEST))
 
 
 @pytest.fixture(scope="session")
