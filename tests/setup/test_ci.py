@@ -47,7 +47,9 @@ def run(root, tmp_path):
 INSTALL = "apt-get install -y -qq --no-install-recommends"
 
 
-@pytest.mark.parametrize("program", ["chromium", "chromium-browser", "google-chrome"])
+@pytest.mark.parametrize(
+    "program", ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"]
+)
 def test_nothing_is_installed_where_all_is_there(run, program):
     outcome, calls = run("make", "npm", program)
     assert (outcome.returncode, outcome.stderr) == (0, "")
@@ -55,9 +57,13 @@ def test_nothing_is_installed_where_all_is_there(run, program):
 
 
 def test_root_gets_a_browser(run):
-    outcome, calls = run("make", "npm", packages=["chromium", "fonts-dejavu-core"])
+    outcome, calls = run("make", "npm", packages=["chromium-headless-shell", "fonts-dejavu-core"])
     assert (outcome.returncode, outcome.stderr) == (0, "")
-    assert calls == ["apt-get update -qq", f"{INSTALL} chromium fonts-dejavu-core", "make test"]
+    assert calls == [
+        "apt-get update -qq",
+        f"{INSTALL} chromium-headless-shell fonts-dejavu-core",
+        "make test",
+    ]
 
 
 def test_root_gets_npm(run):
