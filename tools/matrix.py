@@ -43,6 +43,9 @@ PROCESSORS = {
     "AVX-512": ("avx512", "AVX512", None, "AVX512_CORE"),
 }
 
+# As torch names them, from narrow to wide.
+WIDTHS = ("DEFAULT", "AVX2", "AVX512")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -54,7 +57,7 @@ class Setting:
         python: ``"pinned"``, the oldest versions that pyproject.toml allows (``"oldest"``), or a version such as ``3.12``.
         place: ``"here"``, a copy in a path with a ``"space"``, or a ``"read-only"`` checkout.
         network: False leaves it the loopback device alone.
-        vectors: the vector unit that torch says it uses, if the setting asks for one.
+        vectors: one of ``WIDTHS``, which the processor must have, if the setting asks for one.
     """
 
     name: str
@@ -199,14 +202,18 @@ def compiled_locale(name: str) -> Iterator[str]:
         yield folder
 
 
-def check_vectors(wanted: str | None, python: str, variables: Mapping[str, str]) -> None:
-    """Raise ``NotOffered`` if torch doesn't use the vector unit that a setting asks for."""
+def check_vectors(wanted: str | None, python: str) -> None:
+    """Raise ``NotOffered`` if this processor lacks the vector unit that a setting asks for.
+
+    Torch takes the unit that it is told to use, and fails at the first instruction that isn't there; by itself it takes
+    the widest that is.
+    """
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    done = subprocess.run(
-        [python, "-c", code], env=dict(variables), capture_output=True, text=True, check=True
-    )
-    if wanted not in (None, used := done.stdout.strip()):
-        raise NotOffered(f"this processor offers {used} and not {wanted}")
+    variables = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    done = subprocess.run([python, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    widest = done.stdout.strip()
+    if wanted is not None and WIDTHS.index(wanted) > WIDTHS.index(widest):
+        raise NotOffered(f"this processor has {widest} and not {wanted}")
 
 
 def digest() -> str:
@@ -224,8 +231,8 @@ def run(setting: Setting) -> dict[str, str]:
     row = {"setting": setting.name, "date": date.today().isoformat(), "notebooks": digest()}
     try:
         python = environment(setting.python)
+        check_vectors(setting.vectors, python)
         with prepared(setting) as (before, folder, variables):
-            check_vectors(setting.vectors, python, variables)
             # Old packages call what newer ones deprecate; here the outputs count.
             quiet = ["-W", "ignore::DeprecationWarning"] if setting.python == "oldest" else []
             done = subprocess.run(
@@ -272,7 +279,7 @@ INTRODUCTION = """# Where the digits are the same
 
 Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (under another release of matplotlib, which sets the texts in them otherwise, coarsely and by what they draw), in each of the settings below. `python tools/matrix.py` runs them and writes this table. Where a machine doesn't offer a setting, the row of a machine that did stays.
 
-SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider (and torch is asked whether it does). They add in another order with each, which is why what is trained and then printed is trained in float64.
+SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider. They add in another order with each, which is why what is trained and then printed is trained in float64.
 
 """
 

@@ -7,6 +7,7 @@ import sys
 
 import matrix
 import pytest
+import torch
 from matrix import RESULTS, SETTINGS, TABLE, NotOffered, lowest, prepared, table
 
 PROJECT = matrix.ROOT
@@ -16,7 +17,8 @@ def rows():
     return {row["setting"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
 
 
-def test_the_page_shows_the_rows():
+def test_the_page_shows_the_rows(monkeypatch):
+    monkeypatch.setattr(matrix, "ROOT", PROJECT)
     shown = table(rows())
     assert TABLE.read_text(encoding="utf-8") == shown, (
         "after a change to a notebook: python tools/matrix.py --table"
@@ -46,11 +48,21 @@ def test_a_row_of_other_notebooks_is_named_so(monkeypatch, tmp_path):
         assert changed in table({"SSE, 1 thread": row})
 
 
-def test_a_vector_unit_that_the_processor_lacks_is_not_offered():
-    with prepared(named("SSE, 1 thread")) as (_, _, variables):
-        matrix.check_vectors("DEFAULT", sys.executable, variables)
-        with pytest.raises(NotOffered, match="offers DEFAULT and not AVX512"):
-            matrix.check_vectors("AVX512", sys.executable, variables)
+@pytest.mark.parametrize("told", ["default", "avx512"])
+def test_a_vector_unit_that_the_processor_lacks_is_not_offered(monkeypatch, tmp_path, told):
+    # What torch was told to use says nothing of the processor.
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", told)
+    processor = tmp_path / "python"
+    processor.write_text('#!/bin/sh\necho "${ATEN_CPU_CAPABILITY:-AVX2}"\n')
+    processor.chmod(0o755)
+    for wanted in (None, "DEFAULT", "AVX2"):
+        matrix.check_vectors(wanted, str(processor))
+    with pytest.raises(NotOffered, match="has AVX2 and not AVX512"):
+        matrix.check_vectors("AVX512", str(processor))
+
+
+def test_torch_names_a_width_that_is_known():
+    assert torch.backends.cpu.get_cpu_capability() in matrix.WIDTHS
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this isn't an x86-64 processor")
