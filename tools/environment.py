@@ -600,13 +600,12 @@ def constraints_text(report: dict) -> str:
         f"# with all its lists under Python {platform.python_version()}.\n"
         "# The stored outputs were made with them. Renew both together:\n"
         "#     python tools/environment.py freeze && make notebooks\n"
-        "# Left out: what belongs to one system's build of torch (CUDA, triton), which torch pins by itself.\n"
+        "# What torch's build for Linux with CUDA brings along (nvidia-…, cuda-…, triton) is pinned for that build alone.\n"
     )
     pins = {}
     for entry in report["install"]:
         name = re.sub(r"[-_.]+", "-", entry["metadata"]["name"]).lower()
-        bound = name == "triton" or name.startswith(("nvidia-", "cuda-"))
-        if not bound and name not in ("lora-dora", "pip"):
+        if name not in ("lora-dora", "pip"):
             # A local label such as +cpu names a build, not a version.
             pins[name] = entry["metadata"]["version"].split("+")[0]
     return header + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))

@@ -14,13 +14,8 @@ def installed(name):
         return None
 
 
-def is_bound_to_one_system(name):
-    """Tell whether a package belongs to one system's build of torch."""
-    return name == "triton" or name.startswith(("nvidia-", "cuda-"))
-
-
 def needed(project, extras):
-    """Return the names of all packages that the project needs here with ``extras``, without those of torch's builds."""
+    """Return the names of all packages that the project needs here with ``extras``."""
     waiting = [Requirement(f"{project['name']}[{','.join(extras)}]")]
     seen = set()
     while waiting:
@@ -37,4 +32,4 @@ def needed(project, extras):
             for line in map(Requirement, lines):
                 if line.marker is None or line.marker.evaluate({"extra": extra}):
                     waiting.append(line)
-    return {name for name, _ in seen if name != project["name"] and not is_bound_to_one_system(name)}
+    return {name for name, _ in seen if name != project["name"]}

@@ -469,7 +469,7 @@ def test_what_is_imported_is_compiled_once(tool, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert "PYTHONDONTWRITEBYTECODE" not in tool.environment_for(tool.venv_python())
     # Another Python's folders aren't ours to write to.
-    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(Path(sys.executable))
+    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(Path("/elsewhere/bin/python"))
 
 
 # The command line.
@@ -572,7 +572,15 @@ def test_constraints_are_written_from_pips_report(tool):
     text = tool.constraints_text(report)
     assert text == tool.constraints_text(json.loads(json.dumps(report)))
     body = [line for line in text.splitlines() if not line.startswith("#")]
-    assert body == ["ipython==9.18.1", "ipython-pygments-lexers==1.1.1", "jinja2==3.1.6", "torch==2.15.0"]
+    assert body == [
+        "cuda-bindings==13.5.0",
+        "ipython==9.18.1",
+        "ipython-pygments-lexers==1.1.1",
+        "jinja2==3.1.6",
+        "nvidia-cublas==13.4",
+        "torch==2.15.0",
+        "triton==3.9.0",
+    ]
 
 
 @pytest.mark.usefixtures("pip_calls")

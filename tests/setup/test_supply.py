@@ -44,9 +44,7 @@ def test_what_the_lock_holds_besides_is_for_another_system_or_python(locked, pin
         "python_version": "3.11",
     }
     for name, marker in besides.items():
-        # What torch's build for Linux brings along is left out of constraints.txt.
-        cuda = name == "triton" or name.startswith(("nvidia-", "cuda-"))
-        assert cuda or not Marker(marker).evaluate({**here, "platform_machine": "x86_64"}), name
+        assert not Marker(marker).evaluate({**here, "platform_machine": "x86_64"}), name
 
 
 def test_everything_in_the_lock_has_hashes_and_nothing_names_an_index(lock):
