@@ -98,8 +98,12 @@ def local_workers(count: int) -> Iterator[Executor]:
     )
     try:
         yield executor
-    finally:
-        executor.shutdown(wait=True, kill_workers=True)
+    except BaseException:
+        # What ended the sweep is what its user must hear of, and not what the workers' end may bring up besides.
+        with contextlib.suppress(Exception):
+            executor.shutdown(wait=True, kill_workers=True)
+        raise
+    executor.shutdown(wait=True, kill_workers=True)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from lowrank_utils.comparison import main
+from lowrank_utils.grid import SweepError
+from lowrank_utils.sweep import local_workers
 
 RANKS = ("-p", "ranks", "1", "2", "4", "8")
 
@@ -166,9 +168,28 @@ def test_an_interrupted_sweep_says_how_to_go_on(command, tmp_path):
         wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 3)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "run the same command again to go on" in said
     assert not list((tmp_path / "out" / "runs").iterdir())
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, SweepError])
+def test_what_ended_a_sweep_is_not_hidden_by_the_end_of_its_workers(monkeypatch, reason):
+    class Breaking:
+        def __init__(self, **_):
+            self.shut_down = False
+
+        def shutdown(self, **options):
+            assert options == {"wait": True, "kill_workers": True}
+            self.shut_down = True
+            raise OSError("handle is closed")
+
+    monkeypatch.setattr("joblib.externals.loky.ProcessPoolExecutor", Breaking)
+    with pytest.raises(reason), local_workers(1) as executor:
+        raise reason
+    assert executor.shut_down
+    with pytest.raises(OSError, match="handle is closed"), local_workers(1):
+        pass
 
 
 def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
