@@ -1,9 +1,9 @@
 """From a clone to the first executed cell: how long each step takes, and how much it puts on the disk.
 
 The project is cloned into an empty folder and set up as ``make lab`` does it, from a bare Python and with nothing in the
-caches; the time for that is mostly the network's and the disk's. Then a kernel starts and runs the first code cell of notebook 01. How long parts of the
-package take to import is measured with files that are in memory already, several times in turn. The results are written
-to notebooks/results/first_cell.json.
+caches; the time for that is mostly the network's and the disk's. Then a kernel starts and runs the first code cell of
+notebook 01. How long parts of the package take to import is measured with files that are in memory already, several
+times in turn. The results are written to notebooks/results/first_cell.json.
 """
 
 import json
@@ -47,11 +47,11 @@ with client.setup_kernel():
 """
 
 
-def timed(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> float:
+def timed(*command: str | Path, cwd: Path) -> float:
     """Run a command and return how many seconds it took."""
     # Only this file's own commands, and never through a shell.
     start = time.perf_counter()
-    subprocess.run(list(map(str, command)), cwd=cwd, env=env, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    subprocess.run(list(map(str, command)), cwd=cwd, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
     return time.perf_counter() - start
 
 
@@ -75,20 +75,19 @@ def main() -> Path:
     with tempfile.TemporaryDirectory() as name, tqdm(total=4, unit="step") as bar:
         clone = Path(name) / "clone"
         # As on a machine where nothing was installed yet, and where Python keeps what it compiles.
-        new = os.environ | {"UV_CACHE_DIR": f"{name}/uv", "PIP_CACHE_DIR": f"{name}/pip"}
-        new.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ |= {"UV_CACHE_DIR": f"{name}/uv", "PIP_CACHE_DIR": f"{name}/pip"}
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         bar.set_postfix_str("clone")
         seconds["clone"] = timed("git", "clone", "-q", "--depth=1", ROOT.as_uri(), clone, cwd=Path(name))
         bar.update()
         bar.set_postfix_str("environment")
-        seconds["environment"] = timed(sys.executable, "tools/environment.py", "check", cwd=clone, env=new)
+        seconds["environment"] = timed(sys.executable, "tools/environment.py", "check", cwd=clone)
         bar.update()
         bar.set_postfix_str("first cell")
         python = clone / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         first = subprocess.run(  # noqa: S603
             [python, "-c", FIRST_CELL],
             cwd=clone / "notebooks",
-            env=new,
             check=True,
             stdout=subprocess.PIPE,
             text=True,

@@ -47,13 +47,14 @@ TORCH_BUILDS = ("cpu", "default")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CPU_INDEX_SECONDS = 5
 
-# It installs, in a fraction of the time that pip takes, and it takes over what pip is told about where packages lie.
+# It installs, in a fraction of pip's time, and looks for packages where pip is told to.
 UV = "uv==0.13.9"
 UV_NAMES = {
     "index-url": "UV_INDEX_URL",
     "extra-index-url": "UV_EXTRA_INDEX_URL",
     "find-links": "UV_FIND_LINKS",
     "cert": "SSL_CERT_FILE",
+    "no-cache-dir": "UV_NO_CACHE",
 }
 # Whoever tells pip one of these wants it kept, and uv has no such setting or another one.
 LEFT_TO_PIP = {"constraint", "no-binary", "no-index", "only-binary", "require-hashes"}
@@ -383,8 +384,8 @@ def bring_uv(folder: str) -> str | None:
 
     The environment itself holds what constraints.txt names, and no second installer.
     """
-    quietly = ["--quiet", "--retries=0", "--only-binary=:all:", "--no-deps", f"--target={folder}"]
-    command = [str(venv_python()), "-m", "pip", "install", "--no-input", *quietly, UV]
+    alone = ["--retries=0", "--only-binary=:all:", "--no-deps", f"--target={folder}"]
+    command = [str(venv_python()), "-m", "pip", "install", "--no-input", *alone, UV]
     # Where there is no network, pip says so when it comes to the packages themselves.
     outcome = subprocess.run(
         command, cwd=ROOT, env=pip_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -600,7 +601,7 @@ def constraints_text(report: dict) -> str:
         f"# with all its lists under Python {platform.python_version()}.\n"
         "# The stored outputs were made with them. Renew both together:\n"
         "#     python tools/environment.py freeze && make notebooks\n"
-        "# What torch's build for Linux with CUDA brings along (nvidia-…, cuda-…, triton) is pinned for that build alone.\n"
+        "# What torch's build with CUDA brings along (nvidia-…, cuda-…, triton) is pinned for that build alone.\n"
     )
     pins = {}
     for entry in report["install"]:

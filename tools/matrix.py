@@ -35,8 +35,9 @@ RESULTS = ROOT / "notebooks" / "results" / "matrix.json"
 TABLE = ROOT / "docs" / "reproducibility.md"
 ENVIRONMENTS = ROOT / ".matrix"
 
-# What each vector unit of an x86-64 processor is called by torch, twice by Intel's MKL and by oneDNN. On AMD's processors MKL
-# heeds none of its own names but COMPATIBLE, which is SSE.
+IS_X86_64 = platform.machine() in ("x86_64", "AMD64")
+# What each vector unit of such a processor is called by torch, twice by Intel's MKL, and by oneDNN. On AMD's processors
+# MKL heeds none of its own names but COMPATIBLE, which is SSE.
 PROCESSORS = {
     "SSE": ("default", "SSE4_2", "COMPATIBLE", "SSE41"),
     "AVX2": ("avx2", "AVX2", None, "AVX2"),
@@ -138,9 +139,17 @@ def environment(name: str) -> str:
     constraints = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if name == "oldest":
-        # Newer releases of mlxtend and transformers ask for a newer matplotlib and a newer torch, which pins sympy.
+        # Newer releases of mlxtend and transformers ask for a newer matplotlib and a newer torch, which pins sympy and triton.
         oldest = ("torch", "torchvision", "matplotlib", "mlxtend", "transformers", "peft")
-        free = (*oldest, "sympy", "accelerate", "huggingface-hub", "sentence-transformers", "tokenizers")
+        free = (
+            *oldest,
+            "sympy",
+            "triton",
+            "accelerate",
+            "huggingface-hub",
+            "sentence-transformers",
+            "tokenizers",
+        )
         lines = [line for line in lines if line.split("==")[0] not in free]
         lines += [f"{package}=={lowest(package)}" for package in oldest]
     constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -208,11 +217,15 @@ def check_vectors(wanted: str | None, python: str) -> None:
     Torch takes the unit that it is told to use, and fails at the first instruction that isn't there; by itself it takes
     the widest that is.
     """
+    if wanted is None:
+        return
+    if not IS_X86_64:
+        raise NotOffered("this isn't an x86-64 processor")
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     variables = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     done = subprocess.run([python, "-c", code], env=variables, capture_output=True, text=True, check=True)
     widest = done.stdout.strip()
-    if wanted is not None and WIDTHS.index(wanted) > WIDTHS.index(widest):
+    if WIDTHS.index(wanted) > WIDTHS.index(widest):
         raise NotOffered(f"this processor has {widest} and not {wanted}")
 
 

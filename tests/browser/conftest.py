@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Milliseconds for whatever is waited for, which a slow machine with other work may take long to do.
 PATIENCE = 180_000
 
-# The first is made for this alone, and takes a quarter of the others' processor time.
+# The first has the same engine and no window to draw, which saves a part of the processor's time.
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # Without them the browser itself asks its maker's servers now and then.
 FLAGS = (
@@ -44,8 +44,12 @@ def pytest_collection_modifyitems(items):
 
     Those that take minutes are the first of them, so that no core waits for one of them in the end.
     """
-    folder = Path(__file__).parent
-    items.sort(key=lambda item: folder in item.path.parents and 1 + (item.path.name not in LONGEST))
+
+    def place(item):
+        here = Path(__file__).parent in item.path.parents
+        return here, here and item.path.name not in LONGEST
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

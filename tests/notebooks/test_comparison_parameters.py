@@ -1,6 +1,7 @@
 """Notebook 07 refuses wrong parameters before it trains anything, and runs with others."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -89,6 +90,19 @@ def test_another_shift_runs_to_the_end_and_writes_its_result(run, tmp_path, shif
     result = json.loads((tmp_path / "result.json").read_text())
     assert Settings.of(result["settings"]).shift == shift
     assert len(result["runs"]) == len(methods) * 2
+
+
+@pytest.mark.skipif(
+    "LOWRANK_DATA_DIR" not in os.environ, reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST"
+)
+def test_the_whole_mnist_runs_to_the_end(run, tmp_path):
+    done, notebook = run(**SMALL, data_set="mnist", result_path=str(tmp_path / "result.json"))
+    assert done.returncode == 0, done.stderr
+    assert not errors(notebook)
+    printed = [
+        o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"
+    ]
+    assert any("digits to report:            10,000" in text for text in printed)
 
 
 def test_every_parameter_is_typed_and_explained(root):

@@ -3,15 +3,14 @@
 ``make matrix`` goes through all of them, and more (docs/reproducibility.md).
 """
 
-import platform
 import subprocess
 import sys
 
 import pytest
-from matrix import ROOT, prepared, processor
+from matrix import IS_X86_64, ROOT, prepared, processor
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this isn't an x86-64 processor")
+@pytest.mark.skipif(not IS_X86_64, reason="this isn't an x86-64 processor")
 def test_all_stored_outputs_come_out_under_sse():
     with prepared(processor("SSE", 1)) as (before, folder, variables):
         command = [

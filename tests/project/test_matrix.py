@@ -1,16 +1,17 @@
 """The table of settings is what was run, and a setting is prepared as its name says."""
 
 import json
-import platform
 import subprocess
 import sys
 
 import matrix
 import pytest
 import torch
-from matrix import RESULTS, SETTINGS, TABLE, NotOffered, lowest, prepared, table
+from matrix import IS_X86_64, RESULTS, SETTINGS, TABLE, NotOffered, lowest, prepared, table
 
 PROJECT = matrix.ROOT
+
+on_x86_64 = pytest.mark.skipif(not IS_X86_64, reason="this isn't an x86-64 processor")
 
 
 def rows():
@@ -49,23 +50,30 @@ def test_a_row_of_other_notebooks_is_named_so(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("told", ["default", "avx512"])
-def test_a_vector_unit_that_the_processor_lacks_is_not_offered(monkeypatch, tmp_path, told):
-    # What torch was told to use says nothing of the processor.
+def test_a_vector_unit_that_the_processor_lacks_is_not_offered(monkeypatch, told):
+    def run(command, env, **_):
+        # As torch does: what it is told to use, or else what the processor has.
+        return subprocess.CompletedProcess(command, 0, env.get("ATEN_CPU_CAPABILITY", "AVX2") + "\n")
+
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", told)
-    processor = tmp_path / "python"
-    processor.write_text('#!/bin/sh\necho "${ATEN_CPU_CAPABILITY:-AVX2}"\n')
-    processor.chmod(0o755)
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    monkeypatch.setattr(matrix, "IS_X86_64", True)
     for wanted in (None, "DEFAULT", "AVX2"):
-        matrix.check_vectors(wanted, str(processor))
+        matrix.check_vectors(wanted, sys.executable)
     with pytest.raises(NotOffered, match="has AVX2 and not AVX512"):
-        matrix.check_vectors("AVX512", str(processor))
+        matrix.check_vectors("AVX512", sys.executable)
+    monkeypatch.setattr(matrix, "IS_X86_64", False)
+    matrix.check_vectors(None, sys.executable)
+    with pytest.raises(NotOffered, match="isn't an x86-64 processor"):
+        matrix.check_vectors("DEFAULT", sys.executable)
 
 
+@on_x86_64
 def test_torch_names_a_width_that_is_known():
     assert torch.backends.cpu.get_cpu_capability() in matrix.WIDTHS
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="this isn't an x86-64 processor")
+@on_x86_64
 def test_sums_are_taken_in_another_order_under_sse():
     code = (
         "import hashlib, torch; torch.set_num_threads(1); torch.manual_seed(0); "
@@ -76,7 +84,9 @@ def test_sums_are_taken_in_another_order_under_sse():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert len(here) == 64
-    assert output_in("SSE, 1 thread", sys.executable, "-c", code) != here
+    under_sse = output_in("SSE, 1 thread", sys.executable, "-c", code)
+    assert len(under_sse) == 64
+    assert under_sse != here
 
 
 def test_what_another_machine_could_run_stays(monkeypatch, tmp_path):

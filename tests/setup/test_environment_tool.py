@@ -282,6 +282,7 @@ def test_uv_looks_where_pip_is_told_to(tool, uv_calls):
         "global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'\n"
         "global.index-url='https://file.example/simple'\n"
         "install.find-links='/wheels'\n"
+        "install.no-cache-dir='true'\n"
         "list.format='columns'\n"
     )
     tool.install({"lab"}, "default")
@@ -291,6 +292,7 @@ def test_uv_looks_where_pip_is_told_to(tool, uv_calls):
         "UV_EXTRA_INDEX_URL": "https://one.example/simple https://two.example/simple",
         "UV_FIND_LINKS": "/wheels",
         "SSL_CERT_FILE": "/etc/certificates.crt",
+        "UV_NO_CACHE": "true",
     }
 
 
