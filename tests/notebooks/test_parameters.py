@@ -73,7 +73,7 @@ def test_another_rank_and_seed_run_to_the_end(run):
     "LOWRANK_DATA_DIR" not in os.environ, reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST"
 )
 def test_the_whole_mnist_runs_to_the_end(run):
-    printed = run(data_set="mnist", epochs=1, adaptation_epochs=5)
+    printed = run(data_set="mnist", epochs=1, adaptation_epochs=3)
     assert "55,000 digits" in printed
     before = percent(r"pretrained network on rotated digits: ([\d.]+)%", printed)
     assert percent(r"accuracy on the validation split: ([\d.]+)%", printed) > 0.94

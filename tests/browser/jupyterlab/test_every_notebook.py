@@ -12,7 +12,14 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.i
 
 
 # Parameters of notebooks 06 and 07, so that they train less and fewer networks; nbval runs them as they are stored.
-FEWER = {"seeds": [1, 2], "learning_rates": [0.01], "epochs": 1, "adaptation_epochs": 2}
+FEWER = {
+    "seeds": [1, 2],
+    "learning_rates": [0.01],
+    "adaptation_examples": 100,
+    "pretraining_epochs": 1,
+    "epochs": 1,
+    "adaptation_epochs": 2,
+}
 
 
 def with_fewer_runs(notebook):
