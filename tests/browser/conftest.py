@@ -105,14 +105,16 @@ def new_context(new_context, requests_elsewhere):
 
 @pytest.fixture
 def screenshot(pytestconfig):
-    """A function that keeps a picture of a page under a name.
+    """A function that keeps a picture of a page under a name, where ``--screenshot=on`` asks for it.
 
-    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs.
+    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs. Some four
+    hundred pictures that nobody looks at would take a minute.
     """
     folder = Path(pytestconfig.getoption("--output"))
 
     def keep(page, name, **options):
-        page.screenshot(path=folder / f"{name}.png", **options)
+        if pytestconfig.getoption("--screenshot") == "on":
+            page.screenshot(path=folder / f"{name}.png", **options)
 
     return keep
 

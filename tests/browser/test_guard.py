@@ -56,10 +56,16 @@ def test_what_a_page_asks_of_other_machines_is_refused_and_recorded(page, addres
     requests_elsewhere.clear()
 
 
-def test_a_picture_of_a_page_is_kept(page, address, screenshot, pytestconfig, requests_elsewhere):
+def test_a_picture_of_a_page_is_kept_where_it_is_asked_for(
+    page, address, screenshot, pytestconfig, requests_elsewhere, monkeypatch
+):
     file = Path(pytestconfig.getoption("--output"), "guard.png")
     file.unlink(missing_ok=True)
     page.goto(address)
+    monkeypatch.setattr(pytestconfig.option, "screenshot", "only-on-failure")
+    screenshot(page, "guard")
+    assert not file.exists()
+    monkeypatch.setattr(pytestconfig.option, "screenshot", "on")
     screenshot(page, "guard")
     assert matplotlib.image.imread(file).shape[:2] == (800, 1280)
     requests_elsewhere.clear()

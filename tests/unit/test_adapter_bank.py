@@ -161,16 +161,17 @@ def test_rows_of_sequences_and_gradients(kind, dtype):
     for name, model in customers.items():
         bank.add(name, model)
     x = normal(4, 2, 3, 7, dtype=dtype).requires_grad_()
+    # Roundings of the largest entry. The gradient has up to 92 of them with AVX2, and a wrong formula thousands.
+    rtol = 500 * torch.finfo(dtype).eps
     with bank.rows(["2", None, "0", "2"]):
         y = bank.model(x)
-    tolerance = {"rtol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     y.pow(2).sum().backward()
     for row, alone in enumerate([customers["2"], base(dtype), customers["0"], customers["2"]]):
         single = x[row].detach().clone().requires_grad_()
         expected = alone(single)
-        assert_close(y[row], expected, **tolerance)
+        assert_close(y[row], expected, rtol=rtol)
         expected.pow(2).sum().backward()
-        assert_close(x.grad[row], single.grad, **tolerance)
+        assert_close(x.grad[row], single.grad, rtol=rtol)
 
 
 def test_rows_with_the_base_alone_are_the_base_models_to_the_last_bit(bank):

@@ -20,9 +20,17 @@ peft = pytest.importorskip("peft", reason='needs the extra peft: pip install -e 
 KINDS = pytest.mark.parametrize(
     "kind", [LinearWithLoRA, LinearWithLoRAMerged, LinearWithDoRA, LinearWithDoRAMerged]
 )
-TOLERANCES = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCES)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 TARGETS = ["0", "2", "4"]
+
+
+def assert_equal_but_for_rounding(actual, expected):
+    """Allow some roundings of the largest entry; up to nine were seen, with SSE, AVX2 and AVX-512.
+
+    A sum's rounding error goes by its terms, so an entry where they cancel has as large a one as all others.
+    """
+    assert actual.dtype == expected.dtype
+    assert_close(actual, expected, rtol=30 * torch.finfo(expected.dtype).eps)
 
 
 def base(dtype=torch.float64, bias=True):
@@ -82,14 +90,14 @@ def test_outputs_and_gradients_are_pefts(kind, dtype, rank, bias):
         (y * G).sum().backward()
         found.append((y, x.grad))
     for mine, its in zip(*found, strict=True):
-        torch.testing.assert_close(mine, its, **TOLERANCES[dtype])
+        assert_equal_but_for_rounding(mine, its)
     for name in TARGETS:
         mine, its = ours.get_submodule(name), theirs.base_model.model.get_submodule(name)
         pairs = [(mine.lora.A.grad.T, its.lora_A), (mine.lora.B.grad.T, its.lora_B)]
         pairs += [(mine.m.grad, its.lora_magnitude_vector)] if hasattr(mine, "m") else []
         for gradient, module in pairs:
             assert gradient.abs().max() > 0.001
-            torch.testing.assert_close(gradient, module["default"].weight.grad, **TOLERANCES[dtype])
+            assert_equal_but_for_rounding(gradient, module["default"].weight.grad)
     assert (ours(normal(6, 40).to(dtype)) - base(dtype, bias)(normal(6, 40).to(dtype))).abs().max() > 0.1
 
 
@@ -154,7 +162,7 @@ def test_peft_loads_what_we_save(kind, dtype, rank, scaling, tmp_path):
     save_adapter(ours, tmp_path / "adapter")
     theirs = loaded_by_peft(base(dtype), tmp_path / "adapter")
     x = normal(6, 40).to(dtype)
-    torch.testing.assert_close(theirs(x), ours(x), **TOLERANCES[dtype])
+    assert_equal_but_for_rounding(theirs(x), ours(x))
 
 
 @KINDS
@@ -172,7 +180,7 @@ def test_we_load_what_peft_saves(kind, dtype, rslora, tmp_path):
     assert load_adapter(ours, tmp_path) == TARGETS
     assert ours[0].lora.alpha == (3.0 if rslora else 1.5)
     x = normal(6, 40).to(dtype)
-    torch.testing.assert_close(ours(x), theirs(x), **TOLERANCES[dtype])
+    assert_equal_but_for_rounding(ours(x), theirs(x))
     assert (ours(x) - base(dtype)(x)).abs().max() > 0.01
 
 
@@ -198,7 +206,7 @@ def test_pefts_patterns_mean_the_same_here(kind, settings, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = base()
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours(normal(6, 40)), theirs(normal(6, 40)), **TOLERANCES[torch.float64])
+    assert_equal_but_for_rounding(ours(normal(6, 40)), theirs(normal(6, 40)))
 
 
 class Names(nn.Module):
