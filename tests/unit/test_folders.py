@@ -1,9 +1,13 @@
 """A folder is replaced in one step: whenever the process is killed, the old folder is there or the new one."""
 
+import ctypes
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,7 +99,7 @@ def test_killed_at_any_step_the_old_or_the_new_folder_is_there(tmp_path, way, be
 def test_nothing_is_left_beside_the_folder(tmp_path, exchange, monkeypatch):
     if not exchange:
         monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
-    folder = tmp_path / "deep" / "adapter"
+    folder = tmp_path / "very" / "deep" / "adapter"
     for files in (OLD, NEW, OLD):
         replace_folder(folder, files)
         assert content(folder) == files
@@ -110,10 +114,15 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     folder = tmp_path / "adapter"
-    write(folder, {**OLD, "thesis.tex": b"years of work"})
-    with pytest.raises(ValueError, match=r"also holds thesis\.tex, which replacing it would delete"):
+    others = {"thesis.tex": b"years of work", "notes.txt": b"more of it"}
+    write(folder, OLD | others)
+    said = (
+        "also holds notes.txt, thesis.tex, which replacing it would delete; "
+        "it may hold nothing but a.json and b.bin. Name a new or an empty folder"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
         replace_folder(folder, NEW)
-    assert content(folder) == {**OLD, "thesis.tex": b"years of work"}
+    assert content(folder) == OLD | others
 
 
 def test_a_file_is_not_replaced(tmp_path):
@@ -163,3 +172,90 @@ def test_an_old_folder_beside_a_finished_new_one_is_removed(tmp_path):
     recover(tmp_path / "adapter")
     assert content(tmp_path / "adapter") == NEW
     assert not (tmp_path / ".adapter.old").exists()
+
+
+# What two processes do to each other, and what other systems can't do.
+
+
+@pytest.fixture
+def another_is_faster(monkeypatch):
+    """Whatever tree is to be removed, another process removes it just before."""
+    remove = shutil.rmtree
+
+    def remove_twice(path, *arguments, **options):
+        remove(path, ignore_errors=True)
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_twice)
+
+
+@pytest.mark.usefixtures("another_is_faster")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_another_process_has_removed_is_no_error(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
+    write(tmp_path / "adapter", OLD)
+    write(tmp_path / ".adapter.old", OLD)
+    recover(tmp_path / "adapter")
+    replace_folder(tmp_path / "adapter", NEW)
+    assert content(tmp_path / "adapter") == NEW
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_another_process_has_put_back_is_no_error(tmp_path, monkeypatch):
+    write(tmp_path / ".adapter.old", OLD)
+    rename = Path.rename
+
+    def rename_twice(path, target):
+        rename(path, target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_twice)
+    recover(tmp_path / "adapter")
+    assert content(tmp_path / "adapter") == OLD
+
+
+def test_a_folder_that_another_process_puts_there_first_is_replaced(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "adapter", Path.rename
+
+    def rename_too_late(path, target):
+        if not folder.exists():
+            write(folder, OLD)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_too_late)
+    replace_folder(folder, NEW)
+    assert content(folder) == NEW
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_that_cannot_be_put_there_is_an_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        replace_folder(tmp_path / "adapter", NEW)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux exchanges folders in one step")
+def test_two_folders_change_names_also_under_relative_paths(tmp_path, monkeypatch):
+    write(tmp_path / "first", OLD)
+    write(tmp_path / "second", NEW)
+    monkeypatch.chdir(tmp_path)
+    assert _folders._exchange(Path("first"), Path("second"))
+    assert (content(Path("first")), content(Path("second"))) == (NEW, OLD)
+
+
+@pytest.mark.parametrize("lacking", ["Linux", "the call"])
+def test_a_system_that_cannot_exchange_folders_takes_two_steps(tmp_path, monkeypatch, lacking):
+    if lacking == "Linux":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    write(tmp_path / "adapter", OLD)
+    write(tmp_path / "other", NEW)
+    assert _folders._exchange(tmp_path / "adapter", tmp_path / "other") is False
+    replace_folder(tmp_path / "adapter", NEW)
+    assert content(tmp_path / "adapter") == NEW
