@@ -107,8 +107,8 @@ def new_context(new_context, requests_elsewhere):
 def screenshot(pytestconfig):
     """A function that keeps a picture of a page under a name, where ``--screenshot=on`` asks for it.
 
-    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs. Some four
-    hundred pictures that nobody looks at would take a minute.
+    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs. A
+    notebook's page in full takes a second or two, which is why it isn't done where nobody looks.
     """
     folder = Path(pytestconfig.getoption("--output"))
 

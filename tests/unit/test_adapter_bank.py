@@ -14,6 +14,7 @@ from support import (
     Reference,
     array,
     assert_close,
+    assert_equal_but_for_rounding,
     assert_same_state,
     linear_layer,
     move_all,
@@ -160,18 +161,17 @@ def test_rows_of_sequences_and_gradients(kind, dtype):
     bank = AdapterBank(base(dtype))
     for name, model in customers.items():
         bank.add(name, model)
-    x = normal(4, 2, 3, 7, dtype=dtype).requires_grad_()
-    # Roundings of the largest entry. The gradient has up to 92 of them with AVX2, and a wrong formula thousands.
-    rtol = 500 * torch.finfo(dtype).eps
+    # Small, for where tanh is saturated a gradient loses two digits to rounding.
+    x = (0.02 * normal(4, 2, 3, 7, dtype=dtype)).requires_grad_()
     with bank.rows(["2", None, "0", "2"]):
         y = bank.model(x)
     y.pow(2).sum().backward()
     for row, alone in enumerate([customers["2"], base(dtype), customers["0"], customers["2"]]):
         single = x[row].detach().clone().requires_grad_()
         expected = alone(single)
-        assert_close(y[row], expected, rtol=rtol)
+        assert_equal_but_for_rounding(y[row], expected)
         expected.pow(2).sum().backward()
-        assert_close(x.grad[row], single.grad, rtol=rtol)
+        assert_equal_but_for_rounding(x.grad[row], single.grad)
 
 
 def test_rows_with_the_base_alone_are_the_base_models_to_the_last_bit(bank):

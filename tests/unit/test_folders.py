@@ -52,6 +52,16 @@ _folders.replace_folder(folder, new)
 """
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def either_way(request, monkeypatch):
+    """The way in which two folders change places: in one step, or as on a system that can't do that."""
+    if request.param == "two renames":
+        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
+
+
+EITHER_WAY = pytest.mark.usefixtures("either_way")
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -95,10 +105,8 @@ def test_killed_at_any_step_the_old_or_the_new_folder_is_there(tmp_path, way, be
     assert len(outcomes) > 8
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_nothing_is_left_beside_the_folder(tmp_path, exchange, monkeypatch):
-    if not exchange:
-        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
+@EITHER_WAY
+def test_nothing_is_left_beside_the_folder(tmp_path):
     folder = tmp_path / "very" / "deep" / "adapter"
     for files in (OLD, NEW, OLD):
         replace_folder(folder, files)
@@ -140,11 +148,9 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
     assert content(tmp_path / "real") == NEW
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, exchange):
+@EITHER_WAY
+def test_a_write_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
     write(tmp_path / "adapter", OLD)
-    if not exchange:
-        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -190,10 +196,8 @@ def another_is_faster(monkeypatch):
 
 
 @pytest.mark.usefixtures("another_is_faster")
-@pytest.mark.parametrize("exchange", [True, False])
-def test_what_another_process_has_removed_is_no_error(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
+@EITHER_WAY
+def test_what_another_process_has_removed_is_no_error(tmp_path):
     write(tmp_path / "adapter", OLD)
     write(tmp_path / ".adapter.old", OLD)
     recover(tmp_path / "adapter")
