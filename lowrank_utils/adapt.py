@@ -1,7 +1,7 @@
-"""Put adapters into any model, freeze the rest, count, and merge back into plain linear layers."""
+"""Put adapters into any model, freeze the rest, give parts their own learning rate, count, and merge back."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_utils._arguments import is_adapter
+from lowrank_utils._arguments import check_finite_number, is_adapter
 
 
 def replace_linear_layers(
@@ -118,6 +118,64 @@ def freeze_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.requires_grad_(False)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters of ``model`` in groups, each with its own learning rate, for any optimizer.
+
+    DoRA's m wants a larger rate than A and B, and LoRA+ gives B one (arXiv 2402.12354)::
+
+        optimizer = torch.optim.Adam(parameter_groups(model, 0.003, {"*.m": 30}))
+
+    In a model of PEFT the magnitudes are called ``"*lora_magnitude_vector*"``, and B ``"*lora_B*"``.
+
+    Args:
+        model: any module. What is frozen is left out.
+        learning_rate: of all parameters that no pattern matches.
+        factors: glob pattern for names as ``named_parameters`` gives them → what the learning rate of the
+            parameters that it matches is multiplied by. A parameter with several names goes by each of them.
+
+    Returns:
+        A group for what no pattern matches, if there is such, then one for each pattern in its order;
+        each holds ``"params"`` in the model's order, and ``"lr"``.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a rate or a factor isn't larger than zero and finite, nothing is trainable, a pattern
+            matches nothing trainable, or two patterns match the same parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_finite_number("learning_rate", learning_rate, above=0)
+    if factors is not None and not isinstance(factors, Mapping):
+        raise TypeError(f"factors must be a dict of pattern → factor; got {type(factors).__name__}")
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(parameter, []).append(name)
+    if not names:
+        raise ValueError("model has no trainable parameters: everything is frozen")
+    matched: dict[nn.Parameter, str] = {}
+    groups = []
+    for pattern, factor in (factors or {}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})")
+        check_finite_number(f"the factor of {pattern!r}", factor, above=0)
+        members = [p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)]
+        if not members:
+            trainable = ", ".join(known[0] for known in names.values())
+            raise ValueError(f"no trainable parameter matches {pattern!r}; trainable are: {trainable}")
+        if twice := [p for p in members if p in matched]:
+            raise ValueError(
+                f"{names[twice[0]][0]} is matched by {matched[twice[0]]!r} and by {pattern!r}; "
+                "which of the two factors is meant?"
+            )
+        matched.update(dict.fromkeys(members, pattern))
+        groups.append({"params": members, "lr": learning_rate * factor})
+    rest = [p for p in names if p not in matched]
+    return [{"params": rest, "lr": float(learning_rate)}, *groups] if rest else groups
 
 
 @torch.no_grad()

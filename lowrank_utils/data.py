@@ -352,6 +352,22 @@ def invert(digits: Digits) -> Digits:
     return Digits(1 - digits.images, digits.labels)
 
 
+def blur(digits: Digits, width: float = 2.0) -> Digits:
+    """Return the digits out of focus: each pixel is a mean of those around it, weighted by a Gaussian.
+
+    Args:
+        digits: what to blur.
+        width: the Gaussian's standard deviation, in pixels.
+    """
+    check_finite_number("width", width, above=0)
+    distances = torch.arange(SIDE, device=digits.images.device)
+    # Entry (i, j) is what pixel j gives to pixel i of its row or column.
+    weights = torch.exp(-((distances[:, None] - distances) ** 2) / (2 * width**2))
+    weights = (weights / weights.sum(dim=1, keepdim=True)).to(digits.images.dtype)
+    pictures = digits.images.unflatten(1, (SIDE, SIDE))
+    return Digits((weights @ pictures @ weights.T).flatten(start_dim=1), digits.labels)
+
+
 def permute_pixels(digits: Digits, seed: int) -> Digits:
     """Return the digits with their pixels in another order, the same for all images and fixed by ``seed``."""
     check_seed(seed)

@@ -2,8 +2,8 @@
 
 import copy
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,32 +12,40 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_utils.adapt import count_parameters
-from lowrank_utils.data import Digits, Splits, invert, load_mnist, permute_pixels, rotate, stratified_sample
+from lowrank_utils.data import Digits, load_mnist, stratified_sample
 from lowrank_utils.decompose import direction_change, magnitude_change
-from lowrank_utils.methods import METHODS, Adapter, linear_layers
+from lowrank_utils.methods import METHODS, Adapter, make_trainable
 from lowrank_utils.settings import DTYPES, Settings
-from lowrank_utils.training import MultilayerPerceptron, accuracy, train
+from lowrank_utils.shifts import SHIFTS, shifted_splits
+from lowrank_utils.training import MultilayerPerceptron, accuracy, train, warm_up_and_decay
+from lowrank_utils.tuning import Choice, Point, Range, Space, tune
+
+# Of each data set, how many images are held out to choose by. Of a thousand, half have an unseen class.
+VALIDATION = {"mnist-5k": 1_000, "mnist": 5_000}
 
 
 class Task(NamedTuple):
     """What an adaptation may see: the test split isn't among it.
 
     Attributes:
+        network: the seed of the pretrained network, its splits and its tuning.
         pretrained: the network before the adaptation.
-        train: shifted digits to draw samples from.
-        validation: shifted digits to choose by.
+        train: new digits to draw samples from.
+        validation: new digits to choose by.
     """
 
+    network: int
     pretrained: nn.Module
     train: Digits
     validation: Digits
 
 
-def prepare(settings: Settings, progress: bool = True) -> tuple[Task, Digits]:
-    """Pretrain once, shift the digits, and return the task and, apart from it, the shifted test split.
+def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Task, Digits]:
+    """Pretrain a network, shift the digits, and return the task and, apart from it, the shifted test split.
 
     Args:
         settings: of the experiment.
+        network: the seed of the splits, the initialisation and the order of the pretraining.
         progress: show a bar.
 
     Raises:
@@ -46,70 +54,67 @@ def prepare(settings: Settings, progress: bool = True) -> tuple[Task, Digits]:
     """
     dtype = DTYPES[settings.dtype]
     splits = load_mnist(
-        settings.data_set, seed=settings.pretraining_seed, device=settings.device, dtype=dtype
+        settings.data_set,
+        validation=VALIDATION[settings.data_set],
+        seed=network,
+        device=settings.device,
+        dtype=dtype,
     )
-    shifted = Splits(*(shift(digits, settings) for digits in splits))
-    available = len(shifted.train.labels)
+    familiar, new = shifted_splits(settings.shift, splits, settings.rotation, network)
+    available = len(new.train.labels)
     if settings.adaptation_examples > available - 10:
         raise ValueError(
             f"adaptation_examples must be at most {available - 10:,} for {settings.shift} on "
             f"{settings.data_set}; got {settings.adaptation_examples:,}"
         )
-    familiar = splits.train
-    if settings.shift == "unseen classes":
-        familiar = _with_labels(familiar, familiar.labels < 5)
-    torch.manual_seed(settings.pretraining_seed)
+    torch.manual_seed(network)
     pretrained = MultilayerPerceptron(784, 128, 256, 10).to(device=settings.device, dtype=dtype)
     train(
         pretrained,
         familiar,
         epochs=settings.pretraining_epochs,
         learning_rate=0.001,
-        seed=settings.pretraining_seed,
+        seed=network,
         measure_training=False,
         progress=progress,
     )
-    return Task(pretrained, shifted.train, shifted.validation), shifted.test
-
-
-def shift(digits: Digits, settings: Settings) -> Digits:
-    """Return the digits that the network is to adapt to."""
-    if settings.shift == "rotation":
-        return rotate(digits, settings.rotation)
-    if settings.shift == "inversion":
-        return invert(digits)
-    if settings.shift == "permutation":
-        return permute_pixels(digits, seed=settings.pretraining_seed)
-    return _with_labels(digits, digits.labels >= 5)
-
-
-def _with_labels(digits: Digits, chosen: torch.Tensor) -> Digits:
-    return Digits(digits.images[chosen], digits.labels[chosen])
+    return Task(network, pretrained, new.train, new.validation), new.test
 
 
 class Run(NamedTuple):
-    """One adaptation, by a method with a rank, a learning rate and a seed.
+    """One adaptation.
 
     Attributes:
+        network: the seed of the pretrained network.
         method: a name in ``METHODS``.
         rank: of A and B, or None.
-        trainable: how many numbers it trains.
-        learning_rate: of Adam, or None if nothing is trained.
+        steps: how often the weights were updated.
         seed: of the sample, of A and of the order of the digits.
-        validation: accuracy on the validation split, from 0 to 1, after each epoch that was followed.
+        trainable: how many parameters it trains.
+        learning_rate: of Adam, or None if nothing is trained.
+        factor: what the learning rate of the method's part was multiplied by, if it has one.
+        training_loss: mean cross-entropy over the last epoch, in nats; None if nothing was trained or the run ended
+            in numbers that aren't finite.
+        dead: the loss isn't finite, or at the end no lower than that of guessing among the classes.
+        validation: accuracy on the validation split at the end, from 0 to 1.
         test: accuracy on the test split at the end, or None as long as nobody has looked.
-        changes: after each epoch and for each linear layer ΔM, the change of its rows' lengths, and ΔD,
-            that of their directions (arXiv 2402.09353, Eqs. 3 and 4).
+        negative: for each linear layer the share of m, or of the gain, that is below zero; None where a layer has
+            neither.
     """
 
+    network: int
     method: str
     rank: int | None
+    steps: int
+    seed: int
     trainable: int
     learning_rate: float | None
-    seed: int
-    validation: list[float]
+    factor: float | None
+    training_loss: float | None
+    dead: bool
+    validation: float
     test: float | None
-    changes: list[list[tuple[float, float]]]
+    negative: list[float | None]
 
 
 def adapt(
@@ -117,150 +122,179 @@ def adapt(
     settings: Settings,
     method: str,
     rank: int | None,
-    learning_rate: float | None,
+    steps: int,
+    point: Point | None,
     seed: int,
-    follow: bool = True,
+    progress: bool = False,
 ) -> tuple[nn.Module, Run]:
     """Adapt a copy of the pretrained network, and return it and how it went.
 
-    With the same seed all methods learn from the same digits in the same order, and those of one
-    rank start from the same A, so that their differences can be taken in pairs.
+    With the same seed all methods learn from the same digits in the same order, and those of one rank that adapt the
+    same layers start from the same A, so that their differences can be taken in pairs.
 
     Args:
         task: what to learn from and to choose by.
         settings: of the experiment.
         method: a name in ``METHODS``.
         rank: of A and B, or None.
-        learning_rate: of Adam, or None if nothing is trained.
+        steps: whole epochs.
+        point: the learning rate, and the factor for the method's part; None if nothing is trained.
         seed: of the sample, of A and of the order of the digits.
-        follow: measure the run after each epoch, and not only its accuracy at the end. On the whole MNIST
-            an adaptation then takes two to three times as long.
-
-    Raises:
-        FloatingPointError: the loss became infinite.
+        progress: show a bar.
     """
     model = copy.deepcopy(task.pretrained)
     torch.manual_seed(seed)
-    METHODS[method].prepare(model, Adapter(rank or 1, settings.alpha, settings.scaling, settings.init))
+    adapter = Adapter(rank or 1, settings.alpha, settings.scaling, settings.init)
+    make_trainable(method, model, adapter, SHIFTS[settings.shift].trains_last_layer)
     trainable = count_parameters(model).trainable
-    if trainable == 0:
-        before = accuracy(model, task.validation)
-        return model, Run(method, rank, 0, None, seed, [before], None, [])
-    sample = stratified_sample(task.train, settings.adaptation_examples, seed)
-    changes: list[list[tuple[float, float]]] = []
-    history = train(
-        model,
-        sample,
-        epochs=settings.epochs,
-        learning_rate=learning_rate or 0.0,
-        batch_size=settings.batch_size,
+    part = METHODS[method].part
+    loss: float | None = None
+    if point is not None:
+        sample = stratified_sample(task.train, settings.adaptation_examples, seed)
+        try:
+            loss = train(
+                model,
+                sample,
+                epochs=steps // settings.steps_per_epoch,
+                learning_rate=point.rate,
+                factors=None if part is None or point.factor is None else {part.pattern: point.factor},
+                schedule=warm_up_and_decay,
+                batch_size=settings.batch_size,
+                seed=seed,
+                measure_training=False,
+                progress=progress,
+            ).loss[-1]
+        except FloatingPointError:
+            loss = None
+    guessing = math.log(len(task.train.labels.unique()))
+    run = Run(
+        network=task.network,
+        method=method,
+        rank=rank,
+        steps=steps,
         seed=seed,
-        validation=task.validation if follow else None,
-        measure_training=False,
-        after_epoch=(lambda model: changes.append(weight_changes(model, task.pretrained)))
-        if follow
-        else None,
-        progress=False,
+        trainable=trainable,
+        learning_rate=None if point is None else point.rate,
+        factor=None if point is None else point.factor,
+        training_loss=loss,
+        dead=point is not None and (loss is None or loss >= guessing),
+        validation=accuracy(model, task.validation),
+        test=None,
+        negative=_negative_shares(model),
     )
-    validation = history.validation_accuracy if follow else [accuracy(model, task.validation)]
-    return model, Run(method, rank, trainable, learning_rate, seed, validation, None, changes)
+    return model, run
 
 
-@torch.no_grad()
-def weight_changes(model: nn.Module, pretrained: nn.Module) -> list[tuple[float, float]]:
-    """Return (ΔM, ΔD) of each linear layer's weight against that of the pretrained network."""
-    return [
-        (magnitude_change(weight, linear.weight).item(), direction_change(weight, linear.weight).item())
-        for name, linear in linear_layers(pretrained)
-        if isinstance(weight := model.get_submodule(name).weight, torch.Tensor)
+def _negative_shares(model: nn.Module) -> list[float | None]:
+    shares: list[float | None] = []
+    for module in model.modules():
+        factors = getattr(module, "m", getattr(module, "gain", None))
+        if isinstance(factors, torch.Tensor):
+            shares.append((factors < 0).double().mean().item())
+    return shares
+
+
+def weight_changes(model: nn.Module, before: nn.Module) -> list[tuple[float, float]]:
+    """Return ΔM and ΔD of each linear layer (arXiv 2402.09353, Eqs. 3 and 4), comparing ``model`` with the network ``before``."""
+    pairs = [
+        (adapted.weight.detach(), layer.weight.detach())
+        for adapted, layer in zip(model.layers, before.layers, strict=True)
+        if isinstance(layer, nn.Linear)
     ]
+    return [(magnitude_change(W, W0), direction_change(W, W0)) for W, W0 in pairs]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A learning rate, and what it was chosen from.
+def space_of(method: str) -> Space:
+    """Return where the learning rates of a method are drawn from, and the factors of its part."""
+    rates, part = METHODS[method].rates, METHODS[method].part
+    return Space(Range(*rates), None if part is None else Range(part.low, part.high))
+
+
+def choose(task: Task, settings: Settings, method: str, rank: int | None) -> list[Choice]:
+    """Choose a learning rate, and a factor where the method has a part, for each length on the validation split."""
+
+    def score(point: Point, steps: int, seed: int) -> float:
+        run = adapt(task, settings, method, rank, steps, point, seed)[1]
+        # Numbers that aren't finite have no accuracy, whatever argmax makes of them.
+        return 0.0 if run.training_loss is None else run.validation
+
+    return tune(
+        space_of(method), settings.tuning_points, task.network, settings.steps, settings.tuning_seeds, score
+    )
+
+
+class Tuned(NamedTuple):
+    """What a method chose at one length, above one network.
 
     Attributes:
-        method: what it is for.
-        rank: of the method, if it has one.
-        scores: learning rate → mean accuracy on the validation split over the tuning seeds. A run
-            whose loss became infinite counts as 0.
-        learning_rate: the one with the highest score; of equal ones, the smallest.
-        at_edge: it is the smallest or the largest of its grid, so a better one may lie outside.
+        network: the seed of the pretrained network.
+        method: a name in ``METHODS``.
+        rank: of A and B, or None.
+        steps: the length.
+        choice: what was tried and taken.
     """
 
+    network: int
     method: str
     rank: int | None
-    scores: dict[float, float]
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate with the highest score."""
-        return max(sorted(self.scores), key=self.scores.__getitem__)
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether a better rate may lie outside the grid."""
-        return self.learning_rate in (min(self.scores), max(self.scores))
+    steps: int
+    choice: Choice
 
 
-def choose_learning_rates(task: Task, settings: Settings, progress: bool = True) -> list[Choice]:
-    """Choose a learning rate for each method and rank on the validation split."""
-    configurations = [pair for pair in settings.configurations() if pair[0] != "frozen"]
-    jobs = [(*pair, rate) for pair in configurations for rate in settings.learning_rates]
-    scores: dict[tuple[str, int | None], dict[float, float]] = {pair: {} for pair in configurations}
-    for method, rank, rate in _with_bar(jobs, "learning rates", progress):
-        runs = [_validation_score(task, settings, method, rank, rate, seed) for seed in settings.tuning_seeds]
-        scores[method, rank][rate] = sum(runs) / len(runs)
-    return [Choice(*pair, found) for pair, found in scores.items()]
+def run_experiment(settings: Settings, progress: bool = True) -> tuple[list[Tuned], list[Run]]:
+    """Pretrain each network, let each method choose its rates, adapt with each seed, and test each run once.
 
+    Args:
+        settings: of the experiment.
+        progress: show a bar.
 
-def _validation_score(
-    task: Task, settings: Settings, method: str, rank: int | None, rate: float, seed: int
-) -> float:
-    try:
-        return adapt(task, settings, method, rank, rate, seed, follow=False)[1].validation[-1]
-    except FloatingPointError:
-        return 0.0
-
-
-def run_seeds(
-    task: Task, test: Digits, settings: Settings, choices: list[Choice], progress: bool = True
-) -> list[Run]:
-    """Adapt with each method, rank and seed at the chosen rate, and look at the test split once for each.
-
-    Raises:
-        FloatingPointError: a loss became infinite.
+    Returns:
+        What was chosen, and the runs, network by network.
     """
-    rates = {(choice.method, choice.rank): choice.learning_rate for choice in choices}
-    jobs = [(*pair, seed) for pair in settings.configurations() for seed in settings.seeds]
-    runs = []
-    for method, rank, seed in _with_bar(jobs, "seeds", progress):
-        model, run = adapt(task, settings, method, rank, rates.get((method, rank)), seed)
-        runs.append(run._replace(test=accuracy(model, test)))
-    return runs
-
-
-def _with_bar(jobs: list[Any], name: str, progress: bool) -> Iterable[Any]:
-    # Given only to switch the bar off, so that TQDM_DISABLE decides otherwise.
-    return tqdm(jobs, desc=name, unit="run", leave=False, **({} if progress else {"disable": True}))
+    tuned: list[Tuned] = []
+    runs: list[Run] = []
+    jobs = [(network, *pair) for network in settings.networks for pair in settings.configurations()]
+    silenced = {} if progress else {"disable": True}
+    task, test = None, None
+    with tqdm(jobs, unit="method", leave=False, file=sys.stdout, **silenced) as bar:
+        for network, method, rank in bar:
+            bar.set_description_str(f"network {network}, {method}")
+            if task is None or test is None or task.network != network:
+                task, test = prepare(settings, network, progress=False)
+            # "frozen" has nothing to choose.
+            choices: list[Choice | None] = [None] * len(settings.steps)
+            if method != "frozen":
+                choices = [*choose(task, settings, method, rank)]
+            for steps, choice in zip(settings.steps, choices, strict=True):
+                if choice is not None:
+                    tuned.append(Tuned(network, method, rank, steps, choice))
+                for seed in settings.seeds:
+                    point = None if choice is None else choice.chosen
+                    model, run = adapt(task, settings, method, rank, steps, point, seed)
+                    runs.append(run._replace(test=accuracy(model, test)))
+    return tuned, runs
 
 
 def write_result(
-    settings: Settings, choices: list[Choice], runs: list[Run], path: str | Path = ""
+    settings: Settings, tuned: list[Tuned], runs: list[Run], path: str | Path = ""
 ) -> dict[str, Any]:
     """Return all of an experiment as JSON holds it and, given a ``path``, write it there in one step."""
     result = {
         "settings": settings.as_dict(),
-        "learning_rates": [
+        "choices": [
             {
-                "method": choice.method,
-                "rank": choice.rank,
-                "scores": [[rate, score] for rate, score in choice.scores.items()],
-                "chosen": choice.learning_rate,
-                "at_edge": choice.at_edge,
+                "network": one.network,
+                "method": one.method,
+                "rank": one.rank,
+                "steps": one.steps,
+                "points": [[*point, scores] for point, scores in one.choice.scores.items()],
+                "learning_rate": one.choice.chosen.rate,
+                "factor": one.choice.chosen.factor,
+                "score": one.choice.score(one.choice.chosen),
+                "widened": one.choice.widened,
+                "at_edge": one.choice.at_edge,
             }
-            for choice in choices
+            for one in tuned
         ],
         "runs": [run._asdict() for run in runs],
     }

@@ -1,11 +1,14 @@
 """The methods of the comparison: each makes what it trains trainable in a pretrained network, and freezes the rest."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
+from lowrank_utils.adapt import replace_linear_layers
+from lowrank_utils.controls import LinearWithGain, LinearWithPositiveGain, LinearWithRandomRows
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 
@@ -25,24 +28,38 @@ class Adapter(NamedTuple):
         alpha: the numerator of the scaling.
         scaling: a name in ``SCALINGS``.
         init: initialisation of A.
+        targets: the names of the linear layers that get an adapter; None stands for all.
     """
 
     rank: int
     alpha: float
     scaling: str
     init: str
+    targets: tuple[str, ...] | None = None
 
-    def put_in(
-        self,
-        model: nn.Module,
-        layer_class: Callable[..., nn.Module],
-        targets: str | None = None,
-        **options: Any,
-    ) -> None:
-        """Replace the linear layers of ``model``, or those whose names match, and freeze them."""
+    def put_in(self, model: nn.Module, layer_class: Callable[..., nn.Module], **options: Any) -> None:
+        """Replace the linear layers of ``model`` that are meant, and freeze everything but the adapters."""
+        model.requires_grad_(False)
         alpha = SCALINGS[self.scaling](self.alpha, self.rank)
-        replace_linear_layers(model, layer_class, self.rank, alpha, targets, init=self.init, **options)
-        freeze_linear_layers(model)
+        replace_linear_layers(model, layer_class, self.rank, alpha, self.targets, init=self.init, **options)
+
+    def layers(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
+        """Return name and module of the linear layers that are meant, in the model's order."""
+        return [(n, layer) for n, layer in linear_layers(model) if self.targets is None or n in self.targets]
+
+
+class Part(NamedTuple):
+    """A part of what a method trains that gets a learning rate of its own.
+
+    Attributes:
+        pattern: of the parameters' names, as in ``adapt.parameter_groups``.
+        low: the smallest factor of the learning rate to try.
+        high: the largest.
+    """
+
+    pattern: str
+    low: float = 1.0
+    high: float = 200.0
 
 
 class Method(NamedTuple):
@@ -51,10 +68,17 @@ class Method(NamedTuple):
     Attributes:
         prepare: changes the network in place, so that what the method trains is trainable and nothing else is.
         has_rank: False if the adapter means nothing to it.
+        rates: the smallest and the largest learning rate to try.
+        part: what gets its own rate, if anything does.
+        contains: methods that are this one with some of its parameters left where they start, or with a factor
+            of 1. One that does clearly worse than what it contains is under-tuned.
     """
 
     prepare: Callable[[nn.Module, Adapter], None]
-    has_rank: bool
+    has_rank: bool = True
+    rates: tuple[float, float] = (0.0005, 0.05)
+    part: Part | None = None
+    contains: tuple[str, ...] = ()
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -73,9 +97,9 @@ def train_last_layer(model: nn.Module, _: Adapter) -> None:
     linear_layers(model)[-1][1].requires_grad_(True)
 
 
-def train_magnitudes(model: nn.Module, _: Adapter) -> None:
-    """Train one length per output neuron: DoRA's m, with A and B frozen at their start, where A·B = 0."""
-    replace_linear_layers(model, LinearWithDoRA, rank=1, alpha=1)
+def train_magnitudes(model: nn.Module, adapter: Adapter) -> None:
+    """Train one number per output neuron: DoRA's m, with A and B frozen at their start, where A·B = 0."""
+    adapter._replace(rank=1).put_in(model, LinearWithDoRA)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".m"))
 
@@ -85,16 +109,39 @@ def train_lora(model: nn.Module, adapter: Adapter) -> None:
     adapter.put_in(model, LinearWithLoRA)
 
 
-def train_matched_lora(model: nn.Module, adapter: Adapter) -> None:
-    """Train A and B, with one more rank in one layer: about as many numbers as DoRA's m has.
+def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
+    """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains those alone)."""
+    biases = [layer.bias for _, layer in adapter.layers(model)]
+    adapter.put_in(model, LinearWithLoRA)
+    for bias in biases:
+        bias.requires_grad_(True)
 
-    It is the layer in which one more rank, in + out numbers, comes nearest to the number of all magnitudes.
-    """
-    layers = linear_layers(model)
+
+def train_smaller_lora(model: nn.Module, adapter: Adapter) -> None:
+    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m has, or just fewer."""
+    _train_matched_lora(model, adapter, below=True)
+
+
+def train_larger_lora(model: nn.Module, adapter: Adapter) -> None:
+    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m has, or just more."""
+    _train_matched_lora(model, adapter, below=False)
+
+
+def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None:
+    layers = adapter.layers(model)
     magnitudes = sum(layer.out_features for _, layer in layers)
-    larger, _ = min(layers, key=lambda pair: abs(pair[1].in_features + pair[1].out_features - magnitudes))
-    for name, _ in layers:
-        adapter._replace(rank=adapter.rank + (name == larger)).put_in(model, LinearWithLoRA, targets=name)
+    # One more rank adds a column to A and a row to B.
+    added = {name: layer.in_features + layer.out_features for name, layer in layers}
+    choices = [set(some) for n in range(len(added) + 1) for some in itertools.combinations(added, n)]
+    sums = [(sum(added[name] for name in some), some) for some in choices]
+    if below:
+        _, larger = max(((n, some) for n, some in sums if n <= magnitudes), key=lambda pair: pair[0])
+    else:
+        _, larger = min(((n, some) for n, some in sums if n >= magnitudes), key=lambda pair: pair[0])
+    for name in added:
+        of_one = adapter._replace(rank=adapter.rank + (name in larger), targets=(name,))
+        of_one.put_in(model, LinearWithLoRA)
+    freeze_all_but(model, ("A", "B"))
 
 
 def train_dora(model: nn.Module, adapter: Adapter) -> None:
@@ -107,18 +154,85 @@ def train_dora_norm_kept(model: nn.Module, adapter: Adapter) -> None:
     adapter.put_in(model, LinearWithDoRA, detach_norm=False)
 
 
+def train_gain(model: nn.Module, adapter: Adapter) -> None:
+    """Train A, B and a factor for each neuron, without a norm."""
+    adapter.put_in(model, LinearWithGain)
+
+
+def train_positive_gain(model: nn.Module, adapter: Adapter) -> None:
+    """Train A, B and a factor for each neuron that stays positive."""
+    adapter.put_in(model, LinearWithPositiveGain)
+
+
+def train_random_rows(model: nn.Module, adapter: Adapter) -> None:
+    """Train A, B and how much each neuron takes of a random row that is frozen."""
+    # The rows come from a generator of their own, so that A is drawn as in the other methods.
+    rows = torch.Generator().manual_seed(torch.initial_seed() + 1_000_000)
+    adapter.put_in(model, LinearWithRandomRows, generator=rows)
+
+
 def train_everything(model: nn.Module, _: Adapter) -> None:
     """Fine-tune in full."""
     model.requires_grad_(True)
 
 
+def freeze_all_but(model: nn.Module, endings: tuple[str, ...]) -> None:
+    """Make the parameters with these last names trainable, and all others not."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rsplit(".", 1)[-1] in endings)
+
+
+OF_B = Part("*.lora.B", high=30.0)
+OF_M = Part("*.m")
+
 METHODS: dict[str, Method] = {
     "frozen": Method(train_nothing, has_rank=False),
-    "last layer": Method(train_last_layer, has_rank=False),
-    "magnitude": Method(train_magnitudes, has_rank=False),
-    "LoRA": Method(train_lora, has_rank=True),
-    "LoRA matched": Method(train_matched_lora, has_rank=True),
-    "DoRA": Method(train_dora, has_rank=True),
-    "DoRA norm kept": Method(train_dora_norm_kept, has_rank=True),
-    "full": Method(train_everything, has_rank=False),
+    "last layer": Method(train_last_layer, has_rank=False, rates=(0.001, 0.3)),
+    "m alone": Method(train_magnitudes, has_rank=False, rates=(0.005, 1.0)),
+    "LoRA with one rate": Method(train_lora),
+    # With a rate of its own for B this is LoRA+ (arXiv 2402.12354).
+    "LoRA": Method(train_lora, part=OF_B, contains=("LoRA with one rate",)),
+    "LoRA matched below": Method(train_smaller_lora, part=OF_B, contains=("LoRA",)),
+    "LoRA matched above": Method(train_larger_lora, part=OF_B, contains=("LoRA",)),
+    "LoRA with biases": Method(
+        train_lora_and_biases, part=Part("*.linear.bias"), contains=("LoRA with one rate",)
+    ),
+    # LoRA isn't among what DoRA contains: for W + ΔW its m would have to move with every step of A and B.
+    "DoRA with one rate": Method(train_dora, contains=("m alone",)),
+    "DoRA with m's rate": Method(train_dora, part=OF_M, contains=("m alone", "DoRA with one rate")),
+    "DoRA norm kept with one rate": Method(train_dora_norm_kept, contains=("m alone",)),
+    "DoRA norm kept with m's rate": Method(
+        train_dora_norm_kept, part=OF_M, contains=("m alone", "DoRA norm kept with one rate")
+    ),
+    "gain": Method(train_gain, part=Part("*.g"), contains=("m alone", "LoRA with one rate", "LoRA")),
+    "positive gain": Method(
+        train_positive_gain, part=Part("*.theta"), contains=("LoRA with one rate", "LoRA")
+    ),
+    "random rows": Method(
+        train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")
+    ),
+    "full": Method(train_everything, has_rank=False, rates=(0.0001, 0.01)),
 }
+
+
+def make_trainable(method: str, model: nn.Module, adapter: Adapter, trains_last_layer: bool = False) -> None:
+    """Change ``model`` in place, so that what the method trains is trainable and nothing else is.
+
+    Args:
+        method: a name in ``METHODS``.
+        model: a network of plain linear layers.
+        adapter: for the methods that use one.
+        trains_last_layer: the last linear layer gets no adapter and is trained itself, in every method but
+            ``"frozen"``.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(map(repr, METHODS))}")
+    *others, (_, last) = linear_layers(model)
+    if trains_last_layer:
+        adapter = adapter._replace(targets=tuple(name for name, _ in others))
+    METHODS[method].prepare(model, adapter)
+    if trains_last_layer and method != "frozen":
+        last.requires_grad_(True)

@@ -11,8 +11,8 @@ from lowrank_utils._arguments import check_finite_number, check_one_of, check_se
 from lowrank_utils.data import DATA_SETS
 from lowrank_utils.lora import INITIALISATIONS
 from lowrank_utils.methods import METHODS, SCALINGS
+from lowrank_utils.shifts import SHIFTS
 
-SHIFTS = ("rotation", "inversion", "permutation", "unseen classes")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -22,23 +22,23 @@ class Settings:
 
     Attributes:
         data_set: ``"mnist-5k"`` or ``"mnist"``.
-        shift: what the digits of the adaptation differ by: ``"rotation"``, ``"inversion"``,
-            ``"permutation"`` of the pixels, or ``"unseen classes"`` (pretrained on 0–4, adapted to 5–9).
+        shift: what is new when the network is adapted: a name in ``SHIFTS``.
         rotation: degrees counter-clockwise, for the shift of that name.
-        adaptation_examples: digits to learn from, another stratified sample for each seed.
+        networks: seeds of pretrained networks. Each has its own splits, initialisation, pretraining and tuning.
         methods: names in ``METHODS``.
         ranks: inner dimensions of A and B; each method that has a rank runs with each of them.
         alpha: the numerator of the scaling.
         scaling: ``"alpha"``, ``"alpha/rank"`` or ``"alpha/sqrt(rank)"``.
         init: initialisation of A, ``"article"`` or ``"peft"``.
-        learning_rates: the grid that each method and rank chooses from on the validation split.
-        epochs: passes over the adaptation examples, the same for all.
+        adaptation_examples: digits to learn from, another stratified sample for each seed.
         batch_size: digits per step.
-        seeds: each gives another sample, another A and another order of the digits; two or more.
-        tuning_seeds: those that the learning rate is chosen with; none of ``seeds``.
+        steps: lengths of a run in steps, the shortest first; each is tuned and measured by itself.
+        tuning_points: learning rates, with factors where the method has one, that each method and rank tries: a
+            power of two.
+        tuning_seeds: those that the rates are chosen with; none of ``seeds``.
+        seeds: each gives another sample, another A and another order of the digits.
         pretraining_epochs: passes over the training split before the shift.
-        pretraining_seed: of the splits and of the pretrained network, which all methods share.
-        dtype: ``"float64"`` gives the same digits on every processor, ``"float32"`` is faster.
+        dtype: ``"float64"`` gives the same decimals on every processor, ``"float32"`` is faster.
         device: where to train, such as ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -48,19 +48,19 @@ class Settings:
     data_set: str
     shift: str
     rotation: float
-    adaptation_examples: int
+    networks: list[int]
     methods: list[str]
     ranks: list[int]
     alpha: float
     scaling: str
     init: str
-    learning_rates: list[float]
-    epochs: int
+    adaptation_examples: int
     batch_size: int
-    seeds: list[int]
+    steps: list[int]
+    tuning_points: int
     tuning_seeds: list[int]
+    seeds: list[int]
     pretraining_epochs: int
-    pretraining_seed: int
     dtype: str
     device: str
 
@@ -72,21 +72,24 @@ class Settings:
         check_one_of("scaling", self.scaling, SCALINGS)
         check_one_of("init", self.init, INITIALISATIONS)
         check_one_of("dtype", self.dtype, DTYPES)
-        for name in ("epochs", "batch_size", "pretraining_epochs"):
+        for name in ("batch_size", "pretraining_epochs", "tuning_points"):
             check_whole_number(name, getattr(self, name), minimum=1)
+        if self.tuning_points & (self.tuning_points - 1):
+            raise ValueError(f"tuning_points must be a power of two; got {self.tuning_points}")
         # Ten classes, each of which needs a digit.
         check_whole_number("adaptation_examples", self.adaptation_examples, minimum=10)
-        check_seed(self.pretraining_seed)
+        _check_each("networks", self.networks, check_seed)
         _check_each("methods", self.methods, lambda value: check_one_of("a method", value, METHODS))
         _check_each("ranks", self.ranks, lambda value: check_whole_number("a rank", value, minimum=1))
-        _check_each(
-            "learning_rates",
-            self.learning_rates,
-            lambda value: check_finite_number("a learning rate", value, above=0),
-        )
+        _check_each("steps", self.steps, lambda value: check_whole_number("a number of steps", value, 1))
+        if self.steps != sorted(self.steps):
+            raise ValueError(f"steps must begin with the shortest; got {self.steps}")
+        if odd := [steps for steps in self.steps if steps % self.steps_per_epoch]:
+            raise ValueError(
+                f"steps must be whole epochs, multiples of {self.steps_per_epoch} with "
+                f"{self.adaptation_examples:,} examples in batches of {self.batch_size}; got {odd}"
+            )
         _check_each("seeds", self.seeds, check_seed)
-        if len(self.seeds) < 2:
-            raise ValueError(f"seeds must be two or more, since one has no interval; got {self.seeds}")
         _check_each("tuning_seeds", self.tuning_seeds, check_seed)
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ValueError(
@@ -100,6 +103,11 @@ class Settings:
             raise ValueError(
                 f"device must be one that torch has here, such as 'cpu'; got {self.device!r} ({reason})"
             ) from None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many steps one pass over the adaptation examples takes."""
+        return -(-self.adaptation_examples // self.batch_size)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -4,8 +4,9 @@ import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank_utils._arguments import check_finite_number, check_floating_dtype, check_seed, check_whole_number
+from lowrank_utils.adapt import parameter_groups
 from lowrank_utils.data import Digits
 
 
@@ -81,9 +83,28 @@ class _EagerAdam(torch.optim.Adam):
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
-    """Return Adam with all its steps in one kernel, which for small layers saves much of a training step."""
+def adam(parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
+    """Return Adam with all its steps in one kernel, which for small layers saves much of a training step.
+
+    Args:
+        parameters: parameters, or groups of them as ``adapt.parameter_groups`` gives them.
+        learning_rate: of those that have none of their own.
+    """
     return _EagerAdam(parameters, learning_rate, fused=True)
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """Return what the learning rate of a step is multiplied by: it rises for a tenth of the steps, then falls to zero.
+
+    Adam's first steps are its least informed ones, since its averages hold a few gradients only; the warm-up
+    keeps them small. The decay lets a run come to rest.
+
+    Args:
+        step: which, from 0.
+        steps: how many there are in all.
+    """
+    warm_up = max(1, steps // 10)
+    return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 @dataclass
@@ -113,7 +134,9 @@ def train(
     batch_size: int = 64,
     seed: int = 0,
     validation: Digits | None = None,
-    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = adam,
+    factors: Mapping[str, float] | None = None,
+    schedule: Callable[[int, int], float] | None = None,
+    optimizer: Callable[[Iterable[Any], float], torch.optim.Optimizer] = adam,
     after_epoch: Callable[[nn.Module], None] | None = None,
     measure_training: bool = True,
     device: torch.device | str | None = None,
@@ -133,7 +156,10 @@ def train(
         batch_size: examples per step; the last batch of an epoch may be smaller.
         seed: of the generator that shuffles, which nothing else draws from.
         validation: digits to measure after each epoch, never to learn from.
-        optimizer: called with the trainable parameters and the learning rate.
+        factors: pattern of parameter names → factor of the learning rate, as in ``adapt.parameter_groups``.
+        schedule: called with a step, from 0, and the number of all steps, for what all rates are multiplied
+            by in that step; ``warm_up_and_decay`` is one. By default the rates stay.
+        optimizer: called with the trainable parameters, in groups if there are ``factors``, and the rate.
         after_epoch: called with the model after each epoch, to look at it.
         measure_training: measure the accuracy on ``digits`` after each epoch, which takes a pass over them.
         device: where to train; by default, where the model is.
@@ -162,7 +188,9 @@ def train(
     images, labels = digits
 
     # Frozen weights aren't even given to the optimizer: it keeps no state for them and can't decay them.
-    update = optimizer(parameters, learning_rate)
+    groups = parameters if factors is None else parameter_groups(model, learning_rate, factors)
+    update = optimizer(groups, learning_rate)
+    rates = [group["lr"] for group in update.param_groups]
     shuffle = torch.Generator().manual_seed(seed)
     history = History()
     # Given only to switch the bar off, so that TQDM_DISABLE decides otherwise.
@@ -179,6 +207,9 @@ def train(
                 for parameter in parameters:
                     parameter.grad = None
                 loss.backward()
+                if schedule is not None:
+                    for group, rate in zip(update.param_groups, rates, strict=True):
+                        group["lr"] = rate * schedule(history.steps, steps)
                 update.step()
                 losses.append(loss.detach())
                 history.steps += 1
