@@ -1,4 +1,4 @@
-"""``lowrank-compare``: run notebook 07 for every combination of settings, and put the results in one table.
+"""``lowrank-compare``: run comparison.ipynb for every combination of settings, and put the results in one table.
 
 A sweep keeps each run as soon as it ends. Started again with the same settings, it goes on where it stopped.
 """
@@ -11,23 +11,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
 
 from lowrank_utils.grid import (
     NOTEBOOK,
+    Plan,
     SweepError,
     code_version,
     expand,
     notebook_defaults,
-    read_grids,
+    read_plan,
     run_id,
 )
 from lowrank_utils.settings import Settings
 from lowrank_utils.store import Outcome, Store
 from lowrank_utils.sweep import dask_workers, local_workers, run_all
+
+if TYPE_CHECKING:
+    from lowrank_utils.declared import Declaration
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "grid",
         nargs="?",
         type=Path,
-        help="YAML file: parameter → the values to go through, or a list of such grids",
+        help="YAML file: parameter → the values to go through, or a list of such grids, or both such grids and "
+        "what is declared to be decided",
     )
     parser.add_argument(
         "-p",
@@ -58,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=None, help="threads for each run (default: cores over jobs)"
     )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="run on dask workers, such as tcp://host:8786")
-    parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="default: notebook 07 of the series")
+    parser.add_argument(
+        "--notebook", type=Path, default=NOTEBOOK, help="default: comparison.ipynb of the series"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show the runs")
     parser.add_argument("--retry-failed", action="store_true", help="run just those that failed before")
     parser.add_argument("--name", help="of the table and the report (default: the grid file's name)")
@@ -71,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def grids_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the grids of the file, with the command line's values in the place of the file's."""
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """Return the plan of the file, with the command line's values in the place of the file's."""
     given: dict[str, Any] = {}
     for name, *values in arguments.parameters:
         if not values:
@@ -83,8 +90,23 @@ def grids_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             given[name] = [yaml.safe_load(value) for value in values]
         except yaml.YAMLError as error:
             raise SweepError(f"-p {name}: {' '.join(str(error).split())}") from None
-    grids = read_grids(arguments.grid) if arguments.grid else [{}]
-    return [{**grid, **given} for grid in grids]
+    plan = read_plan(arguments.grid) if arguments.grid else Plan([{}])
+    return plan._replace(grids=[{**grid, **given} for grid in plan.grids])
+
+
+def declaration_of(plan: Plan, settings: Sequence[Settings]) -> "Declaration | None":
+    """Return what the plan declares, if the runs can answer it."""
+    if plan.declared is None:
+        return None
+    # Imported here because only a plan that declares something needs tables.
+    from lowrank_utils.declared import read_declaration
+
+    try:
+        declaration = read_declaration(plan.declared)
+        declaration.check(settings)
+    except (TypeError, ValueError) as error:
+        raise SweepError(str(error)) from None
+    return declaration
 
 
 def cores() -> int:
@@ -125,7 +147,9 @@ def sweep(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SweepError(f"--{name} must be 1 or more; got {value}")
-    settings = expand(grids_of(arguments), notebook_defaults(arguments.notebook))
+    plan = plan_of(arguments)
+    settings = expand(plan.grids, notebook_defaults(arguments.notebook))
+    declaration = declaration_of(plan, settings)
     notebook = arguments.notebook.read_text(encoding="utf-8")
     version = code_version(notebook)
     runs = {run_id(s, version): s for s in settings}
@@ -134,6 +158,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         show(runs, store)
         return 0
     with store.locked():
+        store.declare(None if declaration is None else declaration.as_dict())
         wanted = "failed" if arguments.retry_failed else "to do"
         left = {run: s for run, s in runs.items() if store.state(run) == wanted}
         if left:
@@ -145,14 +170,14 @@ def sweep(arguments: argparse.Namespace) -> int:
         done = {run: s for run, s in runs.items() if store.state(run) == "done"}
         failed = [run for run in runs if store.state(run) == "failed"]
         if done:
-            # Here, since only this needs tables and plots.
+            # Imported here because only the report needs tables and plots.
             from lowrank_utils.report import write_report
 
             results = [(run, store.result(run)) for run in done]
             stem = arguments.name or (arguments.grid.stem if arguments.grid else "comparison")
             complete = len(done) == len(runs)
             for folder in [store.folder, *([arguments.publish] if arguments.publish and complete else [])]:
-                print(f"written: {write_report(results, version, folder, stem)}")
+                print(f"written: {write_report(results, version, folder, stem, declaration)}")
     for run in failed:
         print(f"failed: {store.folder / 'failed' / run} (its notebook and error.txt)", file=sys.stderr)
     print(

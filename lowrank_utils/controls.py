@@ -102,7 +102,8 @@ class LinearWithRandomRows(AdaptedLinear):
         W = linear.weight.detach()
         # Drawn on the CPU, so that they are the same on every device.
         rows = torch.randn(W.shape, generator=generator, dtype=W.dtype).to(W.device)
-        self.register_buffer("R", rows * (row_norms(W) / row_norms(rows)).unsqueeze(1))
+        lengths = (row_norms(W) / row_norms(rows)).to(W.dtype)
+        self.register_buffer("R", rows * lengths.unsqueeze(1))
         self.v = nn.Parameter(torch.zeros_like(W[:, 0]))
 
     @property

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from lowrank_utils.adapt import count_parameters
 from lowrank_utils.data import Digits, load_mnist, stratified_sample
-from lowrank_utils.decompose import direction_change, magnitude_change
 from lowrank_utils.methods import METHODS, Adapter, make_trainable
 from lowrank_utils.settings import DTYPES, Settings
 from lowrank_utils.shifts import SHIFTS, shifted_splits
@@ -98,8 +97,7 @@ class Run(NamedTuple):
         dead: the loss isn't finite, or at the end no lower than that of guessing among the classes.
         validation: accuracy on the validation split at the end, from 0 to 1.
         test: accuracy on the test split at the end, or None as long as nobody has looked.
-        negative: for each linear layer the share of m, or of the gain, that is below zero; None where a layer has
-            neither.
+        negative: layer → the share of its m, or of its gain, that is below zero; empty if there is neither.
     """
 
     network: int
@@ -114,7 +112,7 @@ class Run(NamedTuple):
     dead: bool
     validation: float
     test: float | None
-    negative: list[float | None]
+    negative: dict[str, float]
 
 
 def adapt(
@@ -185,23 +183,13 @@ def adapt(
     return model, run
 
 
-def _negative_shares(model: nn.Module) -> list[float | None]:
-    shares: list[float | None] = []
-    for module in model.modules():
+def _negative_shares(model: nn.Module) -> dict[str, float]:
+    shares = {}
+    for name, module in model.named_modules():
         factors = getattr(module, "m", getattr(module, "gain", None))
         if isinstance(factors, torch.Tensor):
-            shares.append((factors < 0).double().mean().item())
+            shares[name] = (factors < 0).double().mean().item()
     return shares
-
-
-def weight_changes(model: nn.Module, before: nn.Module) -> list[tuple[float, float]]:
-    """Return ΔM and ΔD of each linear layer (arXiv 2402.09353, Eqs. 3 and 4), comparing ``model`` with the network ``before``."""
-    pairs = [
-        (adapted.weight.detach(), layer.weight.detach())
-        for adapted, layer in zip(model.layers, before.layers, strict=True)
-        if isinstance(layer, nn.Linear)
-    ]
-    return [(magnitude_change(W, W0), direction_change(W, W0)) for W, W0 in pairs]
 
 
 def space_of(method: str) -> Space:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -15,22 +15,9 @@ if TYPE_CHECKING:
     from lowrank_utils.settings import Settings
 
 PACKAGE = Path(__file__).resolve().parent
-NOTEBOOK = PACKAGE.parent / "notebooks" / "07_comparison.ipynb"
-# The files that decide what an experiment computes.
-CODE = (
-    "_arguments",
-    "adapt",
-    "data",
-    "decompose",
-    "dora",
-    "experiment",
-    "lora",
-    "methods",
-    "norms",
-    "promises",
-    "settings",
-    "training",
-)
+NOTEBOOK = PACKAGE.parent / "notebooks" / "comparison.ipynb"
+# With what it imports of this package, it decides what an experiment computes.
+EXPERIMENT = "lowrank_utils.experiment"
 
 Grid = Mapping[str, Any]
 
@@ -39,8 +26,21 @@ class SweepError(RuntimeError):
     """The sweep can't begin or go on; the message says what to do."""
 
 
-def read_grids(path: Path) -> list[Grid]:
-    """Read grids from a YAML file: one mapping of parameter → values, or a list of them.
+class Plan(NamedTuple):
+    """What a grid's file holds.
+
+    Attributes:
+        grids: each a mapping of parameter → values.
+        declared: what the runs are to decide, as the file has it; None if nothing is declared.
+    """
+
+    grids: list[Grid]
+    declared: Any = None
+
+
+def read_plan(path: Path) -> Plan:
+    """Read grids from a YAML file: one mapping of parameter → values, a list of them, or such a list as ``grids``
+    beside what is ``declared``.
 
     Raises:
         SweepError: the file can't be read or holds something else.
@@ -51,11 +51,20 @@ def read_grids(path: Path) -> list[Grid]:
         raise SweepError(f"{path} can't be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SweepError(f"{path} isn't YAML: {' '.join(str(error).split())}") from None
+    declared = None
+    if isinstance(content, dict) and "grids" in content:
+        if unknown := sorted(map(str, content.keys() - {"grids", "declared"})):
+            raise SweepError(
+                f"{path} must hold grids and what is declared beside them; got {', '.join(unknown)}"
+            )
+        content, declared = content["grids"], content.get("declared")
     grids = content if isinstance(content, list) else [content]
+    if not grids:
+        raise SweepError(f"{path} holds no grid")
     for grid in grids:
         if not isinstance(grid, dict) or not grid:
             raise SweepError(f"{path} must hold parameters and their values, or a list of such; got {grid!r}")
-    return grids
+    return Plan(grids, declared)
 
 
 def notebook_defaults(notebook: Path) -> dict[str, Any]:
@@ -127,10 +136,27 @@ def code_version(notebook: str) -> str:
     written = max(
         (place for place, source in enumerate(sources) if "result_path" in source), default=len(sources)
     )
-    files = [(PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in CODE]
+    files = [code for _, code in sorted(code_of(EXPERIMENT).items())]
     # A build's label such as +cpu doesn't change the digits.
     parts = [*map(_bare_code, [*sources[: written + 1], *files]), metadata.version("torch").split("+")[0]]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def code_of(module: str) -> dict[str, str]:
+    """Return name → source of a module and of all modules of this package that it imports, at any depth."""
+    found: dict[str, str] = {}
+    left = [module]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found[name] = (PACKAGE.parent / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+        left += [
+            str(node.module)
+            for node in ast.walk(ast.parse(found[name]))
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lowrank_utils.")
+        ]
+    return found
 
 
 def _bare_code(source: str) -> str:

@@ -1,18 +1,18 @@
-"""Differences between methods, taken seed by seed, with intervals that say how sure they are."""
+"""Differences between methods, network by network, with intervals and tests that say how sure they are."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from lowrank_utils._arguments import check_finite_number, check_whole_number
+from lowrank_utils._arguments import check_finite_number
 
 CONFIDENCE = 0.95
 # A difference of accuracies that is smaller than this is of no practical interest: one percentage point.
 MARGIN = 0.01
+
+BETTER, WORSE, EQUAL, UNDECIDED = "better", "worse", "no difference worth having", "undecided"
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Interval:
 
     Attributes:
         mean: of the values.
-        low: the lower end of the interval.
-        high: the upper end.
+        low: the lower end of the interval; NaN if there is one value alone.
+        high: the upper end; NaN if there is one value alone.
         count: how many values there were.
     """
 
@@ -31,97 +31,97 @@ class Interval:
     high: float
     count: int
 
-
-@dataclass(frozen=True)
-class Difference(Interval):
-    """The mean of paired differences first − second, with Student's t interval.
-
-    Attributes:
-        effect: Cohen's d for paired values, the mean difference over its standard deviation; infinite
-            if all differences are the same, and 0 if they are all 0.
-        low_corrected: the lower end of the interval that holds with its confidence together with all the other
-            ``comparisons`` of the family (Bonferroni: each may err with 0.05 over their number).
-        high_corrected: the upper end of that interval.
-        comparisons: how many comparisons the family has.
-    """
-
-    effect: float
-    low_corrected: float
-    high_corrected: float
-    comparisons: int
-
     def verdict(self, margin: float = MARGIN) -> str:
-        """Say what the corrected interval allows.
+        """Say what the interval of a difference, first − second, allows to say of the first.
 
         Args:
             margin: a difference smaller than this is of no practical interest, in the unit of the values.
 
         Returns:
-            ``"first is better"`` or ``"second is better"`` if the interval excludes zero;
-            ``"no difference"`` if it lies within ± margin; ``"undecided"`` if it is too wide to tell.
+            ``"no difference worth having"`` if the interval lies within ± margin, ``"better"`` or ``"worse"`` if it
+            lies on one side of zero otherwise, and ``"undecided"`` if it is too wide to tell.
         """
         check_finite_number("margin", margin, above=0)
-        if self.low_corrected > 0:
-            return "first is better"
-        if self.high_corrected < 0:
-            return "second is better"
-        if max(-self.low_corrected, self.high_corrected) < margin:
-            return "no difference"
-        return "undecided"
+        if max(-self.low, self.high) < margin:
+            return EQUAL
+        if self.low > 0:
+            return BETTER
+        return WORSE if self.high < 0 else UNDECIDED
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return the mean of ``values`` and Student's t interval for it.
 
     Args:
-        values: one per seed, at least two.
+        values: one per network, at least one.
         confidence: how often such an interval holds the true mean, between 0 and 1.
-    """
-    low, high = _t_interval(_checked("values", values), confidence)
-    return Interval(float(np.mean(values)), low, high, len(values))
-
-
-def difference_interval(
-    first: Mapping[Any, float], second: Mapping[Any, float], comparisons: int = 1
-) -> Difference:
-    """Return by how much ``first`` exceeds ``second``, taking the difference for each seed.
-
-    What both runs with one seed have in common (the sample, its order, A) cancels in their difference,
-    which makes the interval narrower than that of two unrelated means.
-
-    Args:
-        first: seed → value.
-        second: the same seeds, at least two.
-        comparisons: how many such differences are looked at together.
 
     Raises:
-        ValueError: the seeds differ or are fewer than two, or a value isn't finite.
+        ValueError: there are no values, or one isn't finite.
     """
-    check_whole_number("comparisons", comparisons, minimum=1)
-    if first.keys() != second.keys():
-        raise ValueError(
-            f"both must have the same seeds; got {sorted(map(str, first))} and {sorted(map(str, second))}"
-        )
-    differences = _checked("differences", [first[seed] - second[seed] for seed in first])
-    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
-    low, high = _t_interval(differences, CONFIDENCE)
-    low_corrected, high_corrected = _t_interval(differences, 1 - (1 - CONFIDENCE) / comparisons)
-    effect = mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    return Difference(mean, low, high, len(differences), effect, low_corrected, high_corrected, comparisons)
+    array = _checked(values)
+    mean, error = float(array.mean()), float(stats.sem(array)) if len(array) > 1 else float("nan")
+    half = float(stats.t.ppf((1 + confidence) / 2, df=len(array) - 1)) * error if len(array) > 1 else error
+    return Interval(mean, mean - half, mean + half, len(array))
 
 
-def _checked(name: str, values: Sequence[float]) -> np.ndarray:
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, one per seed; {name} has {len(values)}")
+def sign_flip_test(differences: Sequence[float]) -> float:
+    """Return how often chance alone gives a mean as far from zero as that of ``differences``.
+
+    If neither method is better, each difference could as well have had the other sign. All 2ⁿ choices of signs are
+    gone through where there are up to 4,096 of them, and 9,999 random ones otherwise.
+
+    Args:
+        differences: one per network, at least two.
+
+    Returns:
+        The two-sided p-value; with n differences it can't be below 2/2ⁿ.
+
+    Raises:
+        ValueError: there are fewer than two differences, or one isn't finite.
+    """
+    array = _checked(differences)
+    if len(array) < 2:
+        raise ValueError("a sign-flip test needs at least two differences; got one")
+    result = stats.permutation_test(
+        (array,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9_999,
+        rng=0,
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method: the smallest times n, the next times n − 1, ….
+
+    Args:
+        p_values: of all tests that were declared together.
+    """
+    order = np.argsort(p_values)
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for place, index in enumerate(order):
+        # A test is never surer than one with a smaller p-value.
+        largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))
+        corrected[index] = largest
+    return corrected
+
+
+def networks_needed(tests: int, level: float = 1 - CONFIDENCE) -> int:
+    """Return how many networks it takes until the smallest p-value of as many tests can be below ``level``."""
+    count = 2
+    while tests * 2 / 2**count > level:
+        count += 1
+    return count
+
+
+def _checked(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
+    if len(array) == 0:
+        raise ValueError("a mean needs at least one value; there is none")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite; got {array.tolist()}")
+        raise ValueError(f"values must be finite; got {array.tolist()}")
     return array
-
-
-def _t_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    error = stats.sem(values)
-    if error == 0:  # scipy would return NaN
-        return float(values.mean()), float(values.mean())
-    low, high = stats.t.interval(confidence, df=len(values) - 1, loc=values.mean(), scale=error)
-    return float(low), float(high)

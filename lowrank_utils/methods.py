@@ -208,9 +208,7 @@ METHODS: dict[str, Method] = {
     "positive gain": Method(
         train_positive_gain, part=Part("*.theta"), contains=("LoRA with one rate", "LoRA")
     ),
-    "random rows": Method(
-        train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")
-    ),
+    "random rows": Method(train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")),
     "full": Method(train_everything, has_rank=False, rates=(0.0001, 0.01)),
 }
 

@@ -1,6 +1,7 @@
-"""The report of a comparison: one table, its plots, and what the intervals allow to say."""
+"""The report of a comparison: what was declared and decided, tables, plots, and all that only describes."""
 
 import contextlib
+import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,24 +12,48 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lowrank_utils.comparison_plots import (
-    plot_accuracy_by_parameters,
-    plot_accuracy_by_rank,
+    plot_accuracy_over_steps,
+    plot_declared,
     plot_differences,
+    plot_networks,
 )
+from lowrank_utils.declared import Declaration, judge, network_differences
+from lowrank_utils.intervals import mean_interval
 from lowrank_utils.plots import use_style
-from lowrank_utils.tables import TASK, differences, means, results_table, spread_over_ranks, task_name
+from lowrank_utils.tables import (
+    TASK,
+    differences,
+    means,
+    results_table,
+    spread_over_ranks,
+    task_name,
+    under_tuned,
+)
 
-# Each question of the report: heading, the two methods, the second one's rank as a multiple of the first's.
+# What the report asks besides what was declared: the first method minus the second.
 QUESTIONS = [
-    ("The same rank", "DoRA", "LoRA", 1),
-    ("The same number of trainable parameters", "DoRA", "LoRA matched", 1),
-    ("DoRA at half the rank", "DoRA", "LoRA", 2),
-    ("The gradient through the norm", "DoRA norm kept", "DoRA", 1),
+    ("DoRA with m's rate", "DoRA with one rate"),
+    ("DoRA with m's rate", "LoRA"),
+    ("DoRA with m's rate", "LoRA matched above"),
+    ("DoRA with m's rate", "LoRA matched below"),
+    ("DoRA with m's rate", "gain"),
+    ("DoRA with m's rate", "random rows"),
+    ("DoRA norm kept with m's rate", "DoRA with m's rate"),
+    ("gain", "random rows"),
+    ("gain", "positive gain"),
+    ("random rows", "LoRA matched above"),
+    ("LoRA", "LoRA with one rate"),
+    ("LoRA with biases", "LoRA"),
+    ("DoRA with one rate", "LoRA with one rate"),
 ]
 
 
 def write_report(
-    results: Sequence[tuple[str, dict[str, Any]]], version: str, folder: Path, stem: str
+    results: Sequence[tuple[str, dict[str, Any]]],
+    version: str,
+    folder: Path,
+    stem: str,
+    declaration: Declaration | None = None,
 ) -> Path:
     """Write ``STEM.csv`` (all runs), ``STEM.md`` (the report) and its plots, each in one step.
 
@@ -37,110 +62,272 @@ def write_report(
         version: of the code that they were computed with.
         folder: where to; it is made if need be.
         stem: the files' name.
+        declaration: what the runs are to decide.
 
     Returns:
         The report's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(result for _, result in results)
-    _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
-    settings = results[0][1]["settings"]
+    _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     lines = [
-        f"# Is DoRA better than LoRA? On {settings['data_set']}",
-        f"{len(results)} runs of notebook 07, {settings['data_set']}, {table['seed'].nunique()} seeds, "
-        f"{settings['adaptation_examples']:,} examples × {settings['epochs']} epochs, "
-        f"code {version}, torch {metadata.version('torch').split('+')[0]}. "
-        f"All adaptations are in [{stem}.csv]({stem}.csv).",
-        *_accuracies(table),
+        f"# Results on {' and '.join(table['data_set'].unique())}",
+        f"{len(table):,} adaptations above {table['network'].nunique()} pretrained networks, "
+        f"code {version}{_commit()}, torch {metadata.version('torch').split('+')[0]}. "
+        f"All of them are in [{stem}.csv]({stem}.csv).",
     ]
-    for name, figure in _figures(table).items():
-        _save(figure, folder / f"{stem}_{name.replace(' ', '_')}.png")
-        lines.append(f"![{_ALT_TEXTS[name]}]({stem}_{name.replace(' ', '_')}.png)")
+    plots: dict[str, Figure] = {}
+    use_style()
+    if declaration is not None and (answers := judge_if_whole(table, declaration)) is not None:
+        lines += ["## What was declared before the runs", *declared_lines(answers, declaration)]
+        plots["declared"] = plot_declared(answers)
+        lines.append(_picture("declared", stem))
+        lines += ["### The same without one of the tasks", without_one_task(table, declaration)]
+    lines += _accuracies(table)
+    for rank in sorted(table["rank"].dropna().unique()):
+        name = f"rank_{rank}"
+        plots[name] = plot_networks(table[(table["rank"] == rank) | table["rank"].isna()])
+        lines.append(_picture(name, stem))
+    pairs = differences(table, "DoRA with m's rate", "LoRA")
+    if len(pairs):
+        plots["differences"] = plot_differences(pairs)
+    longest = table["steps"].max()
+    if table["steps"].nunique() > 2:
+        rank = int(table[table["steps"] == longest]["rank"].min())
+        plots["steps"] = plot_accuracy_over_steps(table, rank)
+        lines += [f"## Longer runs, rank {rank}", _picture("steps", stem)]
     lines += _answers(table)
+    for name, figure in plots.items():
+        _save(figure, folder / f"{stem}_{name}.png")
     _write(folder / f"{stem}.md", "\n\n".join(lines) + "\n")
     return folder / f"{stem}.md"
 
 
+def judge_if_whole(table: pd.DataFrame, declaration: Declaration) -> pd.DataFrame | None:
+    """Return the declared tests' answers, or None as long as runs are missing."""
+    try:
+        return judge(table, declaration)
+    except (KeyError, ValueError):
+        return None
+
+
 _ALT_TEXTS = {
-    "by rank": "Mean test accuracy with intervals against the rank, a panel for each shift, a line for each method.",
-    "by parameters": "Mean test accuracy with intervals against the number of trainable parameters, a panel for each shift.",
-    "differences": "DoRA's accuracy minus LoRA's at the same rank with intervals, a panel for each shift and a line for each rank; the margin of one point is shaded.",
+    "declared": "Difference and interval of each declared test, a panel for each length; the margin is shaded.",
+    "steps": "Mean test accuracy against the number of steps, a panel for each task, a line for each method.",
 }
 
 
-def _figures(table: pd.DataFrame) -> dict[str, Figure]:
-    use_style()
-    summary = means(table)
-    figures = {"by parameters": plot_accuracy_by_parameters(summary)}
-    if table["rank"].notna().any():
-        figures = {"by rank": plot_accuracy_by_rank(summary), **figures}
-    pairs = differences(table, "DoRA", "LoRA")
-    if len(pairs):
-        figures["differences"] = plot_differences(pairs)
-    return figures
+def _picture(name: str, stem: str) -> str:
+    rank = name.removeprefix("rank_")
+    alt = _ALT_TEXTS.get(
+        name,
+        f"Test accuracy at rank {rank}, a panel for each task and length: a mark per network, and the mean.",
+    )
+    return f"![{alt}]({stem}_{name}.png)"
+
+
+def _commit() -> str:
+    """Return the commit that the code was at, if it is in a repository."""
+    # No shell, and a fixed command.
+    run = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"],  # noqa: S607
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f", commit {run.stdout.strip()}" if run.returncode == 0 else ""
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def declared_lines(answers: pd.DataFrame, declaration: Declaration) -> list[str]:
+    """Return the declared tests' answers as a Markdown table, and a sentence that says how to read it."""
+    lines = [
+        "| steps | first − second | networks | difference | interval | p (Holm) | the first is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for _, row in answers.iterrows():
+        p = "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
+        lines.append(
+            f"| {row['steps']:,} | {row['test']} | {row['count']} | {_signed(row['mean'])} | "
+            f"{_signed(row['low'])} to {_signed(row['high'])} | {p} | {row['verdict']} |"
+        )
+    return [
+        "\n".join(lines),
+        f"Points of test accuracy, in the mean over {', '.join(declaration.shifts)}. The unit is the pretrained "
+        "network. The intervals of one length hold together (95 %, Bonferroni); p comes from flipping signs, and is "
+        "corrected by Holm among the tests of one length. Within ± 1 point a difference isn't worth having.",
+    ]
+
+
+def without_one_task(table: pd.DataFrame, declaration: Declaration) -> str:
+    """Return how large each declared difference is if one task is left out, as a Markdown table."""
+    lines = [
+        "| steps | first − second | " + " | ".join(f"without {name}" for name in declaration.shifts) + " |"
+    ]
+    lines.append("|---" * (len(declaration.shifts) + 2) + "|")
+    for steps in declaration.steps:
+        for test in declaration.tests:
+            cells = []
+            for left_out in declaration.shifts:
+                shifts = [shift for shift in declaration.shifts if shift != left_out]
+                values = network_differences(test, table, shifts, steps)
+                interval = mean_interval(values.tolist())
+                ends = f"{_signed(interval.low)} to {_signed(interval.high)}"
+                cells.append(f"{_signed(interval.mean)} ({ends})")
+            lines.append(f"| {steps:,} | {test} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _accuracies(table: pd.DataFrame) -> list[str]:
-    """Return a table of mean accuracies for each task, a row per method and a column per rank."""
-    parts = []
-    for _, group in means(table).groupby(TASK, sort=False):
+    """Return for each task and length a table of mean accuracies, a row per method and a column per rank."""
+    suspects = under_tuned(table)
+    parts = ["## Accuracy"]
+    for values, group in means(table).groupby([*TASK, "steps"], sort=False):
+        task = dict(zip([*TASK, "steps"], values, strict=True))
         ranks = sorted(group["rank"].dropna().unique())
         lines = [
             "| method | " + " | ".join([*(f"r = {rank}" for rank in ranks), "without a rank"]) + " |",
             "|---" * (len(ranks) + 2) + "|",
         ]
         for method, rows in group.groupby("method", sort=False):
-            cells = {
-                None if pd.isna(row["rank"]) else row["rank"]: f"{100 * row['mean']:.1f} ± "
-                f"{50 * (row['high'] - row['low']):.1f}" + ("*" if row["at_edge"] else "")
-                for _, row in rows.iterrows()
-            }
+            cells = {}
+            for _, row in rows.iterrows():
+                flagged = suspects[
+                    (suspects["shift"] == row["shift"])
+                    & (suspects["steps"] == row["steps"])
+                    & (suspects["method"] == method)
+                    & (suspects["rank"].fillna(-1) == (-1 if pd.isna(row["rank"]) else row["rank"]))
+                ]
+                half = "" if row["count"] == 1 else f" ± {50 * (row['high'] - row['low']):.1f}"
+                cells[None if pd.isna(row["rank"]) else row["rank"]] = (
+                    f"{100 * row['mean']:.1f}{half} ({row['count']})"
+                    + (f", dead {row['dead']:.0%}" if row["dead"] > 0 else "")
+                    + (" †" if len(flagged) else "")
+                )
             lines.append(f"| {method} | " + " | ".join(cells.get(rank, "") for rank in [*ranks, None]) + " |")
-        parts += [f"## {task_name(group.iloc[0]).capitalize()}", "\n".join(lines)]
-    note = "Test accuracy in percent: mean over the seeds ± half of its 95 % interval."
-    if table["at_edge"].any():
-        note += " * The chosen learning rate is the first or last of its grid; a better one may lie outside."
-    return [*parts, note]
+        parts += [f"### {task_name(task).capitalize()}, {task['steps']:,} steps", "\n".join(lines)]
+    parts.append(
+        "Test accuracy in percent: mean over the networks ± half of its 95 % interval, in brackets how many networks. "
+        "A run is dead if at the end its loss is no lower than guessing's. † Under-tuned: clearly worse than a "
+        "submodel of its own, in training loss and in tuning score, so nothing may be concluded from it."
+    )
+    return [*parts, *_under_tuned_lines(suspects), *_negative_lines(table), *_rate_lines(table)]
+
+
+def _under_tuned_lines(suspects: pd.DataFrame) -> list[str]:
+    if len(suspects) == 0:
+        return []
+    lines = [
+        "| task | steps | method | its submodel | score, points | training loss, nats | networks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for _, row in suspects.iterrows():
+        method, submodel = (
+            name if pd.isna(rank) else f"{name}, r = {rank}"
+            for name, rank in (
+                (row["method"], row["rank"]),
+                (row["submodel"], row["submodel_rank"]),
+            )
+        )
+        lines.append(
+            f"| {task_name(row)} | {row['steps']:,} | {method} | {submodel} | {_signed(row['score'])} | "
+            f"+{row['training_loss']:.2f} | {row['count']} |"
+        )
+    return ["## Under-tuned", "\n".join(lines)]
+
+
+def _negative_lines(table: pd.DataFrame) -> list[str]:
+    """Return the share of m and of the gain that is below zero, layer by layer."""
+    layers = [name for name in table.columns if name.startswith("negative_")]
+    if not layers:
+        return []
+    summary = means(table)
+    rows = summary[summary[layers].notna().any(axis=1) & (summary["method"] != "positive gain")]
+    heading = " | ".join(f"layer {name.removeprefix('negative_')}" for name in layers)
+    lines = [f"| task | steps | method | rank | {heading} |", "|---" * (4 + len(layers)) + "|"]
+    for _, row in rows.iterrows():
+        shares = " | ".join("" if pd.isna(row[name]) else f"{row[name]:.0%}" for name in layers)
+        rank = "" if pd.isna(row["rank"]) else row["rank"]
+        lines.append(f"| {task_name(row)} | {row['steps']:,} | {row['method']} | {rank} | {shares} |")
+    return [
+        "## Signs",
+        "How many entries of m, or of the gain, are below zero at the end. A negative m isn't a length: the neuron's "
+        "weights point the other way.",
+        "\n".join(lines),
+    ]
+
+
+def _rate_lines(table: pd.DataFrame) -> list[str]:
+    """Return the chosen rates and factors: medians over the networks, and how often a range grew."""
+    tuned = table.drop_duplicates([*TASK, "steps", "method", "rank", "network"])
+    tuned = tuned[tuned["learning_rate"].notna()]
+    lines = [
+        "| task | steps | method | rank | rate | factor | ranges that grew | at an edge | networks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for _, group in tuned.groupby([*TASK, "steps", "method", "rank"], sort=False, dropna=False):
+        row = group.iloc[0]
+        rank = "" if pd.isna(row["rank"]) else row["rank"]
+        factor = group["factor"].median()
+        lines.append(
+            f"| {task_name(row)} | {row['steps']:,} | {row['method']} | {rank} | "
+            f"{group['learning_rate'].median():.4f} | {'' if pd.isna(factor) else f'{factor:.0f}'} | "
+            f"{(group['widened'].astype(int) > 0).sum()} | {group['at_edge'].astype(bool).sum()} | {len(group)} |"
+        )
+    return ["## Chosen rates", "Medians over the networks.", "\n".join(lines)]
 
 
 def _answers(table: pd.DataFrame) -> list[str]:
-    """Return a table of paired differences for each question that the runs can answer."""
-    parts = []
-    for heading, first, second, factor in QUESTIONS:
-        rows = differences(table, first, second, factor)
+    """Return a table of differences for each question that the runs can answer."""
+    parts = ["## Differences, task by task", "These describe: what was tested stands at the top."]
+    for first, second in QUESTIONS:
+        rows = differences(table, first, second)
         if len(rows):
-            other = f"{second} at twice the rank" if factor == 2 else second
-            parts += [f"## {heading}: {first} − {other}", difference_lines(rows)]
-    spread = spread_over_ranks(table, ["DoRA", "LoRA"])
+            parts += [f"### {first} − {second}", difference_lines(rows)]
+    methods = ["LoRA", "DoRA with m's rate"]
+    spread = spread_over_ranks(table, methods)
+    spread = spread[spread["ranks"] == spread["ranks"].max()]
     if table["rank"].nunique() > 1 and spread["method"].nunique() == 2:
         parts += [
-            "## Robustness to the rank: spread of DoRA − spread of LoRA",
-            "The spread is the accuracy at the best rank minus that at the worst, for each seed.",
-            difference_lines(differences(spread, "DoRA", "LoRA", exceeds="varies more")),
+            "### Robustness to the rank: spread of DoRA with m's rate − spread of LoRA",
+            "The spread is the accuracy at the best rank minus that at the worst, for each network.",
+            _spread_lines(spread),
         ]
-    if parts:
-        parts.append(
-            "Differences in percentage points, paired by seed, with 95 % t intervals. The corrected interval "
-            "holds together with those of all rows of its table (Bonferroni), and the verdict goes by it: "
-            "“no difference” means that it lies within ± 1 point. d is the mean over the standard deviation."
-        )
+    parts.append(
+        "Points of test accuracy with 95 % t intervals over the networks, uncorrected. “No difference worth having”: "
+        "the interval lies within ± 1 point. One network alone has no interval."
+    )
     return parts
 
 
 def difference_lines(rows: pd.DataFrame) -> str:
-    """Return paired differences as a Markdown table."""
+    """Return differences as a Markdown table."""
     lines = [
-        "| task | rank | difference | 95 % interval | corrected | d | verdict |",
+        "| task | steps | rank | networks | difference | 95 % interval | the first is |",
         "|---|---|---|---|---|---|---|",
     ]
     for _, row in rows.iterrows():
-        low, high, low_all, high_all = (
-            100 * row[k] for k in ("low", "high", "low_corrected", "high_corrected")
-        )
         rank = "" if pd.isna(row["rank"]) else row["rank"]
+        ends = "" if row["count"] == 1 else f"{_signed(row['low'])} to {_signed(row['high'])}"
         lines.append(
-            f"| {task_name(row)} | {rank} | {100 * row['mean']:+.2f} | {low:+.2f} to {high:+.2f} | "
-            f"{low_all:+.2f} to {high_all:+.2f} | {row['effect']:+.1f} | {row['verdict']} |"
+            f"| {task_name(row)} | {row['steps']:,} | {rank} | {row['count']} | {_signed(row['mean'])} | {ends} | "
+            f"{row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread_lines(spread: pd.DataFrame) -> str:
+    lines = ["| task | steps | networks | difference | 95 % interval |", "|---|---|---|---|---|"]
+    for (_, steps), group in spread.groupby(["shift", "steps"], sort=False):
+        wide = group.pivot_table(index="network", columns="method", values="spread")
+        interval = mean_interval((wide["DoRA with m's rate"] - wide["LoRA"]).dropna().tolist())
+        ends = "" if interval.count == 1 else f"{_signed(interval.low)} to {_signed(interval.high)}"
+        lines.append(
+            f"| {task_name(group.iloc[0])} | {steps:,} | {interval.count} | {_signed(interval.mean)} | {ends} |"
         )
     return "\n".join(lines)
 

@@ -65,9 +65,7 @@ def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tupl
         raise ValueError(f"unknown shift {name!r}; there are {', '.join(map(repr, SHIFTS))}")
     shift = SHIFTS[name]
     familiar = _with_labels(splits.train, shift.pretrained_on)
-    new = Splits(
-        *(shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits)
-    )
+    new = Splits(*(shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits))
     if not shift.centred:
         return familiar, new
     # The mean is the training images' in all three splits: a model never learns from the others.

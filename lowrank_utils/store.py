@@ -64,6 +64,27 @@ class Store:
                 f"{self.folder} can't be written ({error.strerror}); choose another --out"
             ) from None
 
+    def declare(self, declared: dict[str, Any] | None) -> None:
+        """Write down what the runs are to decide, before the first of them; later it can't be changed.
+
+        Args:
+            declared: as JSON holds it; None if nothing is declared.
+
+        Raises:
+            SweepError: runs are there already, and something else was declared for them.
+        """
+        path = self.folder / "declared.json"
+        text = json.dumps(declared, indent=1) + "\n"
+        earlier = path.read_text(encoding="utf-8") if path.is_file() else "null\n"
+        if any((self.folder / "runs").iterdir()) and earlier != text:
+            raise SweepError(
+                f"what the runs in {self.folder} decide was declared before them, in {path}, and is another "
+                "thing now; choose another --out for another declaration"
+            )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+
     def state(self, run: str) -> str:
         """Return ``"done"``, ``"failed"`` or ``"to do"``."""
         if (self.folder / "runs" / run).is_dir():

@@ -120,8 +120,9 @@ def tune(
     """Choose a point for each length, by halving: what does well with one seed, or for a short time, goes on.
 
     At the first length all points are tried with the first seed, the better half of them with the second, and so on.
-    Every other length begins with the better half of the points of the length before. Where the best point lies
-    in the outer tenth of a range and is clearly better than the interior, the range grows by a third.
+    Each further length begins with half as many points, the best of the length before, and with one seed fewer, as
+    long as there is one: its runs take longer. Where the best point lies in the outer tenth of a range and is
+    clearly better than the interior, the range grows by a third.
 
     Args:
         space: of the method.
@@ -136,9 +137,9 @@ def tune(
     """
     choices: list[Choice] = []
     candidates = space.points(count, seed)
-    for length in steps:
-        choice = Choice()
-        _halve(choice, candidates, length, tuning_seeds, score)
+    for place, length in enumerate(steps):
+        choice, seeds = Choice(), tuning_seeds[: max(1, len(tuning_seeds) - place)]
+        _halve(choice, candidates, length, seeds, score)
         for widening in range(WIDENINGS):
             wider = _wider(space, choice)
             if wider is None:
@@ -146,7 +147,7 @@ def tune(
             space, strip = wider
             choice.widened += 1
             added = strip.points(max(1, count // 4), seed + 1 + widening)
-            _halve(choice, added, length, tuning_seeds, score, at_least=len(added))
+            _halve(choice, added, length, seeds, score, at_least=len(added))
         choice.at_edge = _wider(space, choice) is not None
         choices.append(choice)
         # Each by the mean of the seeds that it was tried with.
