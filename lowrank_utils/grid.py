@@ -39,8 +39,9 @@ class Plan(NamedTuple):
 
 
 def read_plan(path: Path) -> Plan:
-    """Read grids from a YAML file: one mapping of parameter → values, a list of them, or such a list as ``grids``
-    beside what is ``declared``.
+    """Read a YAML file: a grid, a list of grids, or such a list as ``grids`` beside what is ``declared``.
+
+    A grid is a mapping of parameter → the values to go through.
 
     Raises:
         SweepError: the file can't be read or holds something else.

@@ -82,7 +82,8 @@ def write_report(
         lines += ["## What was declared before the runs", *declared_lines(answers, declaration)]
         plots["declared"] = plot_declared(answers)
         lines.append(_picture("declared", stem))
-        lines += ["### The same without one of the tasks", without_one_task(table, declaration)]
+        if len(declaration.shifts) > 1:
+            lines += ["### The same without one of the tasks", without_one_task(table, declaration)]
     lines += _accuracies(table)
     for rank in sorted(table["rank"].dropna().unique()):
         name = f"rank_{rank}"
