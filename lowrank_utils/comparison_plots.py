@@ -1,5 +1,6 @@
 """The plots of the comparison: each method above each network, differences with their intervals, and longer runs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -205,3 +206,19 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         handles.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(handles)))
+
+
+def plot_scores(scores: Mapping[str, float]) -> Figure:
+    """Draw a bar with its number for each method.
+
+    Args:
+        scores: method → accuracy, from 0 to 1.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 0.7 + 0.42 * len(scores)))
+    for place, (method, score) in enumerate(scores.items()):
+        look = METHOD_LOOKS[method]
+        axes.barh(place, 100 * score, color=PALETTE["paper"], edgecolor=look.color, hatch=look.hatch)
+        axes.text(100 * score + 1, place, f"{100 * score:.0f} %", va="center", color=look.color)
+    axes.set_yticks(range(len(scores)), labels=list(scores))
+    axes.set(xlim=(0, 100), ylim=(len(scores) - 0.5, -0.5), xlabel="test accuracy (%)")
+    return figure

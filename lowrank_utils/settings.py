@@ -45,24 +45,24 @@ class Settings:
         TypeError, ValueError: a setting isn't what is allowed.
     """
 
-    data_set: str
+    data_set: str = "mnist-5k"
     shift: str
-    rotation: float
+    rotation: float = -45.0
     networks: list[int]
     methods: list[str]
     ranks: list[int]
-    alpha: float
-    scaling: str
-    init: str
-    adaptation_examples: int
-    batch_size: int
+    alpha: float = 8.0
+    scaling: str = "alpha/rank"
+    init: str = "peft"
+    adaptation_examples: int = 1000
+    batch_size: int = 64
     steps: list[int]
-    tuning_points: int
+    tuning_points: int = 8
     tuning_seeds: list[int]
     seeds: list[int]
-    pretraining_epochs: int
-    dtype: str
-    device: str
+    pretraining_epochs: int = 10
+    dtype: str = "float64"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_one_of("data_set", self.data_set, DATA_SETS)

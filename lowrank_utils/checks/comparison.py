@@ -8,97 +8,94 @@ from torch import Tensor
 
 from lowrank_utils.checks._shared import ExerciseError, ask, compare, exercise
 
+Scores = dict[str, tuple[float, float]]
+
 
 @exercise("7.1")
-def check_chosen_rate(function: Callable[[dict[float, list[float]]], float]) -> None:
-    """Check exercise 7.1, the learning rate with the highest mean validation accuracy."""
+def check_under_tuned(function: Callable[[Scores, dict[str, list[str]]], list[str]]) -> None:
+    """Check exercise 7.1, the methods that do worse than a part of themselves."""
     __tracebackhide__ = True
-    # One lucky seed, the largest rate, the worst mean and the first entry each lead to another rate.
-    scores = {
-        0.1: [0.20, 0.30],
-        0.001: [0.70, 0.71],
-        0.01: [0.80, 0.82],
-        0.003: [0.60, 0.95],
-        0.03: [0.50, 0.60],
-    }
-    mistakes = {
-        "that rate has the best single run; go by the mean over the seeds": 0.003,
-        "return the learning rate, not its score": 0.81,
-        "that is the largest rate; the scores decide": 0.1,
-        "that is the smallest rate; the scores decide": 0.001,
-    }
-    compare("chosen_rate", ask(function, scores=scores), 0.01, mistakes)
-    # The sums mislead here: this rate has one run more.
-    scores = {0.02: [0.30, 0.32, 0.31], 0.3: [0.40, 0.44], 0.005: [0.10, 0.20]}
-    mistakes = {"that rate has the largest sum, of more runs; go by the mean over the seeds": 0.02}
-    compare("chosen_rate", ask(function, scores=scores), 0.3, mistakes)
+    contains = {"whole": ["half", "third"], "half": ["quarter"]}
+    cases = [
+        # Worse than a submodel in both numbers.
+        (
+            {"whole": (0.70, 0.60), "half": (0.80, 0.30), "third": (0.60, 0.90)},
+            ["whole"],
+            "only in the first submodel",
+        ),
+        (
+            {"whole": (0.70, 0.60), "half": (0.60, 0.90), "third": (0.80, 0.30)},
+            ["whole"],
+            "only in the second submodel",
+        ),
+        # Worse in one of them: it may have overfitted, or have been lucky.
+        (
+            {"whole": (0.70, 0.20), "half": (0.80, 0.30), "third": (0.60, 0.90)},
+            [],
+            "its training loss is lower",
+        ),
+        ({"whole": (0.85, 0.60), "half": (0.80, 0.30), "third": (0.60, 0.90)}, [], "its score is higher"),
+        # Worse than one submodel in this and than another one in that.
+        (
+            {"whole": (0.70, 0.60), "half": (0.80, 0.90), "third": (0.60, 0.30)},
+            [],
+            "no single submodel beats it twice",
+        ),
+        # A submodel that didn't run, and a method that contains nothing.
+        (
+            {"half": (0.60, 0.90), "quarter": (0.75, 0.40), "whole": (0.9, 0.1)},
+            ["half"],
+            "half is worse than quarter",
+        ),
+        ({"quarter": (0.10, 2.0), "third": (0.90, 0.1)}, [], "neither contains the other"),
+    ]
+    for scores, expected, reason in cases:
+        answer = ask(function, scores=scores, contains=contains)
+        if answer is None:
+            raise ExerciseError("under_tuned is None: is the `return` missing?")
+        if isinstance(answer, (str, bytes)) or not hasattr(answer, "__iter__"):
+            raise ExerciseError(f"under_tuned must be a list of names; got {answer!r}")
+        found = sorted(answer)
+        if found == sorted(expected):
+            continue
+        if found == ["whole"] and reason == "its training loss is lower":
+            raise ExerciseError("the score alone isn't enough: whole has learned its training images better")
+        if found == ["whole"] and reason == "its score is higher":
+            raise ExerciseError("the training loss alone isn't enough: whole has the higher score")
+        raise ExerciseError(f"in {scores} it should be {expected}, since {reason}; got {found}")
 
 
 @exercise("7.2")
-def check_interval(function: Callable[[Tensor, float], tuple[Any, Any]]) -> None:
-    """Check exercise 7.2, the t interval of a mean of paired differences."""
+def check_networks_needed(function: Callable[[int], int]) -> None:
+    """Check exercise 7.2, how many networks a number of declared tests needs."""
     __tracebackhide__ = True
-    cases = [([0.010, 0.022, -0.004, 0.016, 0.011], 2.776), ([-0.02, 0.01, -0.03], 4.303)]
-    for values, t in cases:
-        d = torch.tensor(values, dtype=torch.float64)
-        mean, spread, n = d.mean(), d.std(), len(values)
-
-        def ends(half: Tensor, mean: Tensor = mean) -> tuple[Tensor, Tensor]:
-            return mean - half, mean + half
-
-        expected = ends(t * spread / n**0.5)
+    for tests, expected in ((5, 8), (1, 6), (2, 7), (20, 10), (40, 11)):
         mistakes = {
-            "that is the spread of the differences; their mean is steadier, by √n": ends(t * spread),
-            "divide by √n, not by n": ends(t * spread / n),
-            "the mean was estimated from the same numbers: take the standard deviation with n − 1": ends(
-                t * d.std(correction=0) / n**0.5
-            ),
-            "that is one standard error; t times as many belong to 95%": ends(spread / n**0.5),
-            "the lower end comes first": (expected[1], expected[0]),
+            "a mean can be far from zero on either side: the smallest p is 2/2ⁿ, not 1/2ⁿ": expected - 1,
+            "one network more than it takes: p may be 0.05, but not above": expected + 1,
         }
-        answer = ask(function, differences=d, t=t)
-        if isinstance(answer, tuple) and len(answer) == 2:
-            # Numbers are as good as tensors.
-            answer = torch.as_tensor(answer[0]).double(), torch.as_tensor(answer[1]).double()
-        compare("interval", answer, expected, mistakes)
+        if tests > 1:
+            mistakes["Holm multiplies the smallest p by the number of tests"] = 6
+        compare("networks_needed", ask(function, tests=tests), expected, mistakes)
 
 
 @exercise("7.3")
-def check_matched_ranks(function: Callable[[list[tuple[int, int]], int], list[int]]) -> None:
-    """Check exercise 7.3, ranks that give LoRA as many numbers as DoRA."""
+def check_sign_flip(function: Callable[[Tensor], Any]) -> None:
+    """Check exercise 7.3, the sign-flip test of differences."""
     __tracebackhide__ = True
-    cases = [
-        ([(784, 128), (128, 256), (256, 10)], 4, [4, 5, 4]),
-        ([(20, 30), (10, 100), (5, 7)], 1, [1, 2, 1]),
-        ([(5, 40), (200, 20), (60, 30)], 2, [2, 2, 3]),
-        ([(50, 10), (10, 40)], 2, [2, 3]),
-    ]
-    for layers, rank, expected in cases:
-        answer = ask(function, layers=layers, rank=rank)
-        if not isinstance(answer, list) or len(answer) != len(layers):
-            raise ExerciseError(
-                f"matched_ranks must be a list with a rank for each of {len(layers)} layers; got {answer!r}"
-            )
-        magnitudes = sum(n_out for _, n_out in layers)
-        most = max(range(len(layers)), key=lambda i: sum(layers[i]))
-        widest = max(range(len(layers)), key=lambda i: layers[i][1])
+    for values in ([0.02, 0.01, 0.03], [0.010, 0.022, -0.004, 0.016, 0.011], [-0.5, -0.25, -0.125, 0.25]):
+        d = torch.tensor(values, dtype=torch.float64)
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * len(d))
+        means, seen = (signs * d).mean(dim=1), d.mean()
+        # Sums in another order end in other last digits.
+        as_far = means.abs() >= seen.abs() * (1 - 1e-9)
         mistakes = {
-            "no layer has got one more rank": [rank] * len(layers),
-            "one more rank in every layer is too much: m has one number per output, a rank has in + out": [
-                rank + 1
-            ]
-            * len(layers),
-            "that is the layer in which one more rank costs most; which comes nearest to the number of magnitudes?": [
-                rank + (i == most) for i in range(len(layers))
-            ],
-            "that is the layer with the most outputs; what does one more rank cost there?": [
-                rank + (i == widest) for i in range(len(layers))
-            ],
+            "count on both sides of zero: a mean of −x is as far away as one of x": (
+                (means >= seen * (1 - 1e-9)).double().mean()
+            ),
+            "the signs as they were count too: “as far from zero” means ≥, not >": (
+                (means.abs() > seen.abs() * (1 + 1e-9)).double().mean()
+            ),
+            "return a share of all choices of signs, not their number": as_far.double().sum(),
         }
-        for hint, wrong in mistakes.items():
-            if answer == wrong != expected:
-                raise ExerciseError(hint)
-        if answer != expected:
-            raise ExerciseError(
-                f"matched_ranks isn't right yet for the layers {layers}: together their m have {magnitudes} numbers"
-            )
+        compare("sign_flip", ask(function, differences=d), as_far.double().mean(), mistakes)

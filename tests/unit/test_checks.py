@@ -1,5 +1,7 @@
 """Each exercise's check accepts the solution, refuses known mistakes with the right hint, and shows no answer."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,16 +194,21 @@ def kept_share(sigma, share):
     return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
 
 
-def t_interval(differences, t, correction=1):
-    half = t * differences.std(correction=correction) / len(differences) ** 0.5
-    return differences.mean() - half, differences.mean() + half
+def under_tuned(scores, contains, worse=lambda mine, its: mine[0] < its[0] and mine[1] > its[1]):
+    return [
+        method
+        for method in scores
+        if any(worse(scores[method], scores[part]) for part in contains.get(method, ()) if part in scores)
+    ]
 
 
-def matched_ranks(layers, rank, distance=None):
-    magnitudes = sum(n_out for _, n_out in layers)
-    distance = distance or (lambda pair: abs(sum(pair) - magnitudes))
-    nearest = min(range(len(layers)), key=lambda i: distance(layers[i]))
-    return [rank + (i == nearest) for i in range(len(layers))]
+def networks_needed(tests, sides=2):
+    return next(n for n in range(1, 99) if tests * sides / 2**n <= 0.05)
+
+
+def sign_flip(d, as_far=lambda means, seen: means.abs() >= seen.abs() - 1e-12):
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=len(d))), dtype=d.dtype)
+    return as_far((signs * d).mean(dim=1), d.mean()).double().mean()
 
 
 def scores_emptied(scores):
@@ -345,9 +352,9 @@ SOLUTIONS = {
     "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "paired_difference": lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5),
     "magnitude_only": only_magnitudes,
-    "chosen_rate": lambda scores: max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate])),
-    "interval": t_interval,
-    "matched_ranks": matched_ranks,
+    "under_tuned": under_tuned,
+    "networks_needed": networks_needed,
+    "sign_flip": sign_flip,
     "to_peft": lambda A, B, a: (A.T, B.T, a * A.shape[1]),
     "factored_squares": factored,
     "mixed_batch": mixed,
@@ -608,31 +615,37 @@ MISTAKES = {
         (lambda model: only_magnitudes(model) * 0 + sum(p.numel() for p in model.parameters()), "frozen numbers too"),
         (lambda model: only_magnitudes(model) * 0 + 17, "isn't right yet"),  # the first example's count
     ],
-    "chosen_rate": [
-        (lambda scores: max(scores, key=lambda rate: max(scores[rate])), "best single run"),
-        (lambda scores: max(sum(values) / len(values) for values in scores.values()), "not its score"),
-        (max, "the largest rate"),
-        (min, "the smallest rate"),
-        (lambda scores: sorted(scores, key=lambda rate: sum(scores[rate]))[1], "isn't right yet"),
-        (lambda scores: max(scores, key=lambda rate: sum(scores[rate])), "the largest sum"),
-        (scores_emptied, "scores was changed in place"),
+    "under_tuned": [
+        (lambda s, c: under_tuned(s, c, lambda mine, its: mine[0] < its[0]), "the score alone"),
+        (lambda s, c: under_tuned(s, c, lambda mine, its: mine[1] > its[1]), "the training loss alone"),
+        (lambda s, c: under_tuned(s, {m: p[:1] for m, p in c.items()}), "second submodel"),
+        (lambda s, c: under_tuned(s, {m: p[1:] for m, p in c.items()}), "first submodel"),
+        (
+            lambda s, c: [
+                m
+                for m in s
+                if any(s[m][0] < s[p][0] for p in c.get(m, ()) if p in s)
+                and any(s[m][1] > s[p][1] for p in c.get(m, ()) if p in s)
+            ],
+            "no single submodel",
+        ),
+        (lambda s, c: [m for m in s if under_tuned(s, {m: list(s)})], "only in the first submodel"),  # noqa: ARG005
+        (lambda s, c: "whole", "must be a list of names"),  # noqa: ARG005
+        (lambda s, c: None, "`return`"),  # noqa: ARG005
     ],
-    "interval": [
-        (lambda d, t: (d.mean() - t * d.std(), d.mean() + t * d.std()), "steadier"),
-        (lambda d, t: (d.mean() - t * d.std() / len(d), d.mean() + t * d.std() / len(d)), "not by n"),
-        (lambda d, t: t_interval(d, t, correction=0), "with n − 1"),
-        (lambda d, t: t_interval(d, 1), "one standard error"),  # noqa: ARG005
-        (lambda d, t: t_interval(d, t)[::-1], "lower end comes first"),
-        (lambda d, t: t_interval(d, 1.96), "isn't right yet"),  # noqa: ARG005
-        (lambda d, t: list(t_interval(d, t)), "must be a tuple of 2"),
+    "networks_needed": [
+        (lambda tests: networks_needed(tests, sides=1), "not 1/2ⁿ"),
+        (lambda tests: networks_needed(1), "multiplies the smallest p"),  # noqa: ARG005
+        (lambda tests: networks_needed(tests) + 1, "one network more"),
+        (lambda tests: 12, "isn't right yet"),  # noqa: ARG005
+        (lambda tests: None, "`return`"),  # noqa: ARG005
     ],
-    "matched_ranks": [
-        (lambda layers, r: [r] * len(layers), "no layer has got"),
-        (lambda layers, r: [r + 1] * len(layers), "in every layer is too much"),
-        (lambda layers, r: matched_ranks(layers, r, lambda pair: -sum(pair)), "costs most"),
-        (lambda layers, r: matched_ranks(layers, r, lambda pair: -pair[1]), "most outputs"),
-        (lambda layers, r: r + 1, "with a rank for each of 3 layers"),  # noqa: ARG005
-        (lambda layers, r: (matched_ranks(layers, r) * 2)[:3], "a rank for each of 2 layers"),
+    "sign_flip": [
+        (lambda d: sign_flip(d, lambda means, seen: means >= seen - 1e-12), "both sides of zero"),
+        (lambda d: sign_flip(d, lambda means, seen: means.abs() > seen.abs() + 1e-12), "≥, not >"),
+        (lambda d: sign_flip(d) * 2 ** len(d), "not their number"),
+        (lambda d: d.mean(), "isn't right yet"),
+        (lambda d: sign_flip(d.abs_()), "was changed in place"),
     ],
     "to_peft": [
         (lambda A, B, a: (A, B.T, a * len(B)), "PEFT's A is"),
@@ -749,7 +762,7 @@ def test_every_exercise_knows_four_mistakes_or_more(name):
 # Exercises on a model. How each could be answered for one example alone stands among their mistakes.
 ON_MODELS = {"freeze_all_but_adapters", "merge", "magnitude_only", "finds_bug"}
 ON_VALUES = [name for name in SOLUTIONS if name not in ON_MODELS]
-ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error"}
+ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error", "networks_needed"}
 
 
 @pytest.mark.parametrize("name", ON_VALUES)
