@@ -35,7 +35,7 @@ def seconds(path: Path) -> float:
 
 def main() -> Path:
     """Let the notebooks take turns, and return the file with the results."""
-    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     times: dict[str, list[float]] = {path.stem: [] for path in paths}
     with tqdm(total=ROUNDS * len(paths), unit="notebook") as bar:
         for _ in range(ROUNDS):

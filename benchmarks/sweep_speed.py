@@ -1,6 +1,6 @@
 """How much faster a sweep of 12 runs is with two workers than with one.
 
-Both take turns, so that a busy machine slows both. Each run is notebook 07 with few seeds, in a new folder. The
+Both take turns, so that a busy machine slows both. Each run is comparison.ipynb with two methods above one network, in a new folder. The
 results are written to notebooks/results/sweep_speed.json.
 """
 
@@ -20,9 +20,9 @@ from tqdm import tqdm
 ROUNDS = 2
 RUNS = 12
 PARAMETERS = {
-    "pretraining_seed": [str(seed) for seed in range(RUNS)],
-    "methods": ["[LoRA, DoRA]"],
-    "seeds": ["[1, 2, 3]"],
+    # A single value stands for a list of one, and so each network is a run.
+    "networks": [str(seed) for seed in range(RUNS)],
+    "methods": ["[LoRA, DoRA with m's rate]"],
     "adaptation_examples": ["1000"],
 }
 

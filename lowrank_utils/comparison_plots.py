@@ -77,6 +77,7 @@ def plot_networks(table: pd.DataFrame) -> Figure:
     """
     networks = network_means(table)
     ranks = sorted(networks["rank"].dropna().unique()) or [None]
+    lengths = networks["steps"].unique()
     panels = [
         (task, steps, rank, group[group["rank"].isna() | (group["rank"] == rank)])
         for task, rows in _tasks(networks)
@@ -94,14 +95,13 @@ def plot_networks(table: pd.DataFrame) -> Figure:
                 axes.plot(accuracy.mean(), height, ls="", ms=9, markeredgewidth=1.5, **style)
         labels = methods if place % 2 == 0 else [""] * len(methods)
         axes.set_yticks(range(len(methods)), labels=labels)
-        axes.set(ylim=(len(methods) - 0.5, -0.5), title=_panel_title(task, rank, steps))
+        # What all panels have in common needs no place in their titles.
+        parts = [task, f"r = {rank}" * (len(ranks) > 1), f"{steps:,} steps" * (len(lengths) > 1)]
+        axes.set(ylim=(len(methods) - 0.5, -0.5))
+        axes.set_title(", ".join(filter(None, parts)), fontsize="medium")
         axes.grid(axis="x", alpha=0.4)
     figure.supxlabel("test accuracy (%)", fontsize="medium")
     return figure
-
-
-def _panel_title(task: str, rank: Any, steps: int) -> str:
-    return f"{task}, {'' if rank is None else f'rank {rank}, '}{steps:,} steps"
 
 
 def plot_differences(rows: pd.DataFrame) -> Figure:

@@ -67,8 +67,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_one_of("data_set", self.data_set, DATA_SETS)
         check_one_of("shift", self.shift, SHIFTS)
-        check_finite_number("rotation", self.rotation)
-        check_finite_number("alpha", self.alpha)
+        # 8 and 8.0 are one setting, and so one run.
+        for name in ("rotation", "alpha"):
+            object.__setattr__(self, name, check_finite_number(name, getattr(self, name)))
         check_one_of("scaling", self.scaling, SCALINGS)
         check_one_of("init", self.init, INITIALISATIONS)
         check_one_of("dtype", self.dtype, DTYPES)

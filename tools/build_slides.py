@@ -493,7 +493,7 @@ def build(output: Path, notebooks: Path = ROOT / "notebooks") -> list[Path]:
     }
     exporter = SlidesExporter(config=Config({"SlidesExporter": options}))
     titles = {}
-    for path in sorted(notebooks.glob("*.ipynb")):
+    for path in sorted(notebooks.glob("[0-9]*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         titles[f"{path.stem}.html"] = title_of(notebook)
         slides = slides_of(notebook)

@@ -8,7 +8,7 @@ import pytest
 from html_pages import Page, broken_links, loaded_from_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 WIDTH, HEIGHT = 1280, 720
 # Pixels that the last row reads. The points in pictures are what tests/project/test_type_sizes.py holds.
 LETTERS = 18

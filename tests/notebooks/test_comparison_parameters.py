@@ -1,4 +1,4 @@
-"""Notebook 07 refuses wrong parameters before it trains anything, and runs with others."""
+"""comparison.ipynb refuses wrong parameters before it trains anything, and runs with others."""
 
 import json
 import os
@@ -10,24 +10,27 @@ import papermill
 import pytest
 
 from lowrank_utils._kernels import kernel_environment
-from lowrank_utils.settings import Settings
+from lowrank_utils.grid import notebook_defaults
+from lowrank_utils.settings import Settings, settings_of_notebook
 
-NAME = "07_comparison.ipynb"
+NAME = "comparison.ipynb"
 # Small enough for seconds.
 SMALL = {
-    "methods": ["frozen", "magnitude", "LoRA", "DoRA", "full"],
+    "networks": [1, 2],
+    "methods": ["frozen", "m alone", "LoRA", "DoRA with m's rate", "full"],
     "ranks": [1],
-    "learning_rates": [0.01],
-    "epochs": 1,
     "adaptation_examples": 100,
-    "seeds": [1, 2],
+    "steps": [2],
+    "tuning_points": 1,
+    "tuning_seeds": [901],
+    "seeds": [1],
     "pretraining_epochs": 1,
 }
 
 
 @pytest.fixture
 def run(root, tmp_path):
-    """Run notebook 07 with papermill's command, as a user does, and return its exit status and the notebook."""
+    """Run it with papermill's command, as a user does, and return its exit status and the notebook."""
 
     def run_with(**parameters):
         (tmp_path / "parameters.yaml").write_text(json.dumps(parameters))
@@ -69,7 +72,7 @@ def test_a_wrong_parameter_stops_it_before_anything_is_trained(run, wrong, said)
     assert said in message
     assert "settings_of_notebook" in source
     executed = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.execution_count]
-    assert not any("prepare(settings)" in source for source in executed)
+    assert not any("run_experiment(settings)" in source for source in executed)
 
 
 # Also where there is nothing to compare.
@@ -90,6 +93,12 @@ def test_another_shift_runs_to_the_end_and_writes_its_result(run, tmp_path, shif
     result = json.loads((tmp_path / "result.json").read_text())
     assert Settings.of(result["settings"]).shift == shift
     assert len(result["runs"]) == len(methods) * 2
+    assert len(result["choices"]) == (len(methods) - ("frozen" in methods)) * 2
+    # What a user sees of it is a line for each method, and the plot.
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert all(method in printed for method in methods)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.skipif(
@@ -99,10 +108,9 @@ def test_the_whole_mnist_runs_to_the_end(run, tmp_path):
     done, notebook = run(**SMALL, data_set="mnist", result_path=str(tmp_path / "result.json"))
     assert done.returncode == 0, done.stderr
     assert not errors(notebook)
-    printed = [
-        o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"
-    ]
-    assert any("digits to report:            10,000" in text for text in printed)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert Settings.of(result["settings"]).data_set == "mnist"
+    assert len(result["runs"]) == len(SMALL["methods"]) * 2
 
 
 def test_every_parameter_is_typed_and_explained(root):
@@ -111,3 +119,23 @@ def test_every_parameter_is_typed_and_explained(root):
     for parameter in parameters.values():
         assert parameter["inferred_type_name"] in {"str", "int", "float", "list"}
         assert parameter["help"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(root / "notebooks" / NAME)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name, parameter in parameters.items():
+        assert f"{name}: {parameter['inferred_type_name']} (default " in shown
+
+
+def test_its_variables_are_the_settings_and_its_defaults_are_allowed(root):
+    defaults = notebook_defaults(root / "notebooks" / NAME)
+    assert settings_of_notebook(defaults) == Settings.of(
+        {name: value for name, value in defaults.items() if name != "result_path"}
+    )
+    # papermill itself only logs a parameter that the notebook doesn't have, and runs with the defaults.
+    for given in ("rank = 4", "learning_rates = [0.1]", "epochs = 3"):
+        history = ["", f"# Parameters\n{given}\nseeds = [5]\n"]
+        with pytest.raises(ValueError, match=f"unknown parameter: {given.split()[0]}; the parameters are"):
+            settings_of_notebook(defaults | {"In": history})

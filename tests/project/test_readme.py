@@ -195,7 +195,7 @@ def test_the_map_of_the_series_is_that_of_the_notebooks():
         flags=re.MULTILINE,
     )
     assert [Path(path).name for _, path, *_ in rows] == [
-        p.name for p in sorted((ROOT / "notebooks").glob("*.ipynb"))
+        p.name for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     ]
     for title, path, question, reading, exercises in rows:
         opening = nbformat.read(ROOT / path, as_version=4).cells[0].source

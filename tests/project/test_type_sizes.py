@@ -11,7 +11,7 @@ from matplotlib.font_manager import FontProperties
 from lowrank_utils.plots import use_style
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 # In points: what tools/build_slides.py takes for the smallest.
 SMALLEST_IN_PLOTS, SMALLEST_IN_DRAWINGS = 10, 12
 SIZES = {"size", "fontsize", "labelsize", "title_fontsize"}

@@ -1,4 +1,4 @@
-"""A notebook with the parameters of notebook 07 that computes nothing, so that a sweep takes seconds."""
+"""A notebook with the parameters of comparison.ipynb that computes nothing, so that a sweep takes seconds."""
 
 import _thread
 import json
@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from lowrank_utils.comparison import main
+from lowrank_utils.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # A sweep that takes longer is interrupted, so that it can't hold up all tests.
@@ -24,6 +25,8 @@ from pathlib import Path
 
 if str(ranks) in os.environ.get("PLANTED_FAILURE", "").split(";"):
     raise RuntimeError(f"planted failure at {ranks}")
+if shift == os.environ.get("PLANTED_SHIFT"):
+    raise RuntimeError(f"planted failure on {shift}")
 time.sleep(float(os.environ.get("PLANTED_SECONDS", 0)))
 
 
@@ -31,25 +34,34 @@ def made_up(*parts):
     return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16) / 16**8
 
 
-def run(method, rank, seed):
-    ends = {"validation": [made_up(shift, method, rank, seed)], "test": made_up(shift, method, rank, seed, 1)}
-    return {"method": method, "rank": rank, "trainable": 100, "learning_rate": 0.01, "seed": seed, **ends, "changes": []}
+def choice(*cell):
+    tried = {"points": [[0.01, None, [0.5]]], "score": made_up(shift, *cell), "widened": 0, "at_edge": False}
+    return dict(zip(("network", "method", "rank", "steps"), cell)) | RATES | tried
 
 
-names = "data_set shift rotation adaptation_examples epochs alpha scaling init".split()
+def run(*cell):
+    ends = {"training_loss": 0.5, "dead": False, "validation": made_up(shift, *cell), "test": made_up(shift, *cell, 1)}
+    name = dict(zip(("network", "method", "rank", "steps", "seed"), cell))
+    return name | {"trainable": 100, **RATES, **ends, "negative": {}}
+
+
+RATES = {"learning_rate": 0.01, "factor": None}
+cells = [(n, m, r, s) for n in networks for m in methods for r in ranks for s in steps]
 result = {
-    "settings": {name: globals()[name] for name in names} | {"threads": os.environ.get("OMP_NUM_THREADS")},
-    "learning_rates": [{"method": m, "rank": r, "at_edge": False} for m in methods for r in ranks],
-    "runs": [run(method, rank, seed) for method in methods for rank in ranks for seed in seeds],
+    "settings": {name: globals()[name] for name in NAMES} | {"threads": os.environ.get("OMP_NUM_THREADS")},
+    "choices": [choice(*cell) for cell in cells],
+    "runs": [run(*cell, seed) for cell in cells for seed in seeds],
 }
 Path(result_path).write_text(json.dumps(result))
-"""
+""".replace("NAMES", repr(Settings.names()))
+# How many rows of the table a run with one rank is: two methods above two networks, with three seeds.
+ROWS = 2 * 2 * 3
 
 
 @pytest.fixture
 def notebook(tmp_path):
     """The stand-in's path."""
-    source = nbformat.read(ROOT / "notebooks" / "07_comparison.ipynb", as_version=4)
+    source = nbformat.read(ROOT / "notebooks" / "comparison.ipynb", as_version=4)
     (parameters,) = [cell for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
     copy = nbformat.v4.new_notebook(metadata=source.metadata)
     copy.cells = [
@@ -66,8 +78,9 @@ def arguments(notebook, tmp_path):
     """The arguments of a sweep of the stand-in, into ``tmp_path / "out"``."""
 
     def build(*more, out="out"):
-        fixed = ["-p", "methods", "[LoRA, DoRA]", "-p", "seeds", "[1, 2, 3]", "--out", str(tmp_path / out)]
-        return ["--notebook", str(notebook), *fixed, *map(str, more)]
+        fixed = ["-p", "networks", "[7, 8]", "-p", "methods", "[LoRA, DoRA with m's rate]"]
+        fixed += ["-p", "seeds", "[1, 2, 3]", "--out", str(tmp_path / out)]
+        return ["--notebook", str(notebook), *map(str, more), *fixed]
 
     return build
 

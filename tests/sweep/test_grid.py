@@ -4,16 +4,29 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lowrank_utils import grid
-from lowrank_utils.comparison import main
-from lowrank_utils.grid import CODE, SweepError, code_version, expand, notebook_defaults, read_grids, run_id
+from lowrank_utils.comparison import declaration_of, main
+from lowrank_utils.grid import (
+    EXPERIMENT,
+    Plan,
+    SweepError,
+    code_of,
+    code_version,
+    expand,
+    notebook_defaults,
+    read_plan,
+    run_id,
+)
+from lowrank_utils.methods import METHODS
+from lowrank_utils.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-SERIES = ROOT / "notebooks" / "07_comparison.ipynb"
+SERIES = ROOT / "notebooks" / "comparison.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +35,10 @@ def defaults():
 
 
 def test_each_combination_once_and_the_notebooks_defaults_for_the_rest(defaults):
-    runs = expand([{"shift": ["rotation", "inversion"], "ranks": [1, [2, 4]], "epochs": 3}], defaults)
-    assert [(run.shift, run.ranks, run.epochs) for run in runs] == [
+    runs = expand(
+        [{"shift": ["rotation", "inversion"], "ranks": [1, [2, 4]], "pretraining_epochs": 3}], defaults
+    )
+    assert [(run.shift, run.ranks, run.pretraining_epochs) for run in runs] == [
         ("rotation", [1], 3),
         ("rotation", [2, 4], 3),
         ("inversion", [1], 3),
@@ -45,8 +60,10 @@ def test_each_combination_once_and_the_notebooks_defaults_for_the_rest(defaults)
         ({"ranks": [0]}, "a rank must be a whole number, 1 or more; got 0"),
         ({"methods": ["QLoRA"]}, "a method must be one of"),
         ({"seeds": [[1, 1]]}, "seeds must have each entry once"),
-        ({"learning_rates": [["5e-4"]]}, "YAML takes 5e-4 for text; write 5.0e-4"),
-        ({"epochs": ["many"]}, "epochs must be a whole number"),
+        ({"alpha": ["5e-4"]}, "YAML takes 5e-4 for text; write 5.0e-4"),
+        ({"pretraining_epochs": ["many"]}, "pretraining_epochs must be a whole number"),
+        ({"steps": [[128, 64]]}, "steps must begin with the shortest"),
+        ({"networks": [["a"]]}, "seed must be a whole number"),
     ],
 )
 def test_a_wrong_grid_is_refused(values, said, defaults):
@@ -59,6 +76,13 @@ def test_a_wrong_grid_is_refused(values, said, defaults):
     [
         ("- [1, 2]", "must hold parameters and their values"),
         ("", "must hold parameters and their values"),
+        ("grids: []", "holds no grid"),
+        ("grids: [1]", "must hold parameters and their values"),
+        ("grids:", "must hold parameters and their values"),
+        (
+            "{grids: {ranks: [1]}, declred: {}}",
+            "must hold grids and what is declared beside them; got declred",
+        ),
         ("ranks: [1", "isn't YAML"),
         ("\x00", "isn't YAML"),
         ("!!python/object/apply:os.system ['true']", "isn't YAML"),
@@ -68,32 +92,76 @@ def test_a_wrong_file_is_refused(text, said, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(text)
     with pytest.raises(SweepError, match=re.escape(said)):
-        read_grids(path)
+        read_plan(path)
     with pytest.raises(SweepError, match="can't be read"):
-        read_grids(tmp_path / "missing.yaml")
+        read_plan(tmp_path / "missing.yaml")
 
 
-def test_the_default_grid_is_all_ranks_shifts_and_methods(defaults):
-    runs = expand(read_grids(ROOT / "notebooks" / "comparison.yaml"), defaults)
-    assert len(runs) == 4 + 4 * 6
-    assert {run.shift for run in runs} == {"rotation", "permutation", "inversion", "unseen classes"}
-    with_rank = [run for run in runs if "DoRA" in run.methods]
-    assert sorted({rank for run in with_rank for rank in run.ranks}) == [1, 2, 4, 8, 16, 32]
-    assert {method for run in runs for method in run.methods} == set(defaults["methods"])
-    for run in runs:
-        assert len(run.seeds) >= 10
-        assert (run.epochs, run.adaptation_examples, run.learning_rates) == (
-            runs[0].epochs,
-            runs[0].adaptation_examples,
-            runs[0].learning_rates,
-        )
+def test_a_file_is_a_grid_or_several_with_what_is_declared_beside_them(tmp_path):
+    path = tmp_path / "grid.yaml"
+    for text, plan in {
+        "ranks: [1]": Plan([{"ranks": [1]}]),
+        "[{ranks: [1]}, {ranks: [2]}]": Plan([{"ranks": [1]}, {"ranks": [2]}]),
+        "grids: {ranks: [1]}": Plan([{"ranks": [1]}]),
+        "{grids: [{ranks: [1]}], declared: {steps: [64]}}": Plan([{"ranks": [1]}], {"steps": [64]}),
+    }.items():
+        path.write_text(text, encoding="utf-8")
+        assert read_plan(path) == plan
 
 
-def test_a_run_is_known_by_its_parameters_and_the_code(defaults):
-    one, two = expand([{"ranks": [1, 2]}], defaults)
-    names = {run_id(one, "a"), run_id(two, "a"), run_id(one, "b")}
-    assert len(names) == 3
-    assert run_id(expand([{"ranks": [1]}], defaults)[0], "a") in names
+def test_the_default_grid_can_decide_what_it_declares_and_runs_every_method(defaults):
+    plan = read_plan(ROOT / "notebooks" / "comparison.yaml")
+    runs = expand(plan.grids, defaults)
+    declaration = declaration_of(plan, runs)
+    assert 1 <= len(declaration.tests) <= 5
+    assert {method for run in runs for method in run.methods} == set(METHODS)
+    # All methods get the same data, the same tries and the same seeds.
+    for name in ("adaptation_examples", "batch_size", "tuning_points", "tuning_seeds", "seeds", "dtype"):
+        assert len({str(getattr(run, name)) for run in runs}) == 1, name
+
+
+# Another value for each setting, also for those that a file might seldom change.
+OTHERS = {
+    "data_set": "mnist",
+    "shift": "blur",
+    "rotation": -45.5,
+    "networks": [1, 2],
+    "methods": ["LoRA", "DoRA with one rate"],
+    "ranks": [1, 2],
+    "alpha": 8.5,
+    "scaling": "alpha",
+    "init": "article",
+    "adaptation_examples": 511,
+    "batch_size": 128,
+    "steps": [64, 128],
+    "tuning_points": 8,
+    "tuning_seeds": [101, 102],
+    "seeds": [1, 2],
+    "pretraining_epochs": 6,
+    "dtype": "float32",
+    "device": "meta",
+}
+
+
+def test_runs_that_differ_in_any_one_setting_are_two(defaults):
+    (one,) = expand([{}], defaults)
+    assert list(OTHERS) == Settings.names()
+    runs = [one, *(replace(one, **{name: value}) for name, value in OTHERS.items())]
+    assert len({run_id(run, "a") for run in runs}) == len(runs)
+    # The order of seeds or networks is another run too, and so is another version of the code.
+    two = replace(one, seeds=[1, 2])
+    assert run_id(two, "a") != run_id(replace(two, seeds=[2, 1]), "a")
+    assert run_id(one, "a") != run_id(one, "b")
+    assert re.fullmatch("[0-9a-f]{16}", run_id(one, "a"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 8), ("rotation", -45)])
+def test_a_whole_number_is_the_same_run_as_its_decimal_fraction(name, value, defaults):
+    runs = [expand([{name: v}], defaults)[0] for v in (value, float(value))]
+    assert run_id(runs[0], "a") == run_id(runs[1], "a")
+    # And the same as that of a sweep in another process.
+    assert run_id(Settings.of(json.loads(json.dumps(runs[0].as_dict()))), "a") == run_id(runs[1], "a")
+    assert len(expand([{name: [value, float(value)]}], defaults)) == 1
 
 
 def test_the_version_covers_all_code_that_an_experiment_runs():
@@ -101,34 +169,70 @@ def test_the_version_covers_all_code_that_an_experiment_runs():
     loaded = subprocess.run(
         [sys.executable, "-c", listing], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert {name.removeprefix("lowrank_utils.") for name in loaded} == set(CODE)
+    found = code_of(EXPERIMENT)
+    assert set(loaded) == found.keys()
+    assert {"lowrank_utils.tuning", "lowrank_utils.lora", "lowrank_utils._arguments"} <= found.keys()
 
 
-def test_the_version_changes_with_code_and_not_with_words(tmp_path, monkeypatch):
+def test_code_is_found_at_any_depth_and_in_a_circle(tmp_path, monkeypatch):
+    package = tmp_path / "lowrank_utils"
+    package.mkdir()
+    for name, text in {
+        "first": "from lowrank_utils.second import x",
+        "second": "def f():\n    from lowrank_utils.third import x\nimport json",
+        "third": "from lowrank_utils.first import y\nfrom os import path",
+        "fourth": "",
+    }.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(grid, "PACKAGE", package)
+    assert set(code_of("lowrank_utils.first")) == {f"lowrank_utils.{n}" for n in ("first", "second", "third")}
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the package that the version is taken of."""
+    package = tmp_path / "lowrank_utils"
+    package.mkdir()
+    for path in grid.PACKAGE.glob("*.py"):
+        (package / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(grid, "PACKAGE", package)
+    return package
+
+
+def test_the_version_changes_with_the_code_of_each_module_and_not_with_words(copied):
     notebook = SERIES.read_text(encoding="utf-8")
     version = code_version(notebook)
-    changed = json.loads(notebook)
-    cells = [cell for cell in changed["cells"] if cell["cell_type"] == "code"]
-    cells[0]["source"] += "\nx = 1"
-    assert code_version(json.dumps(changed)) != version
-    # What comes after the result was written can't change it.
-    changed = json.loads(notebook)
-    changed["cells"][-2 if changed["cells"][-1]["cell_type"] == "markdown" else -1]["source"] += "\nx = 1"
-    assert code_version(json.dumps(changed)) == version
+    versions = set()
+    for name in code_of(EXPERIMENT):
+        path = copied / f"{name.rpartition('.')[2]}.py"
+        before = path.read_text(encoding="utf-8")
+        words = re.sub(r'\A"""', '"""Other words. ', before) + "\n# A comment.\n"
+        assert words.startswith('"""Other words. ')
+        path.write_text(words, encoding="utf-8")
+        assert code_version(notebook) == version, f"words in {name} change no result"
+        path.write_text(before + "\nx = 1\n", encoding="utf-8")
+        versions.add(code_version(notebook))
+        path.write_text(before, encoding="utf-8")
+    assert version not in versions
+    assert len(versions) == len(code_of(EXPERIMENT))
+    # What only shows results changes none.
+    for other in ("tables", "report", "declared", "comparison_plots"):
+        path = copied / f"{other}.py"
+        path.write_text(path.read_text(encoding="utf-8") + "\nx = 1\n", encoding="utf-8")
+    assert code_version(notebook) == version
 
-    for path in grid.PACKAGE.glob("*.py"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(grid, "PACKAGE", tmp_path)
-    assert code_version(notebook) == version
-    lora = (tmp_path / "lora.py").read_text(encoding="utf-8")
-    (tmp_path / "lora.py").write_text(
-        "# A comment.\n" + lora.replace('"""LoRA: the', '"""LoRA, the'), encoding="utf-8"
-    )
-    assert code_version(notebook) == version
-    (tmp_path / "lora.py").write_text(
-        lora.replace("self.alpha * (x", "2 * self.alpha * (x"), encoding="utf-8"
-    )
-    assert code_version(notebook) != version
+
+def test_the_version_changes_with_the_notebook_up_to_where_it_writes_its_result():
+    notebook = SERIES.read_text(encoding="utf-8")
+    version = code_version(notebook)
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    (written,) = [place for place, cell in enumerate(cells) if "write_result(" in "".join(cell["source"])]
+    for place in range(len(cells)):
+        for added, changes in (("\nx = 1", place <= written), ("\n# A comment.", False)):
+            changed = json.loads(notebook)
+            code = [cell for cell in changed["cells"] if cell["cell_type"] == "code"]
+            code[place]["source"] = ["".join(code[place]["source"]), added]
+            assert (code_version(json.dumps(changed)) != version) == changes, (place, added)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -105,3 +107,76 @@ def test_an_altered_result_is_named(store):
         store.result("a")
     shutil.rmtree(path.parent)
     assert store.state("a") == "to do"
+
+
+DECLARED = {"shifts": ["rotation"], "steps": [64], "tests": []}
+
+
+@pytest.mark.parametrize("fails_at", ["write_text", "replace"])
+def test_a_declaration_is_written_in_one_step(store, monkeypatch, fails_at):
+    store.declare(DECLARED)
+
+    def stops(self, *_, **__):
+        if fails_at == "write_text":
+            self.write_bytes(b'{"shi')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pathlib.Path.{fails_at}", stops)
+        with pytest.raises(OSError, match="No space left"):
+            store.declare(DECLARED | {"steps": [128]})
+    assert json.loads((store.folder / "declared.json").read_text()) == DECLARED
+    store.declare(DECLARED | {"steps": [128]})
+    assert json.loads((store.folder / "declared.json").read_text())["steps"] == [128]
+
+
+# Killed at the n-th call that changes a file's or folder's name, or removes one, and between any two writes.
+KILLED = """
+import os, pathlib, shutil, sys
+from lowrank_utils.store import Outcome, Store
+
+folder, left = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+
+
+def killed_before(function):
+    def wrapped(*arguments, **options):
+        global left
+        if left == 0:
+            os._exit(9)
+        left -= 1
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+store = Store(folder)
+with store.locked():
+    pathlib.Path.rename = killed_before(pathlib.Path.rename)
+    pathlib.Path.replace = killed_before(pathlib.Path.replace)
+    pathlib.Path.write_text = killed_before(pathlib.Path.write_text)
+    os.fsync = killed_before(os.fsync)
+    shutil.rmtree = killed_before(shutil.rmtree)
+    store.declare({"new": 1})
+    store.keep("a", None, Outcome("{}", '{"runs": []}', ""))
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("calls", range(7))
+def test_whenever_a_sweep_is_killed_a_run_and_a_declaration_are_the_old_or_the_new_one(tmp_path, calls):
+    store = Store(tmp_path)
+    with store.locked():
+        store.declare({"old": 1})
+        store.keep("a", SETTINGS, FAILED)
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(calls)], check=False)
+    # Two for the declaration, two files, the rename and the older failure's removal.
+    assert run.returncode == (9 if calls < 6 else 0)
+    with store.locked():
+        declared = json.loads((tmp_path / "declared.json").read_text())
+        assert declared == ({"old": 1} if calls < 2 else {"new": 1})
+        assert store.state("a") == ("failed" if calls < 5 else "done")
+        if store.state("a") == "done":
+            assert store.result("a") == {"runs": []}
+        assert not list(tmp_path.glob(".partial-*"))
+        store.keep("b", SETTINGS, DONE)
+    assert names(tmp_path / "runs" / "b") == {"notebook.ipynb", "result.json"}

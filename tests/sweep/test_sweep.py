@@ -13,7 +13,9 @@ import filelock
 import pandas as pd
 import psutil
 import pytest
+import yaml
 
+from conftest import ROWS
 from lowrank_utils.comparison import main
 from lowrank_utils.grid import SweepError
 from lowrank_utils.sweep import local_workers
@@ -39,16 +41,18 @@ def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(comma
     assert not failed
     assert ranks_of(results) == [1, 4]
     table = pd.read_csv(tmp_path / "out" / "small.csv")
-    assert len(table) == 4 * 2 * 3
-    assert not table.duplicated(["shift", "method", "rank", "seed"]).any()
+    assert len(table) == 4 * ROWS
+    assert not table.duplicated(["shift", "network", "method", "rank", "seed"]).any()
     report = (tmp_path / "out" / "small.md").read_text()
     assert {file.name for file in published.iterdir()} == {
-        file.name for file in (tmp_path / "out").iterdir() if file.is_file() and file.name != ".lock"
+        file.name
+        for file in (tmp_path / "out").iterdir()
+        if file.is_file() and file.name not in (".lock", "declared.json")
     }
     assert (published / "small.md").read_text() == report
     for picture in re.findall(r"\]\((\S+\.png)\)", report):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
-    assert "## The same rank: DoRA − LoRA" in report
+    assert "### DoRA with m's rate − LoRA" in report
     assert "4 of 4 runs done" in run.stdout
     # The bar says how many are done, running and left, and for how long.
     assert re.search(r"0 done, 2 running, 2 left", run.stderr)
@@ -71,6 +75,76 @@ def test_a_finished_sweep_runs_nothing_again(sweep, kept, tmp_path):
     more = sweep("-p", "ranks", 1, 2)
     assert "0 done, 1 running, 0 left" in more.stderr
     assert len(kept()[0]) == 2
+
+
+DECLARED = {
+    "shifts": ["rotation", "inversion"],
+    "steps": [64],
+    "tests": [{"first": "DoRA with m's rate", "second": "LoRA", "ranks": [1]}],
+}
+
+
+@pytest.fixture
+def declaring(tmp_path):
+    """Write a grid's file that declares something, and return its path."""
+
+    def write(**changes):
+        path = tmp_path / "declaring.yaml"
+        content = {"shift": ["rotation", "inversion"], "ranks": [1]}
+        path.write_text(yaml.safe_dump({"declared": DECLARED | changes, "grids": content}), encoding="utf-8")
+        return path
+
+    return write
+
+
+def with_six_networks(arguments):
+    """Return the arguments, with as many networks as one test needs."""
+    place = arguments.index("networks")
+    return [*arguments[: place + 1], "[1, 2, 3, 4, 5, 6]", *arguments[place + 2 :]]
+
+
+def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
+    arguments, declaring, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+
+    def run(path):
+        status = main(with_six_networks(arguments(path)))
+        return status, capsys.readouterr().err
+
+    # It is on the disk before the first run ends, and one failure is enough for no answer.
+    monkeypatch.setenv("PLANTED_SHIFT", "inversion")
+    status, _ = run(declaring())
+    assert status == 1
+    assert json.loads((out / "declared.json").read_text(encoding="utf-8")) == DECLARED
+    assert "## Accuracy" in (out / "declaring.md").read_text(encoding="utf-8")
+    assert "declared before" not in (out / "declaring.md").read_text(encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    # A run is there: no other test may be declared now, and nothing is run.
+    status, said = run(declaring(shifts=["rotation"]))
+    assert status == 2
+    assert "was declared before them" in said
+    assert said.count("\n") == 1
+    undeclared = tmp_path / "undeclared.yaml"
+    undeclared.write_text("shift: [rotation, inversion]\nranks: [1]\n", encoding="utf-8")
+    status, said = run(undeclared)
+    assert status == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+    monkeypatch.delenv("PLANTED_SHIFT")
+    path = declaring()
+    assert main(with_six_networks(arguments(path, "--retry-failed"))) == 0
+    report = (out / "declaring.md").read_text(encoding="utf-8")
+    assert "## What was declared before the runs" in report
+    assert "| 64 | DoRA with m's rate − LoRA, rank 1 | 6 |" in report
+
+
+def test_too_few_networks_for_what_is_declared_are_refused_before_anything_runs(sweep, declaring, tmp_path):
+    run = sweep(declaring())
+    assert run.returncode == 2
+    assert "have 2 networks in common; 1 tests need 6 or more" in run.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_shows_the_grid_and_runs_nothing(sweep, tmp_path):
@@ -151,7 +225,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(command, sweep, kept, tmp_path,
     assert not failed
     for name, result in done.items():
         assert (runs / name / "result.json").read_bytes() == result
-    assert len(pd.read_csv(tmp_path / "out" / "comparison.csv")) == 4 * 2 * 3
+    assert len(pd.read_csv(tmp_path / "out" / "comparison.csv")) == 4 * ROWS
     assert not list((tmp_path / "out").glob(".partial-*"))
 
 

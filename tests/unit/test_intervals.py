@@ -1,123 +1,184 @@
-"""Intervals hold as often as they say, and a verdict says no more than its interval."""
+"""Intervals hold as often as they say, tests are exact, and a verdict says no more than its interval."""
 
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_utils.intervals import Difference, difference_interval, mean_interval
+from lowrank_utils.intervals import Interval, holm, mean_interval, networks_needed, sign_flip_test
 
 
-def by_seed(values):
-    return dict(enumerate(values))
+def p_by_hand(differences):
+    """Return the share of all choices of signs whose mean is as far from zero, by going through them."""
+    observed = abs(sum(differences))
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(total >= observed - 1e-12 for total in sums) / len(sums)
 
 
-def test_the_interval_of_a_mean_is_students():
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_the_interval_of_a_mean_is_students(confidence):
+    values = [0.02, -0.01, 0.03, 0.05, 0.011, 0.02]
+    interval = mean_interval(values, confidence)
+    ends = stats.ttest_1samp(values, 0).confidence_interval(confidence)
+    assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high), rel=1e-12)
+    assert (interval.mean, interval.count) == (pytest.approx(sum(values) / 6), 6)
     # By hand: mean 4, standard deviation √(20/3), and t with 3 degrees of freedom 3.182446.
-    interval = mean_interval([1.0, 3.0, 5.0, 7.0])
-    half = 3.182446305284263 * math.sqrt(20 / 3) / 2
-    assert interval.mean == 4
-    assert interval.count == 4
-    assert interval.low == pytest.approx(4 - half, rel=1e-9)
-    assert interval.high == pytest.approx(4 + half, rel=1e-9)
+    assert mean_interval([1, 3, 5, 7]).high == pytest.approx(4 + 3.182446305284263 * math.sqrt(20 / 3) / 2)
 
 
 def test_ninety_five_of_a_hundred_intervals_hold_the_true_mean():
-    generator = np.random.default_rng(0)
-    samples = generator.normal(0.3, 2.0, size=(4000, 6))
-    held = [i.low <= 0.3 <= i.high for i in (mean_interval(list(sample)) for sample in samples)]
-    # Two standard errors of a share of 4000 are 0.007.
-    assert 0.943 <= np.mean(held) <= 0.957
+    samples = np.random.default_rng(0).normal(0.3, 2.0, size=(2000, 6))
+    held = [i.low <= 0.3 <= i.high for i in map(mean_interval, samples.tolist())]
+    # Two standard errors of a share of 2000 are 0.01.
+    assert 0.94 <= np.mean(held) <= 0.96
 
 
-def test_a_difference_is_taken_in_pairs():
-    # What both share cancels: the accuracies wander by 10 points, the difference is steady.
-    shared = np.random.default_rng(1).normal(0.8, 0.1, size=10)
-    noise = np.random.default_rng(2).normal(0, 0.002, size=10)
-    first, second = by_seed(shared + 0.01 + noise), by_seed(shared)
-    difference = difference_interval(first, dict(reversed(second.items())))
-    reference = stats.ttest_rel(list(first.values()), list(second.values()))
-    ends = reference.confidence_interval(0.95)
-    assert difference.mean == pytest.approx(0.01 + noise.mean())
-    assert (difference.low, difference.high) == pytest.approx((ends.low, ends.high))
-    assert difference.effect == pytest.approx(reference.statistic / math.sqrt(10))
-    assert difference.high - difference.low < 0.005
-    assert difference.count == 10
-
-
-@pytest.mark.parametrize("comparisons", [1, 6, 24])
-def test_the_correction_is_bonferronis(comparisons):
-    first, second = by_seed([0.5, 0.7, 0.6, 0.9]), by_seed([0.4, 0.65, 0.6, 0.7])
-    difference = difference_interval(first, second, comparisons)
-    ends = stats.ttest_rel(list(first.values()), list(second.values())).confidence_interval(
-        1 - 0.05 / comparisons
-    )
-    assert (difference.low_corrected, difference.high_corrected) == pytest.approx((ends.low, ends.high))
-    assert difference.comparisons == comparisons
-    wider = difference.high_corrected - difference.low_corrected > difference.high - difference.low
-    assert wider == (comparisons > 1)
-
-
-def test_all_corrected_intervals_of_a_family_hold_together():
-    generator = np.random.default_rng(3)
-    families = generator.normal(0, 1, size=(600, 8, 5))
-    held = 0
-    for family in families:
-        rows = [difference_interval(by_seed(row), by_seed([0.0] * 5), comparisons=8) for row in family]
-        held += all(row.low_corrected <= 0 <= row.high_corrected for row in rows)
-    assert held / 600 >= 0.93  # at least 0.95, less two standard errors
-    assert held / 600 < 1
+def test_one_value_has_no_interval_and_decides_nothing():
+    for value in (0.0, 0.5, -0.5):
+        interval = mean_interval([value])
+        assert (interval.mean, interval.count) == (value, 1)
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert interval.verdict() == "undecided"
 
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.001, 0.02, "first is better"),
-        (-0.02, -0.001, "second is better"),
-        (-0.009, 0.009, "no difference"),
+        (0.001, 0.02, "better"),
+        (-0.02, -0.001, "worse"),
+        (0.011, 0.02, "better"),
+        # Within a point it isn't worth having, even where it certainly isn't zero.
+        (0.001, 0.009, "no difference worth having"),
+        (-0.009, -0.001, "no difference worth having"),
+        (-0.009, 0.009, "no difference worth having"),
         (-0.02, 0.009, "undecided"),
         (-0.009, 0.02, "undecided"),
-        (0.0, 0.005, "no difference"),
-        (-0.01, 0.0, "undecided"),
+        (0.0, 0.02, "undecided"),
+        (-0.02, 0.0, "undecided"),
+        (-0.01, 0.005, "undecided"),
     ],
 )
-def test_the_verdict_goes_by_the_corrected_interval(low, high, said):
-    # The uncorrected interval would always say that the first is better.
-    difference = Difference(0.01, 0.005, 0.015, 10, 1.0, low, high, 3)
-    assert difference.verdict() == said
+def test_a_verdict_goes_by_the_ends_alone(low, high, said):
+    for mean in (low, high):
+        assert Interval(mean, low, high, 10).verdict() == said
+    # Seen from the other method it is the opposite.
+    opposite = {"better": "worse", "worse": "better"}
+    assert Interval(0.0, -high, -low, 10).verdict() == opposite.get(said, said)
 
 
-def test_the_margin_decides_what_counts_as_a_difference():
-    difference = Difference(0.0, -0.01, 0.01, 10, 0.0, -0.015, 0.015, 3)
-    assert difference.verdict(0.01) == "undecided"
-    assert difference.verdict(0.02) == "no difference"
+def test_the_margin_is_a_point_and_another_can_be_named():
+    interval = Interval(0.0, -0.015, 0.015, 10)
+    assert interval.verdict() == "undecided"
+    assert interval.verdict(0.02) == "no difference worth having"
     with pytest.raises(ValueError, match="margin must be a finite number larger than 0"):
-        difference.verdict(0)
+        interval.verdict(0)
 
 
-def test_differences_without_any_spread():
-    same = difference_interval(by_seed([0.5, 0.6]), by_seed([0.5, 0.6]))
-    assert (same.mean, same.low, same.high, same.effect) == (0, 0, 0, 0)
-    assert same.verdict() == "no difference"
-    steady = difference_interval(by_seed([0.75, 1.0]), by_seed([0.5, 0.75]), comparisons=5)
-    assert (steady.low_corrected, steady.high_corrected, steady.effect) == (0.25, 0.25, math.inf)
-    assert difference_interval(by_seed([0.5, 0.75]), by_seed([0.75, 1.0])).effect == -math.inf
+@pytest.mark.parametrize("count", [*range(2, 10), 12])
+def test_where_all_signs_are_equal_p_is_two_of_all_choices(count):
+    differences = [0.01 + 0.001 * place for place in range(count)]
+    assert sign_flip_test(differences) == pytest.approx(2 / 2**count, rel=1e-9)
+    assert sign_flip_test([-value for value in differences]) == pytest.approx(2 / 2**count, rel=1e-9)
 
 
+@pytest.mark.parametrize("count", [3, 8, 12])
+def test_p_is_the_share_of_all_choices_of_signs_on_both_sides(count):
+    for seed in range(3):
+        differences = np.random.default_rng(seed).normal(0.3, 1, count).round(3).tolist()
+        p = sign_flip_test(differences)
+        assert p == pytest.approx(p_by_hand(differences), rel=1e-9)
+        # Neither the order nor which of the two methods comes first matters.
+        assert sign_flip_test([-value for value in differences]) == pytest.approx(p, rel=1e-9)
+        assert sign_flip_test(differences[::-1]) == pytest.approx(p, rel=1e-9)
+    assert sign_flip_test([0.0] * count) == 1
+
+
+@pytest.mark.parametrize("count", [7, 12])
+def test_ties_between_choices_of_signs_are_ties_whatever_the_rounding(count):
+    """Accuracies are thousandths, so sums are often equal; 0.71 − 0.70 isn't 0.01 to a computer, but counts as it."""
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        thousandths = generator.integers(-6, 12, count)
+        seconds = generator.integers(600, 900, count)
+        differences = [(b + d) / 1000 - b / 1000 for b, d in zip(seconds, thousandths, strict=True)]
+        assert sign_flip_test(differences) == pytest.approx(p_by_hand(thousandths.tolist()), rel=1e-9)
+
+
+def test_five_of_a_hundred_sweeps_without_a_difference_are_called_one_at_most():
+    sizes = [0.01, 0.013, 0.02, 0.029, 0.033, 0.041]
+    found = [
+        sign_flip_test([s * d for s, d in zip(signs, sizes, strict=True)])
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    for level in (0.04, 0.05, 0.1, 0.5):
+        share = np.mean([p <= level for p in found])
+        assert level - 2 / 64 - 1e-9 <= share <= level
+
+
+def test_many_networks_have_a_p_that_is_the_same_each_time():
+    differences = np.random.default_rng(4).normal(0.1, 1, 30).tolist()
+    state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    p = sign_flip_test(differences)
+    assert p == sign_flip_test(differences)
+    assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
+    assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.03)
+    assert 1e-4 <= sign_flip_test([1.0] * 30) <= 1e-3, "a random test can't be surer than its draws"
+
+
+def test_holms_correction_against_values_by_hand():
+    # 0.005 · 4, 0.01 · 3, 0.03 · 2, and 0.04 · 1, which isn't surer than the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.02, 0.7]) == pytest.approx([1, 0.06, 1])
+    assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_holms_correction_keeps_the_order_and_lies_between_none_and_bonferronis(p_values, random):
+    corrected = holm(p_values)
+    for p, q in zip(p_values, corrected, strict=True):
+        assert p <= q <= min(1, len(p_values) * p)
+    for one, two in itertools.permutations(range(len(p_values)), 2):
+        if p_values[one] <= p_values[two]:
+            assert corrected[one] <= corrected[two]
+    places = random.sample(range(len(p_values)), len(p_values))
+    assert holm([p_values[place] for place in places]) == [corrected[place] for place in places]
+
+
+def test_how_many_networks_it_takes():
+    assert (networks_needed(5), networks_needed(1)) == (8, 6)
+    for tests in range(1, 6):
+        needed = networks_needed(tests)
+        # With so many the surest outcome is significant after the correction, with one fewer it can't be.
+        for count, significant in ((needed, True), (needed - 1, False)):
+            p_values = [sign_flip_test([1.0] * count)] + [1.0] * (tests - 1)
+            assert (holm(p_values)[0] <= 0.05) == significant
+
+
+@pytest.mark.parametrize("function", [mean_interval, sign_flip_test])
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("values", "said"),
     [
-        ({1: 0.5, 2: 0.6}, {1: 0.5, 3: 0.6}, "both must have the same seeds; got ['1', '2'] and ['1', '3']"),
-        ({1: 0.5}, {1: 0.4}, "an interval needs at least two values, one per seed; differences has 1"),
-        ({1: 0.5, 2: math.nan}, {1: 0.4, 2: 0.3}, "differences must be finite"),
+        ([], "a mean needs at least one value; there is none"),
+        ([0.1, math.nan], "values must be finite; got [0.1, nan]"),
+        ([0.1, math.inf], "values must be finite"),
     ],
 )
-def test_what_has_no_interval_is_refused(first, second, said):
+def test_what_has_no_mean_is_refused(function, values, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        difference_interval(first, second)
-    with pytest.raises(ValueError, match="comparisons must be a whole number, 1 or more"):
-        difference_interval({1: 0.5, 2: 0.6}, {1: 0.5, 2: 0.6}, comparisons=0)
-    with pytest.raises(ValueError, match="values has 0"):
-        mean_interval([])
+        function(values)
+
+
+def test_one_difference_has_no_test():
+    with pytest.raises(ValueError, match="a sign-flip test needs at least two differences; got one"):
+        sign_flip_test([0.1])

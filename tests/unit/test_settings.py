@@ -10,20 +10,20 @@ from lowrank_utils.settings import Settings, settings_of_notebook
 GOOD = {
     "data_set": "mnist-5k",
     "shift": "rotation",
-    "rotation": 45.0,
-    "adaptation_examples": 100,
-    "methods": ["LoRA", "DoRA"],
+    "rotation": -45.0,
+    "networks": [3, 4],
+    "methods": ["LoRA", "DoRA with m's rate"],
     "ranks": [2, 4],
     "alpha": 8.0,
     "scaling": "alpha/rank",
     "init": "peft",
-    "learning_rates": [0.003, 0.01],
-    "epochs": 1,
+    "adaptation_examples": 100,
     "batch_size": 64,
+    "steps": [2, 4],
+    "tuning_points": 2,
+    "tuning_seeds": [101, 102],
     "seeds": [1, 2],
-    "tuning_seeds": [101],
     "pretraining_epochs": 1,
-    "pretraining_seed": 123,
     "dtype": "float64",
     "device": "cpu",
 }
@@ -45,7 +45,7 @@ GOOD = {
         ("adaptation_examples", 99.5, TypeError, "adaptation_examples must be a whole number"),
         ("methods", "LoRA", TypeError, "methods must be a list; got 'LoRA' (str)"),
         ("methods", [], ValueError, "methods is empty"),
-        ("methods", ["LoRA", "QLoRA"], ValueError, "a method must be one of 'DoRA', "),
+        ("methods", ["LoRA", "QLoRA"], ValueError, "a method must be one of "),
         (
             "methods",
             ["LoRA", "LoRA"],
@@ -63,28 +63,28 @@ GOOD = {
         ("alpha", float("inf"), ValueError, "alpha must be a finite number"),
         ("scaling", "alpha/r", ValueError, "scaling must be one of"),
         ("init", "zeros", ValueError, "init must be one of"),
-        ("learning_rates", [], ValueError, "learning_rates is empty"),
+        ("networks", [], ValueError, "networks is empty"),
+        ("networks", 3, TypeError, "networks must be a list; got 3 (int)"),
+        ("networks", [3, 3], ValueError, "networks must have each entry once; got [3] more often"),
+        ("networks", [1.5], TypeError, "seed must be a whole number"),
+        ("steps", [], ValueError, "steps is empty"),
+        ("steps", [0], ValueError, "a number of steps must be a whole number, 1 or more; got 0"),
+        ("steps", [4, 2], ValueError, "steps must begin with the shortest; got [4, 2]"),
         (
-            "learning_rates",
-            [0.0],
+            "steps",
+            [2, 3],
             ValueError,
-            "a learning rate must be a finite number larger than 0; got 0.0",
+            "steps must be whole epochs, multiples of 2 with 100 examples in batches of 64",
         ),
-        (
-            "learning_rates",
-            ["5e-4"],
-            TypeError,
-            "a learning rate must be a finite number larger than 0; got '5e-4'",
-        ),
-        ("epochs", 0, ValueError, "epochs must be a whole number, 1 or more; got 0"),
+        ("tuning_points", 0, ValueError, "tuning_points must be a whole number, 1 or more; got 0"),
+        ("tuning_points", 6, ValueError, "tuning_points must be a power of two; got 6"),
+        ("tuning_seeds", [], ValueError, "tuning_seeds is empty"),
         ("batch_size", "64", TypeError, "batch_size must be"),
         ("seeds", [], ValueError, "seeds is empty"),
-        ("seeds", [7], ValueError, "seeds must be two or more, since one has no interval; got [7]"),
         ("seeds", [1, 2, 1], ValueError, "seeds must have each entry once; got [1] more often"),
         ("seeds", [-1], ValueError, "seed must be a whole number"),
         ("tuning_seeds", [2], ValueError, "seeds and tuning_seeds must have none in common; got [2] in both"),
         ("pretraining_epochs", 0, ValueError, "pretraining_epochs must be"),
-        ("pretraining_seed", 1.5, TypeError, "seed must be"),
         ("dtype", "float16", ValueError, "dtype must be one of 'float32', 'float64'; got 'float16'"),
         ("device", "tpu9", ValueError, "device must be one that torch has here, such as 'cpu'; got 'tpu9'"),
         ("device", 3.5, ValueError, "device must be one that torch has here"),
@@ -110,15 +110,27 @@ def test_good_settings_come_back_as_they_were():
     assert settings != replace(settings, seeds=[1, 3])
 
 
+def test_a_whole_number_and_the_same_one_with_a_point_are_one_setting():
+    whole = Settings.of(GOOD | {"alpha": 8, "rotation": -45})
+    assert whole == Settings.of(GOOD)
+    assert repr(whole.as_dict()) == repr(GOOD)
+
+
+def test_an_epoch_has_as_many_steps_as_batches():
+    assert Settings.of(GOOD).steps_per_epoch == 2
+    assert Settings.of(GOOD | {"batch_size": 50}).steps_per_epoch == 2
+    assert Settings.of(GOOD | {"adaptation_examples": 1000, "steps": [320, 1280]}).steps_per_epoch == 16
+
+
 def test_only_methods_with_a_rank_run_with_each():
-    settings = Settings.of(GOOD | {"methods": ["frozen", "LoRA", "full", "DoRA"]})
+    settings = Settings.of(GOOD | {"methods": ["frozen", "LoRA", "full", "gain"]})
     assert settings.configurations() == [
         ("frozen", None),
         ("LoRA", 2),
         ("LoRA", 4),
         ("full", None),
-        ("DoRA", 2),
-        ("DoRA", 4),
+        ("gain", 2),
+        ("gain", 4),
     ]
 
 
@@ -136,7 +148,7 @@ def test_a_notebooks_variables_are_its_settings():
 
 def test_what_papermill_was_given_besides_is_refused():
     # papermill itself only logs it, and the run would use the default ranks.
-    history = ["", "# Parameters\nrank = 16\nepochs = 3\nsede = 1\n"]
+    history = ["", "# Parameters\nrank = 16\nsteps = [2]\nsede = 1\n"]
     with pytest.raises(
         ValueError, match=r"unknown parameter: rank, sede; the parameters are data_set, .*, result_path"
     ):

@@ -11,10 +11,13 @@ from playwright.sync_api import expect
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.ipynb"))
 
 
-# Parameters of notebooks 06 and 07, so that they train less and fewer networks; nbval runs them as they are stored.
+# Parameters of notebook 06 and comparison.ipynb, so that they train less and fewer networks; nbval runs them as they
+# are stored.
 FEWER = {
     "seeds": [1, 2],
-    "learning_rates": [0.01],
+    "networks": [1, 2],
+    "steps": [2],
+    "tuning_points": 1,
     "adaptation_examples": 100,
     "pretraining_epochs": 1,
     "epochs": 1,
