@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lowrank_utils.adapt import count_parameters
 from lowrank_utils.data import Digits, load_mnist, stratified_sample
-from lowrank_utils.methods import METHODS, Adapter, make_trainable
+from lowrank_utils.methods import METHODS, Adapter, linear_layers, make_trainable
 from lowrank_utils.settings import DTYPES, Settings
 from lowrank_utils.shifts import SHIFTS, shifted_splits
 from lowrank_utils.training import MultilayerPerceptron, accuracy, train, warm_up_and_decay
@@ -31,12 +31,15 @@ class Task(NamedTuple):
         pretrained: the network before the adaptation.
         train: new digits to draw samples from.
         validation: new digits to choose by.
+        last_layer_rate: where the last layer is trained itself, its learning rate in every method that has adapters:
+            the one that suited it best when it was trained alone. Tied to that of A and B it would be too small.
     """
 
     network: int
     pretrained: nn.Module
     train: Digits
     validation: Digits
+    last_layer_rate: float | None = None
 
 
 def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Task, Digits]:
@@ -77,7 +80,11 @@ def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Ta
         measure_training=False,
         progress=progress,
     )
-    return Task(network, pretrained, new.train, new.validation), new.test
+    task = Task(network, pretrained, new.train, new.validation)
+    if SHIFTS[settings.shift].trains_last_layer:
+        shortest = choose(task, settings, "last layer", None)[0]
+        task = task._replace(last_layer_rate=shortest.chosen.rate)
+    return task, new.test
 
 
 class Run(NamedTuple):
@@ -145,7 +152,6 @@ def adapt(
     adapter = Adapter(rank or 1, settings.alpha, settings.scaling, settings.init)
     make_trainable(method, model, adapter, SHIFTS[settings.shift].trains_last_layer)
     trainable = count_parameters(model).trainable
-    part = METHODS[method].part
     loss: float | None = None
     if point is not None:
         sample = stratified_sample(task.train, settings.adaptation_examples, seed)
@@ -155,7 +161,7 @@ def adapt(
                 sample,
                 epochs=steps // settings.steps_per_epoch,
                 learning_rate=point.rate,
-                factors=None if part is None or point.factor is None else {part.pattern: point.factor},
+                factors=_factors(task, method, model, point),
                 schedule=warm_up_and_decay,
                 batch_size=settings.batch_size,
                 seed=seed,
@@ -163,6 +169,9 @@ def adapt(
                 progress=progress,
             ).loss[-1]
         except FloatingPointError:
+            loss = None
+        # The last step comes after the last loss.
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
             loss = None
     guessing = math.log(len(task.train.labels.unique()))
     run = Run(
@@ -181,6 +190,18 @@ def adapt(
         negative=_negative_shares(model),
     )
     return model, run
+
+
+def _factors(task: Task, method: str, model: nn.Module, point: Point) -> dict[str, float]:
+    """Return what the learning rates of the method's part and of a trained last layer are multiplied by."""
+    factors = {}
+    part = METHODS[method].part
+    if part is not None and point.factor is not None:
+        factors[part.pattern] = point.factor
+    if task.last_layer_rate is not None and METHODS[method].adapts:
+        name, _ = linear_layers(model)[-1]
+        factors[f"{name}.*"] = task.last_layer_rate / point.rate
+    return factors
 
 
 def _negative_shares(model: nn.Module) -> dict[str, float]:

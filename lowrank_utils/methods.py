@@ -70,6 +70,7 @@ class Method(NamedTuple):
         has_rank: False if the adapter means nothing to it.
         rates: the smallest and the largest learning rate to try.
         part: what gets its own rate, if anything does.
+        adapts: it puts something into the layers, and doesn't train them as they are.
         contains: methods that are this one with some of its parameters left where they start, or with a factor
             of 1. One that does clearly worse than what it contains is under-tuned.
     """
@@ -78,6 +79,7 @@ class Method(NamedTuple):
     has_rank: bool = True
     rates: tuple[float, float] = (0.0005, 0.05)
     part: Part | None = None
+    adapts: bool = True
     contains: tuple[str, ...] = ()
 
 
@@ -111,7 +113,7 @@ def train_lora(model: nn.Module, adapter: Adapter) -> None:
 
 def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
     """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains those alone)."""
-    biases = [layer.bias for _, layer in adapter.layers(model)]
+    biases = [layer.bias for _, layer in adapter.layers(model) if layer.bias is not None]
     adapter.put_in(model, LinearWithLoRA)
     for bias in biases:
         bias.requires_grad_(True)
@@ -186,8 +188,8 @@ OF_B = Part("*.lora.B", high=30.0)
 OF_M = Part("*.m")
 
 METHODS: dict[str, Method] = {
-    "frozen": Method(train_nothing, has_rank=False),
-    "last layer": Method(train_last_layer, has_rank=False, rates=(0.001, 0.3)),
+    "frozen": Method(train_nothing, has_rank=False, adapts=False),
+    "last layer": Method(train_last_layer, has_rank=False, rates=(0.001, 0.3), adapts=False),
     "m alone": Method(train_magnitudes, has_rank=False, rates=(0.005, 1.0)),
     "LoRA with one rate": Method(train_lora),
     # With a rate of its own for B this is LoRA+ (arXiv 2402.12354).
@@ -209,7 +211,7 @@ METHODS: dict[str, Method] = {
         train_positive_gain, part=Part("*.theta"), contains=("LoRA with one rate", "LoRA")
     ),
     "random rows": Method(train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")),
-    "full": Method(train_everything, has_rank=False, rates=(0.0001, 0.01)),
+    "full": Method(train_everything, has_rank=False, rates=(0.0001, 0.01), adapts=False),
 }
 
 

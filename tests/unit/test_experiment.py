@@ -72,7 +72,7 @@ def test_the_network_is_pretrained_on_the_training_split_alone(trainings):
 
 
 def test_what_a_task_holds_comes_from_disjoint_splits_and_never_from_the_test_split(task, test_split):
-    assert Task._fields == ("network", "pretrained", "train", "validation")
+    assert Task._fields == ("network", "pretrained", "train", "validation", "last_layer_rate")
     sets = [rows(digits.images) for digits in (task.train, task.validation, test_split)]
     assert [len(digits.labels) for digits in (task.train, task.validation, test_split)] == [
         3_000,
@@ -137,6 +137,24 @@ def test_unseen_classes_are_unseen():
         prepare(too_many, network=3, progress=False)
 
 
+def test_a_trained_last_layer_has_one_rate_in_all_methods_with_adapters(trainings):
+    settings = replace(SETTINGS, shift="unseen classes")
+    task, _ = prepare(settings, network=3, progress=False)
+    alone = [options for *_, options in trainings[1:]]
+    assert task.last_layer_rate in {options["learning_rate"] for options in alone}
+    assert all(options["factors"] == {} for options in alone)
+    trainings.clear()
+    methods = ("LoRA", "DoRA with one rate", "m alone", "full", "last layer")
+    for method in methods:
+        adapt(task, settings, method, 2, 4, POINT if METHODS[method].part else Point(0.02), seed=1)
+    rates = [
+        options["learning_rate"] * options["factors"].get("layers.4.*", 0.0) for *_, options in trainings
+    ]
+    assert rates == pytest.approx([task.last_layer_rate] * 3 + [0.0] * 2)
+    assert trainings[0][2]["factors"]["*.lora.B"] == 10.0
+    assert prepared()[0].last_layer_rate is None
+
+
 def test_methods_of_one_seed_see_the_same_digits_in_the_same_order(task, trainings):
     methods = ("last layer", "LoRA", "LoRA matched above", "DoRA with m's rate", "random rows", "full")
     for method in methods:
@@ -163,9 +181,9 @@ def test_a_method_trains_at_its_rate_and_its_part_at_the_factor(task, trainings)
     assert [options["factors"] for *_, options in trainings] == [
         {"*.lora.B": 10.0},
         {"*.m": 10.0},
-        None,
+        {},
         {"*.g": 10.0},
-        None,
+        {},
     ]
     assert {options["learning_rate"] for *_, options in trainings} == {0.02}
 
