@@ -173,7 +173,9 @@ def parameter_groups(
                 "which of the two factors is meant?"
             )
         matched.update(dict.fromkeys(members, pattern))
-        groups.append({"params": members, "lr": learning_rate * factor})
+        rate = float(learning_rate) * float(factor)
+        check_finite_number(f"the learning rate of {pattern!r}", rate, above=0)
+        groups.append({"params": members, "lr": rate})
     rest = [p for p in names if p not in matched]
     return [{"params": rest, "lr": float(learning_rate)}, *groups] if rest else groups
 

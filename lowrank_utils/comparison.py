@@ -176,8 +176,10 @@ def sweep(arguments: argparse.Namespace) -> int:
             results = [(run, store.result(run)) for run in done]
             stem = arguments.name or (arguments.grid.stem if arguments.grid else "comparison")
             complete = len(done) == len(runs)
+            # Half of the runs decide nothing.
+            judged = declaration if complete else None
             for folder in [store.folder, *([arguments.publish] if arguments.publish and complete else [])]:
-                print(f"written: {write_report(results, version, folder, stem, declaration)}")
+                print(f"written: {write_report(results, version, folder, stem, judged)}")
     for run in failed:
         print(f"failed: {store.folder / 'failed' / run} (its notebook and error.txt)", file=sys.stderr)
     print(

@@ -47,8 +47,10 @@ class LinearWithGain(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        y = self.gain * (F.linear(x, self.linear.weight) + self.lora(x))
-        return y if self.bias is None else y + self.bias
+        y = F.linear(x, self.linear.weight) + self.lora(x)
+        # Under autocast y is narrower than the gain and the bias, and stays so, as with nn.Linear.
+        y = self.gain.to(y.dtype) * y
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class LinearWithPositiveGain(LinearWithGain):
@@ -114,4 +116,6 @@ class LinearWithRandomRows(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         check_last_dimension(x, self.in_features)
-        return self.linear(x) + self.lora(x) + self.v * F.linear(x, self.R)
+        y = F.linear(x, self.R)
+        # As above: under autocast y stays narrow.
+        return self.linear(x) + self.lora(x) + self.v.to(y.dtype) * y

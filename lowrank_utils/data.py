@@ -360,10 +360,10 @@ def blur(digits: Digits, width: float = 2.0) -> Digits:
         width: the Gaussian's standard deviation, in pixels.
     """
     check_finite_number("width", width, above=0)
-    distances = torch.arange(SIDE, device=digits.images.device)
+    distances = torch.arange(SIDE, dtype=torch.float64)
     # Entry (i, j) is what pixel j gives to pixel i of its row or column.
-    weights = torch.exp(-((distances[:, None] - distances) ** 2) / (2 * width**2))
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(digits.images.dtype)
+    weights = torch.exp(-(((distances[:, None] - distances) / width) ** 2) / 2)
+    weights = (weights / weights.sum(dim=1, keepdim=True)).to(digits.images)
     pictures = digits.images.unflatten(1, (SIDE, SIDE))
     return Digits((weights @ pictures @ weights.T).flatten(start_dim=1), digits.labels)
 

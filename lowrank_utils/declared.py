@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # More than these would make each of them too weak.
 MOST = 5
+# What may differ between the runs of one declared shift.
+APART = {"networks", "methods", "ranks", "steps"}
 
 
 class PrimaryTest(NamedTuple):
@@ -69,11 +71,19 @@ class Declaration:
             runs: the settings of all runs of the sweep.
 
         Raises:
-            ValueError: a method isn't run with a rank and a length on one of the shifts, or above fewer
+            ValueError: the runs of a shift differ in more than networks, methods, ranks and steps, a method isn't run with a rank and a length on one of the shifts, or above fewer
                 networks than the smallest possible p-value needs.
         """
         above: dict[tuple[str, int, str, int | None], set[int]] = {}
+        tasks: dict[str, dict[str, Any]] = {}
         for settings in runs:
+            if settings.shift in self.shifts:
+                task = {name: value for name, value in settings.as_dict().items() if name not in APART}
+                for name, value in tasks.setdefault(settings.shift, task).items():
+                    if task[name] != value:
+                        raise ValueError(
+                            f"{settings.shift} is declared as one task, but runs with {name} {value!r} and {task[name]!r}"
+                        )
             for method, rank in settings.configurations():
                 for steps in settings.steps:
                     cell = (settings.shift, steps, method, rank)
@@ -81,24 +91,23 @@ class Declaration:
         needed = networks_needed(len(self.tests))
         for test in self.tests:
             cells = [
-                [(shift, steps, method, rank) for method in (test.first, test.second)]
+                (shift, steps, method, rank)
                 for shift in self.shifts
                 for steps in self.steps
                 for rank in test.ranks
+                for method in (test.first, test.second)
             ]
-            for pair in cells:
-                for shift, steps, method, rank in pair:
-                    if (shift, steps, method, rank) not in above:
-                        raise ValueError(
-                            f"“{test}” is declared, but {method} isn't run with rank {rank} "
-                            f"and {steps} steps on {shift}"
-                        )
-                count = len(set.intersection(*(above[cell] for cell in pair)))
-                if count < needed:
+            for shift, steps, method, rank in cells:
+                if (shift, steps, method, rank) not in above:
                     raise ValueError(
-                        f"“{test}” is declared, but its runs on {pair[0][0]} have {count} networks in common; "
-                        f"{len(self.tests)} tests need {needed} or more: with n networks p can't be below 2/2ⁿ"
+                        f"“{test}” is declared, but {method} isn't run with rank {rank} and {steps} steps on {shift}"
                     )
+            count = len(set.intersection(*(above[cell] for cell in cells)))
+            if count < needed:
+                raise ValueError(
+                    f"“{test}” is declared, but its runs have {count} networks in common; {len(self.tests)} tests "
+                    f"need {needed} or more: with n networks p can't be below 2/2ⁿ"
+                )
 
 
 def read_declaration(declared: Any) -> Declaration:
@@ -190,6 +199,7 @@ def network_differences(
     rows = table[table["shift"].isin(shifts) & (table["steps"] == steps) & table["rank"].isin(test.ranks)]
     networks = network_means(rows[rows["method"].isin([test.first, test.second])])
     wide = networks.pivot_table(index=["shift", "rank", "network"], columns="method", values="test")
+    wide = wide.reindex(columns=[test.first, test.second])
     differences = (wide[test.first] - wide[test.second]).dropna().groupby("network")
     whole = differences.size() == len(shifts) * len(test.ranks)
     return differences.mean()[whole]

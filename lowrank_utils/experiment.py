@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Ta
     )
     task = Task(network, pretrained, new.train, new.validation)
     if SHIFTS[settings.shift].trains_last_layer:
-        shortest = choose(task, settings, "last layer", None)[0]
+        shortest = choose(task, replace(settings, steps=settings.steps[:1]), "last layer", None)[0]
         task = task._replace(last_layer_rate=shortest.chosen.rate)
     return task, new.test
 

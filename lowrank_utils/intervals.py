@@ -69,7 +69,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     """Return how often chance alone gives a mean as far from zero as that of ``differences``.
 
     If neither method is better, each difference could as well have had the other sign. All 2ⁿ choices of signs are
-    gone through where there are up to 4,096 of them, and 9,999 random ones otherwise.
+    gone through where there are up to 9,999 of them, and as many random ones otherwise.
 
     Args:
         differences: one per network, at least two.
@@ -85,13 +85,18 @@ def sign_flip_test(differences: Sequence[float]) -> float:
         raise ValueError("a sign-flip test needs at least two differences; got one")
     result = stats.permutation_test(
         (array,),
-        np.mean,
+        _rounded_mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=9_999,
         rng=0,
     )
     return float(result.pvalue)
+
+
+def _rounded_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    # Means that are equal but for the order of their sum are ties.
+    return np.asarray(np.round(np.mean(values, axis=axis), 12))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

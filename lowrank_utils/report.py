@@ -1,6 +1,7 @@
 """The report of a comparison: what was declared and decided, tables, plots, and all that only describes."""
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -69,7 +70,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(result for _, result in results)
-    _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
     lines = [
         f"# Results on {' and '.join(table['data_set'].unique())}",
         f"{len(table):,} adaptations above {table['network'].nunique()} pretrained networks, "
@@ -92,9 +93,11 @@ def write_report(
     pairs = differences(table, "DoRA with m's rate", "LoRA")
     if len(pairs):
         plots["differences"] = plot_differences(pairs)
+        lines.append(_picture("differences", stem))
     longest = table["steps"].max()
-    if table["steps"].nunique() > 2:
-        rank = int(table[table["steps"] == longest]["rank"].min())
+    ranks = table[table["steps"] == longest]["rank"].dropna()
+    if table["steps"].nunique() > 2 and len(ranks):
+        rank = int(ranks.min())
         plots["steps"] = plot_accuracy_over_steps(table, rank)
         lines += [f"## Longer runs, rank {rank}", _picture("steps", stem)]
     lines += _answers(table)
@@ -114,6 +117,7 @@ def judge_if_whole(table: pd.DataFrame, declaration: Declaration) -> pd.DataFram
 
 _ALT_TEXTS = {
     "declared": "Difference and interval of each declared test, a panel for each length; the margin is shaded.",
+    "differences": "DoRA with m's rate minus LoRA, with intervals, a panel for each task; the margin is shaded.",
     "steps": "Mean test accuracy against the number of steps, a panel for each task, a line for each method.",
 }
 
@@ -128,10 +132,13 @@ def _picture(name: str, stem: str) -> str:
 
 
 def _commit() -> str:
-    """Return the commit that the code was at, if it is in a repository."""
+    """Return the commit that the code is at, if git is there and the code in a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
     # No shell, and a fixed command.
-    run = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"],  # noqa: S607
+    run = subprocess.run(  # noqa: S603
+        [git, "rev-parse", "--short=10", "HEAD"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -325,7 +332,11 @@ def _spread_lines(spread: pd.DataFrame) -> str:
     lines = ["| task | steps | networks | difference | 95 % interval |", "|---|---|---|---|---|"]
     for (_, steps), group in spread.groupby(["shift", "steps"], sort=False):
         wide = group.pivot_table(index="network", columns="method", values="spread")
-        interval = mean_interval((wide["DoRA with m's rate"] - wide["LoRA"]).dropna().tolist())
+        wide = wide.reindex(columns=["DoRA with m's rate", "LoRA"])
+        both = (wide["DoRA with m's rate"] - wide["LoRA"]).dropna().tolist()
+        if not both:
+            continue
+        interval = mean_interval(both)
         ends = "" if interval.count == 1 else f"{_signed(interval.low)} to {_signed(interval.high)}"
         lines.append(
             f"| {task_name(group.iloc[0])} | {steps:,} | {interval.count} | {_signed(interval.mean)} | {ends} |"

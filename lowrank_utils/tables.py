@@ -12,6 +12,8 @@ from lowrank_utils.methods import METHODS
 # The settings that tell one task from another.
 TASK = ["data_set", "shift", "rotation", "adaptation_examples", "alpha", "scaling", "init"]
 CELL = [*TASK, "steps", "method", "rank"]
+# The other settings that decide an adaptation; all runs of one task have the same.
+COMMON = ["batch_size", "pretraining_epochs", "tuning_points", "tuning_seeds", "dtype"]
 # A training loss that is higher by less than this, in nats, is as good.
 LOSS_MARGIN = 0.01
 UNDER_TUNED = "under-tuned"
@@ -29,10 +31,18 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         learning_rate, factor, score (validation accuracy in the tuning), widened, at_edge, training_loss, dead,
         validation and test (accuracies from 0 to 1), and for each layer ``negative_LAYER``, the share of its m or
         gain that is below zero.
+
+    Raises:
+        ValueError: the runs of one task differ in another setting, so that they aren't runs of one experiment.
     """
     rows = []
+    common: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         task = {name: result["settings"][name] for name in TASK}
+        others = {name: result["settings"][name] for name in COMMON}
+        for name, value in common.setdefault(tuple(task.values()), others).items():
+            if others[name] != value:
+                raise ValueError(f"runs of {task['shift']} differ in {name}: {value!r} and {others[name]!r}")
         choices = {
             (one["network"], one["method"], one["rank"], one["steps"]): one for one in result["choices"]
         }
@@ -109,15 +119,14 @@ def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     for name, method in {"first": first, "second": second}.items():
         check_one_of(name, method, METHODS)
     networks = network_means(table)
-    suspects = under_tuned(table)
+    suspects = {_cell(row) for _, row in under_tuned(table).iterrows()}
     rows = []
     for values, one, two in _pairs(networks, first, second):
         paired = (one.set_index("network")["test"] - two.set_index("network")["test"]).dropna()
         interval = mean_interval(paired.tolist())
         verdict = interval.verdict()
-        for side in (one.iloc[0], two.iloc[0]):
-            if (_cells(suspects) == _cell(side)).any():
-                verdict = UNDER_TUNED
+        if suspects & {_cell(one.iloc[0]), _cell(two.iloc[0])}:
+            verdict = UNDER_TUNED
         rank = one.iloc[0]["rank"] if METHODS[first].has_rank else two.iloc[0]["rank"]
         rows.append(
             values | {"first": first, "second": second, "rank": rank} | vars(interval) | {"verdict": verdict}
@@ -142,12 +151,9 @@ def _pairs(
                     yield dict(zip([*TASK, "steps"], values, strict=True)), one, two
 
 
-def _cell(row: Any) -> str:
-    return repr([None if pd.isna(row[name]) else row[name] for name in CELL])
-
-
-def _cells(rows: pd.DataFrame) -> pd.Series:
-    return pd.Series([_cell(row) for _, row in rows.iterrows()], dtype="object")
+def _cell(row: Any) -> tuple[str, ...]:
+    # As text, since one table has NumPy's numbers and another Python's.
+    return tuple("" if pd.isna(row[name]) else str(row[name]) for name in CELL)
 
 
 def under_tuned(table: pd.DataFrame) -> pd.DataFrame:

@@ -94,10 +94,10 @@ def adam(parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
-    """Return what the learning rate of a step is multiplied by: it rises for a tenth of the steps, then falls to zero.
+    """Return what the learning rate of a step is multiplied by: it rises for a tenth of the steps, then falls in a line.
 
     Adam's first steps are its least informed ones, since its averages hold a few gradients only; the warm-up
-    keeps them small. The decay lets a run come to rest.
+    keeps them small. The decay lets a run come to rest: of n steps after the warm-up the last one has 1/n of the rate.
 
     Args:
         step: which, from 0.
@@ -181,6 +181,9 @@ def train(
             raise ValueError(f"{name} is empty; training needs at least one digit in it")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no trainable parameters: everything is frozen")
+    if factors is not None:
+        # Refused before the model is converted, so that it stays as it was.
+        parameter_groups(model, learning_rate, factors)
     model.to(device=device, dtype=dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     digits = _beside(model, digits)
@@ -208,8 +211,9 @@ def train(
                     parameter.grad = None
                 loss.backward()
                 if schedule is not None:
+                    share = schedule(history.steps, steps)
                     for group, rate in zip(update.param_groups, rates, strict=True):
-                        group["lr"] = rate * schedule(history.steps, steps)
+                        group["lr"] = rate * share
                 update.step()
                 losses.append(loss.detach())
                 history.steps += 1

@@ -25,10 +25,13 @@ FILES = (
     "pyproject.toml",
     "docs/package-lock.json",
     ".github/workflows/*.yml",
-    "notebooks/comparison.yaml",
+    "notebooks/comparison*.yaml",
     "notebooks/results/*",
     "figures/*.svg",
 )
+
+# The results, and the experiment that they come from.
+RESULTS = ("docs/results", "notebooks/comparison")
 
 # Pages that are written as such, in the order of the navigation.
 DOCUMENTS = {
@@ -87,14 +90,6 @@ def with_links_to_pages(text: str, place: str) -> str:
     return LINK.sub(rewritten, text)
 
 
-def section(text: str, heading: str) -> str:
-    """Return the section of ``text`` under ``heading``, up to the next heading of its level."""
-    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise ValueError(f"README.md has no section {heading!r}, from which a page is made")
-    return found[0]
-
-
 def toctree(caption: str, pages: list[str], hidden: bool = True) -> str:
     """Return the directive that puts ``pages`` into the navigation under ``caption``."""
     options = [f":caption: {caption}", *([":hidden:"] if hidden else [":maxdepth: 1"])]
@@ -108,30 +103,28 @@ def report_entry(path: Path) -> str:
         path: the report, whose second paragraph says what was run.
     """
     found = re.search(
-        r"^\d+ runs of notebook 07, (\S+), (\d+) seeds", path.read_text(encoding="utf-8"), re.MULTILINE
+        r"^# Results on (\S+)\n\n[\d,]+ adaptations above (\d+) pretrained networks",
+        path.read_text(encoding="utf-8"),
     )
-    named = f"Report on {found[1]}, {found[2]} seeds" if found else f"Report {path.stem}"
+    named = f"Report on {found[1]}, {found[2]} networks" if found else f"Report {path.stem}"
     return f"{named} <{path.relative_to(ROOT).with_suffix('').as_posix()}>"
 
 
 def pages() -> dict[str, str]:
-    """Return the pages that are made from other files: the start page, the results and the package."""
+    """Return the pages that are made from other files: the start page and the package."""
     readme = with_links_to_pages((ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
-    results = section(readme, "Results")
-    pointer = "## Results\n\nThe measurements stand on [a page of their own](results.md).\n\n"
-    notebooks = [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    lessons = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    notebooks = [f"notebooks/{path.stem}" for path in lessons]
     reports = [report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))]
     documents = [
         toctree(caption, [name.removesuffix(".md") for name in names]) for caption, names in DOCUMENTS.items()
     ]
     made = {
-        "index.md": readme.replace(results, pointer)
+        "index.md": readme
         + toctree("The series", notebooks)
-        + toctree("Results", ["results", *reports])
+        + toctree("Results", [*RESULTS, *reports])
         + toctree("The package", ["api/index"])
         + "".join(documents),
-        # One heading less deep, since it is a page now.
-        "results.md": re.sub(r"^#(?=#)", "", results, flags=re.MULTILINE),
         "api/index.md": "# Reference\n\n"
         "What the modules of `lowrank_utils` hold, from their docstrings. Each imports only from those above it.\n"
         + toctree("The package", modules(), hidden=False).replace(":caption: The package\n", ""),
@@ -148,7 +141,9 @@ def copied_files() -> list[Path]:
     """Return the files that go into the site as they are, apart from links to pages in Markdown."""
     documents = [name for names in DOCUMENTS.values() for name in names]
     return sorted(
-        path for pattern in ("notebooks/*.ipynb", *documents, *FILES) for path in ROOT.glob(pattern)
+        path
+        for pattern in ("notebooks/*.ipynb", "docs/results.md", *documents, *FILES)
+        for path in ROOT.glob(pattern)
     )
 
 

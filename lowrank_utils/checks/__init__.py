@@ -5,7 +5,7 @@ a file for each notebook.
 """
 
 from lowrank_utils.checks._shared import ExerciseError
-from lowrank_utils.checks.comparison import check_networks_needed, check_sign_flip, check_under_tuned
+from lowrank_utils.checks.comparison import check_enough_networks, check_held_back, check_sign_flip
 from lowrank_utils.checks.dora import (
     check_dora_output,
     check_dora_scale,
@@ -37,9 +37,11 @@ __all__ = [
     "check_apply_update",
     "check_dora_output",
     "check_dora_scale",
+    "check_enough_networks",
     "check_factored_squares",
     "check_finds_bug",
     "check_freeze_all_but_adapters",
+    "check_held_back",
     "check_lora_output",
     "check_magnitude_gradient",
     "check_magnitude_only",
@@ -47,7 +49,6 @@ __all__ = [
     "check_merged_weight",
     "check_mixed_batch",
     "check_multiplications",
-    "check_networks_needed",
     "check_paired_difference",
     "check_scaling",
     "check_sign_flip",
@@ -55,7 +56,6 @@ __all__ = [
     "check_split_rows",
     "check_standard_error",
     "check_to_peft",
-    "check_under_tuned",
     "check_unit_vector",
     "check_weight_norm_gradients",
 ]

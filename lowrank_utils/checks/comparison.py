@@ -12,7 +12,7 @@ Scores = dict[str, tuple[float, float]]
 
 
 @exercise("7.1")
-def check_under_tuned(function: Callable[[Scores, dict[str, list[str]]], list[str]]) -> None:
+def check_held_back(function: Callable[[Scores, dict[str, list[str]]], list[str]]) -> None:
     """Check exercise 7.1, the methods that do worse than a part of themselves."""
     __tracebackhide__ = True
     contains = {"whole": ["half", "third"], "half": ["quarter"]}
@@ -52,9 +52,9 @@ def check_under_tuned(function: Callable[[Scores, dict[str, list[str]]], list[st
     for scores, expected, reason in cases:
         answer = ask(function, scores=scores, contains=contains)
         if answer is None:
-            raise ExerciseError("under_tuned is None: is the `return` missing?")
+            raise ExerciseError("held_back is None: is the `return` missing?")
         if isinstance(answer, (str, bytes)) or not hasattr(answer, "__iter__"):
-            raise ExerciseError(f"under_tuned must be a list of names; got {answer!r}")
+            raise ExerciseError(f"held_back must be a list of names; got {answer!r}")
         found = sorted(answer)
         if found == sorted(expected):
             continue
@@ -66,7 +66,7 @@ def check_under_tuned(function: Callable[[Scores, dict[str, list[str]]], list[st
 
 
 @exercise("7.2")
-def check_networks_needed(function: Callable[[int], int]) -> None:
+def check_enough_networks(function: Callable[[int], int]) -> None:
     """Check exercise 7.2, how many networks a number of declared tests needs."""
     __tracebackhide__ = True
     for tests, expected in ((5, 8), (1, 6), (2, 7), (20, 10), (40, 11)):
@@ -76,7 +76,7 @@ def check_networks_needed(function: Callable[[int], int]) -> None:
         }
         if tests > 1:
             mistakes["Holm multiplies the smallest p by the number of tests"] = 6
-        compare("networks_needed", ask(function, tests=tests), expected, mistakes)
+        compare("enough_networks", ask(function, tests=tests), expected, mistakes)
 
 
 @exercise("7.3")

@@ -124,6 +124,12 @@ def test_it_names_what_the_series_builds_on(citation):
         "https://arxiv.org/abs/2106.09685": "Hu",
         "https://arxiv.org/abs/2402.09353": "Liu",
         "https://arxiv.org/abs/1602.07868": "Salimans",
+        "https://arxiv.org/abs/2402.12354": "Hayou",
+        "https://arxiv.org/abs/2210.08823": "Lian",
+        "https://arxiv.org/abs/2205.05638": "Liu",
+        "https://arxiv.org/abs/2106.10199": "Ben Zaken",
+        "https://arxiv.org/abs/2310.11454": "Kopiczko",
+        "10.1109/SLT.2014.7078569": "Swietojanski",
         "10.1109/5.726791": "LeCun",
         "http://yann.lecun.com/exdb/mnist/": "LeCun",
     }

@@ -26,17 +26,13 @@ def test_links_lead_to_pages(place, link, expected):
     assert build_site.with_links_to_pages(f"See [it]({link}).", place) == f"See [it]({expected})."
 
 
-def test_the_results_have_a_page_and_leave_the_start_page():
-    pages = build_site.pages()
-    assert pages["results.md"].startswith("# Results\n")
-    assert "| full fine-tuning |" in pages["results.md"]
-    assert "| full fine-tuning |" not in pages["index.md"]
-    assert "results.md" in pages["index.md"]
-
-
-def test_a_section_that_was_renamed_is_named():
-    with pytest.raises(ValueError, match="no section 'Results'"):
-        build_site.section("# Title\n\n## Findings\n", "Results")
+def test_the_results_and_the_experiment_are_in_the_navigation(tmp_path):
+    start = build_site.pages()["index.md"]
+    build_site.assemble(tmp_path)
+    for name in ("docs/results", "notebooks/comparison", "notebooks/results/comparison"):
+        assert f"\n{name}\n" in start or f"<{name}>" in start
+        assert list(tmp_path.glob(f"{name}.*"))
+    assert "| full fine-tuning |" not in start
 
 
 def test_each_document_of_the_project_is_in_the_navigation(tmp_path):

@@ -25,8 +25,8 @@ from pathlib import Path
 
 if str(ranks) in os.environ.get("PLANTED_FAILURE", "").split(";"):
     raise RuntimeError(f"planted failure at {ranks}")
-if shift == os.environ.get("PLANTED_SHIFT"):
-    raise RuntimeError(f"planted failure on {shift}")
+if os.environ.get("PLANTED_NETWORK") in map(str, networks):
+    raise RuntimeError(f"planted failure above {networks}")
 time.sleep(float(os.environ.get("PLANTED_SECONDS", 0)))
 
 

@@ -78,7 +78,7 @@ def test_a_finished_sweep_runs_nothing_again(sweep, kept, tmp_path):
 
 
 DECLARED = {
-    "shifts": ["rotation", "inversion"],
+    "shifts": ["rotation"],
     "steps": [64],
     "tests": [{"first": "DoRA with m's rate", "second": "LoRA", "ranks": [1]}],
 }
@@ -90,17 +90,11 @@ def declaring(tmp_path):
 
     def write(**changes):
         path = tmp_path / "declaring.yaml"
-        content = {"shift": ["rotation", "inversion"], "ranks": [1]}
+        content = {"shift": "rotation", "ranks": [1]}
         path.write_text(yaml.safe_dump({"declared": DECLARED | changes, "grids": content}), encoding="utf-8")
         return path
 
     return write
-
-
-def with_six_networks(arguments):
-    """Return the arguments, with as many networks as one test needs."""
-    place = arguments.index("networks")
-    return [*arguments[: place + 1], "[1, 2, 3, 4, 5, 6]", *arguments[place + 2 :]]
 
 
 def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
@@ -108,36 +102,38 @@ def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
 ):
     out = tmp_path / "out"
 
-    def run(path):
-        status = main(with_six_networks(arguments(path)))
-        return status, capsys.readouterr().err
+    def run(*words):
+        given = arguments(*words)
+        place = given.index("networks")
+        # Two runs, the first of which has as many networks as one test needs.
+        given[place + 1 : place + 2] = ["[1, 2, 3, 4, 5, 6]", "[7, 8]"]
+        return main(given), capsys.readouterr().err
 
-    # It is on the disk before the first run ends, and one failure is enough for no answer.
-    monkeypatch.setenv("PLANTED_SHIFT", "inversion")
-    status, _ = run(declaring())
-    assert status == 1
+    # Six networks have all that the test needs, but one run of the sweep isn't there: it isn't looked at.
+    monkeypatch.setenv("PLANTED_NETWORK", "7")
+    assert run(declaring())[0] == 1
     assert json.loads((out / "declared.json").read_text(encoding="utf-8")) == DECLARED
-    assert "## Accuracy" in (out / "declaring.md").read_text(encoding="utf-8")
-    assert "declared before" not in (out / "declaring.md").read_text(encoding="utf-8")
+    report = (out / "declaring.md").read_text(encoding="utf-8")
+    assert "above 6 pretrained networks" in report
+    assert "p (Holm)" not in report
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
-    # A run is there: no other test may be declared now, and nothing is run.
-    status, said = run(declaring(shifts=["rotation"]))
-    assert status == 2
-    assert "was declared before them" in said
-    assert said.count("\n") == 1
+    # A run is there: no other test may be declared now, and none may be left out, and nothing is run.
+    swapped = {"first": "LoRA", "second": "DoRA with m's rate", "ranks": [1]}
     undeclared = tmp_path / "undeclared.yaml"
-    undeclared.write_text("shift: [rotation, inversion]\nranks: [1]\n", encoding="utf-8")
-    status, said = run(undeclared)
-    assert status == 2
+    undeclared.write_text("{shift: rotation, ranks: [1]}", encoding="utf-8")
+    for path in (declaring(tests=[swapped]), undeclared):
+        status, said = run(path)
+        assert status == 2
+        assert "was declared before them" in said
+        assert said.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
-    monkeypatch.delenv("PLANTED_SHIFT")
-    path = declaring()
-    assert main(with_six_networks(arguments(path, "--retry-failed"))) == 0
+    monkeypatch.delenv("PLANTED_NETWORK")
+    assert run(declaring(), "--retry-failed")[0] == 0
     report = (out / "declaring.md").read_text(encoding="utf-8")
     assert "## What was declared before the runs" in report
-    assert "| 64 | DoRA with m's rate − LoRA, rank 1 | 6 |" in report
+    assert "| 64 | DoRA with m's rate − LoRA, rank 1 | 8 |" in report
 
 
 def test_too_few_networks_for_what_is_declared_are_refused_before_anything_runs(sweep, declaring, tmp_path):

@@ -27,6 +27,7 @@ from lowrank_utils.adapt import (
     named_modules_outside_adapters,
     replace_linear_layers,
 )
+from lowrank_utils.controls import LinearWithRandomRows
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged, LoRALayer
 from lowrank_utils.training import MultilayerPerceptron
@@ -571,6 +572,16 @@ def test_a_child_with_the_name_of_the_models_class_hides_nothing():
 
     assert count_parameters(Head()).per_layer == {"Head": (9, 0)}
     assert count_parameters(Head().requires_grad_(False)).per_layer == {"Head": (0, 9)}
+
+
+def test_buffers_are_not_counted():
+    # Statistics of a batch normalisation, and the random rows of a control.
+    count = count_parameters(nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5)))
+    assert count.per_layer == {"0": (40, 0), "1": (10, 0)}
+    linear = linear_layer().requires_grad_(False)
+    layer = LinearWithRandomRows(linear, 3, 1.7)
+    assert layer.R.numel() == 35
+    assert count_parameters(layer).per_layer == {"LinearWithRandomRows": (3 * (7 + 5) + 5, 40)}
 
 
 # --- merge_adapters ----------------------------------------------------------------------------

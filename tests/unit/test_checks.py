@@ -194,7 +194,7 @@ def kept_share(sigma, share):
     return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
 
 
-def under_tuned(scores, contains, worse=lambda mine, its: mine[0] < its[0] and mine[1] > its[1]):
+def held_back(scores, contains, worse=lambda mine, its: mine[0] < its[0] and mine[1] > its[1]):
     return [
         method
         for method in scores
@@ -202,7 +202,7 @@ def under_tuned(scores, contains, worse=lambda mine, its: mine[0] < its[0] and m
     ]
 
 
-def networks_needed(tests, sides=2):
+def enough_networks(tests, sides=2):
     return next(n for n in range(1, 99) if tests * sides / 2**n <= 0.05)
 
 
@@ -352,8 +352,8 @@ SOLUTIONS = {
     "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "paired_difference": lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5),
     "magnitude_only": only_magnitudes,
-    "under_tuned": under_tuned,
-    "networks_needed": networks_needed,
+    "held_back": held_back,
+    "enough_networks": enough_networks,
     "sign_flip": sign_flip,
     "to_peft": lambda A, B, a: (A.T, B.T, a * A.shape[1]),
     "factored_squares": factored,
@@ -615,11 +615,11 @@ MISTAKES = {
         (lambda model: only_magnitudes(model) * 0 + sum(p.numel() for p in model.parameters()), "frozen numbers too"),
         (lambda model: only_magnitudes(model) * 0 + 17, "isn't right yet"),  # the first example's count
     ],
-    "under_tuned": [
-        (lambda s, c: under_tuned(s, c, lambda mine, its: mine[0] < its[0]), "the score alone"),
-        (lambda s, c: under_tuned(s, c, lambda mine, its: mine[1] > its[1]), "the training loss alone"),
-        (lambda s, c: under_tuned(s, {m: p[:1] for m, p in c.items()}), "second submodel"),
-        (lambda s, c: under_tuned(s, {m: p[1:] for m, p in c.items()}), "first submodel"),
+    "held_back": [
+        (lambda s, c: held_back(s, c, lambda mine, its: mine[0] < its[0]), "the score alone"),
+        (lambda s, c: held_back(s, c, lambda mine, its: mine[1] > its[1]), "the training loss alone"),
+        (lambda s, c: held_back(s, {m: p[:1] for m, p in c.items()}), "second submodel"),
+        (lambda s, c: held_back(s, {m: p[1:] for m, p in c.items()}), "first submodel"),
         (
             lambda s, c: [
                 m
@@ -629,14 +629,14 @@ MISTAKES = {
             ],
             "no single submodel",
         ),
-        (lambda s, c: [m for m in s if under_tuned(s, {m: list(s)})], "only in the first submodel"),  # noqa: ARG005
+        (lambda s, c: [m for m in s if held_back(s, {m: list(s)})], "only in the first submodel"),  # noqa: ARG005
         (lambda s, c: "whole", "must be a list of names"),  # noqa: ARG005
         (lambda s, c: None, "`return`"),  # noqa: ARG005
     ],
-    "networks_needed": [
-        (lambda tests: networks_needed(tests, sides=1), "not 1/2ⁿ"),
-        (lambda tests: networks_needed(1), "multiplies the smallest p"),  # noqa: ARG005
-        (lambda tests: networks_needed(tests) + 1, "one network more"),
+    "enough_networks": [
+        (lambda tests: enough_networks(tests, sides=1), "not 1/2ⁿ"),
+        (lambda tests: enough_networks(1), "multiplies the smallest p"),  # noqa: ARG005
+        (lambda tests: enough_networks(tests) + 1, "one network more"),
         (lambda tests: 12, "isn't right yet"),  # noqa: ARG005
         (lambda tests: None, "`return`"),  # noqa: ARG005
     ],
@@ -762,7 +762,7 @@ def test_every_exercise_knows_four_mistakes_or_more(name):
 # Exercises on a model. How each could be answered for one example alone stands among their mistakes.
 ON_MODELS = {"freeze_all_but_adapters", "merge", "magnitude_only", "finds_bug"}
 ON_VALUES = [name for name in SOLUTIONS if name not in ON_MODELS]
-ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error", "networks_needed"}
+ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error", "enough_networks"}
 
 
 @pytest.mark.parametrize("name", ON_VALUES)

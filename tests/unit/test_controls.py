@@ -171,7 +171,127 @@ def test_random_rows_differ_from_layer_to_layer_and_leave_the_draw_of_a_alone():
     assert not torch.allclose(rows[0].R, rows[2].R)
 
 
+# --- The start, the formula and the draw once more, without anything of the package's own -------------------
+
+
 @every_control
-def test_an_input_of_another_size_is_refused(control):
-    with pytest.raises(ValueError, match="the last dimension of x must be in_features=7; got shape"):
-        control(linear_layer(), 3, 1.7)(normal(4, 6))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_new_control_is_the_linear_layer_bit_for_bit_in_the_dtype_of_its_weight(control, bias, dtype):
+    linear = linear_layer(bias=bias, dtype=dtype)
+    layer = control(linear, 3, 1.7)
+    x = normal(2, 4, 7, dtype=dtype)
+    assert torch.equal(layer.weight, linear.weight)
+    assert {name: tensor.dtype for name, tensor in snapshot(layer).items()} == dict.fromkeys(
+        layer.state_dict(), dtype
+    )
+    assert layer.weight.dtype == layer(x).dtype == dtype
+    if bias and control is not LinearWithRandomRows:
+        # The gain stands between product and bias, so there is a rounding more than in torch's one step.
+        assert_equal_but_for_rounding(layer(x), linear(x))
+    else:
+        assert torch.equal(layer(x), linear(x))
+
+
+def far_away(control, bias):
+    """Return a control of 7 inputs and 5 outputs with all its numbers moved: those beside A and B of both signs, and one zero."""
+    layer = control(linear_layer(bias=bias), 3, 1.7)
+    with torch.no_grad():
+        layer.lora.B.copy_(normal(3, 5, seed=11))
+        getattr(layer, CONTROLS[control]).copy_(torch.tensor([-1.5, 0.0, 0.4, -0.2, 2.0]))
+    return layer
+
+
+def written_out(control, x, W, b, A, B, numbers, R):
+    """Return y by the formula, in torch."""
+    V = W + 1.7 * (A @ B).T
+    if control is LinearWithRandomRows:
+        changed = V + torch.diag(numbers) @ R
+    else:
+        changed = torch.diag(numbers if control is LinearWithGain else numbers.exp()) @ V
+    y = x @ changed.T
+    return y if b is None else y + b
+
+
+@every_control
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_outputs_and_all_gradients_are_those_of_the_formula_written_out(control, bias, batch):
+    layer = far_away(control, bias)
+    x, to_y = normal(*batch, 7, seed=5).requires_grad_(), normal(*batch, 5, seed=6)
+    inner = [layer.linear.weight, layer.linear.bias, layer.lora.A, layer.lora.B]
+    own = [x, *inner, getattr(layer, CONTROLS[control])]
+    copies = [None if t is None else t.detach().clone().requires_grad_() for t in own]
+    y, expected = layer(x), written_out(control, *copies, getattr(layer, "R", None))
+    assert y.shape == (*batch, 5)
+    assert_close(y, expected)
+    assert_close(x @ layer.weight.T + (layer.bias if bias else 0), expected)
+    for merged in (merge_adapters(layer), merge_adapters(nn.Sequential(layer))):
+        assert_close(merged(x), expected)
+    (y * to_y).sum().backward()
+    (expected * to_y).sum().backward()
+    for tensor, copied in zip(own, copies, strict=True):
+        if tensor is not None:
+            assert copied.grad.abs().max() > 0
+            assert_close(tensor.grad, copied.grad)
+
+
+@every_control
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_state_has_these_names_and_brings_another_control_to_the_same_outputs(control, bias):
+    layer, other = far_away(control, bias), control(linear_layer(bias=bias, seed=5), 3, 1.7)
+    names = {"linear.weight", "lora.A", "lora.B", CONTROLS[control]}
+    names |= {"linear.bias"} if bias else set()
+    trained = set(dict(layer.named_parameters()))
+    assert trained == names
+    assert set(layer.state_dict()) == names | ({"R"} if control is LinearWithRandomRows else set())
+    x = normal(4, 7)
+    assert not torch.allclose(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+@every_control
+def test_a_copy_computes_the_same_and_moves_alone(control):
+    layer = far_away(control, bias=True)
+    x = normal(4, 7)
+    before, copied = layer(x).detach(), copy.deepcopy(layer)
+    assert torch.equal(copied(x), before)
+    with torch.no_grad():
+        for tensor in copied.state_dict().values():
+            tensor.add_(1)
+    assert torch.equal(layer(x), before)
+    assert not torch.allclose(copied(x), before)
+
+
+@pytest.mark.parametrize("theta", [-30.0, -1.0, 0.0, 4.0])
+def test_a_positive_gain_is_positive_whatever_theta_is(theta):
+    layer = LinearWithPositiveGain(linear_layer(), 3, 1.7)
+    with torch.no_grad():
+        layer.theta.fill_(theta)
+    assert layer.gain.min() > 0
+    # No output changes its side of the bias.
+    x = normal(20, 7)
+    assert torch.equal((layer(x) - layer.bias).sign(), (layer.linear(x) - layer.bias).sign())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_seed_fixes_the_rows_that_of_the_generator_or_without_one_that_of_torch(own):
+    def rows(seed):
+        torch.manual_seed(0 if own else seed)
+        options = {"generator": generator(seed)} if own else {}
+        return [LinearWithRandomRows(linear_layer(), 3, 1.7, **options).R for _ in range(2)]
+
+    first, again, other = rows(5), rows(5), rows(6)
+    for number in range(2):
+        assert torch.equal(again[number], first[number])
+        assert not torch.allclose(other[number], first[number])
+    assert not torch.allclose(first[0], first[1])
+
+
+@every_control
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5), (7, 4), (6,), ()])
+def test_an_input_of_any_other_width_is_refused(control, shape):
+    layer = control(linear_layer(), 3, 1.7)
+    with pytest.raises(ValueError, match=r"the last dimension of x must be in_features=7; got shape \("):
+        layer(torch.zeros(shape, dtype=torch.float64))

@@ -39,6 +39,7 @@ from lowrank_utils.data import (
     DataError,
     Digits,
     Splits,
+    blur,
     invert,
     load_mnist,
     permute_pixels,
@@ -716,3 +717,105 @@ def test_shifting_leaves_the_original_as_it_was():
     for shift in (lambda d: rotate(d, 30), invert, lambda d: permute_pixels(d, 1)):
         shift(digits)
         assert torch.equal(digits.images, pictures().images)
+
+
+def dot(row=13, column=13):
+    picture = torch.zeros(28, 28, dtype=torch.float64)
+    picture[row, column] = 1
+    return Digits(picture.reshape(1, 784), torch.tensor([3]))
+
+
+def gaussian(distance, width):
+    return np.exp(-(distance**2) / (2 * width**2))
+
+
+@pytest.mark.parametrize("width", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("brightness", [0.0, 0.25, 1.0])
+def test_a_blurred_picture_of_one_grey_keeps_it_up_to_its_edges(width, brightness):
+    grey = Digits(torch.full((2, 784), brightness, dtype=torch.float64), torch.tensor([1, 2]))
+    blurred = blur(grey, width)
+    # The weights are rounded to torch's default dtype.
+    torch.testing.assert_close(blurred.images, grey.images, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("width", [0.7, 2.0])
+def test_a_blurred_dot_is_a_gaussian_around_it(width):
+    blurred = upright(blur(dot(14, 12), width))[0].numpy()
+    rows, columns = np.mgrid[:28, :28]
+    expected = gaussian(rows - 14, width) * gaussian(columns - 12, width)
+    # Far enough from the edges that no weight is left over for what would lie beyond.
+    np.testing.assert_allclose(blurred, expected / expected.sum(), atol=1e-6)
+    assert blurred.sum() == pytest.approx(1, rel=1e-4)
+
+
+def test_without_a_width_it_is_two_pixels():
+    digits = pictures()
+    assert torch.equal(blur(digits).images, blur(digits, 2.0).images)
+    assert not torch.equal(blur(digits).images, blur(digits, 2.1).images)
+
+
+def test_a_blur_treats_left_and_right_top_and_bottom_rows_and_columns_alike():
+    digits = pictures()
+    blurred = upright(blur(digits))
+    for turn in (
+        lambda image: image.flip(1),
+        lambda image: image.flip(2),
+        lambda image: image.transpose(1, 2),
+    ):
+        turned = Digits(turn(upright(digits)).flatten(1), digits.labels)
+        torch.testing.assert_close(upright(blur(turned)), turn(blurred), rtol=0, atol=1e-7)
+
+
+def test_a_wider_gaussian_blurs_more():
+    digits = pictures()
+    widths = (0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
+    spread = [blur(digits, width).images.std().item() for width in widths]
+    peak = [blur(dot(), width).images.max().item() for width in widths]
+    for values in (spread, peak):
+        assert values == sorted(values, reverse=True)
+        assert values[0] > 1.5 * values[2] > 1.5**2 * values[4]
+    assert blur(digits, 0.01).images.sub(digits.images).abs().max() < 1e-12
+
+
+def test_a_blur_is_of_each_picture_by_itself_and_keeps_labels_range_and_the_original():
+    digits = pictures(4)
+    blurred = blur(digits)
+    for number in range(4):
+        alone = blur(Digits(digits.images[number : number + 1], digits.labels[number : number + 1]))
+        torch.testing.assert_close(blurred.images[number], alone.images[0], rtol=0, atol=1e-12)
+    assert torch.equal(blurred.labels, torch.arange(4))
+    assert blurred.images.min() >= 0
+    assert blurred.images.max() <= 1
+    assert torch.equal(digits.images, pictures(4).images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 3])
+def test_blurred_digits_keep_their_dtype_and_their_number(dtype, count):
+    digits = pictures(count, dtype)
+    blurred = blur(digits)
+    assert blurred.images.dtype == dtype
+    assert blurred.images.shape == (count, 784)
+    assert torch.equal(blurred.labels, digits.labels)
+    precise = blur(Digits(digits.images.double(), digits.labels)).images
+    # Sums of many weights, each rounded, as far as half precision goes.
+    torch.testing.assert_close(
+        blurred.images.double(), precise, rtol=0, atol=4 * torch.finfo(dtype).eps + 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "error"),
+    [
+        (0, ValueError),
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("2", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_width_that_is_no_number_above_zero_is_refused(width, error):
+    with pytest.raises(error, match="width must be a finite number larger than 0; got"):
+        blur(pictures(), width)

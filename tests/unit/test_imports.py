@@ -47,10 +47,12 @@ ALLOWED = {
     "checks.production": LAYERS,
     "comparison": DATA | {"filelock", "psutil", "tqdm", "yaml"},
     "comparison_plots": PLOTS | TABLES,
+    "controls": LAYERS,
     "data": DATA,
+    "declared": DATA | TABLES,
     "decompose": LAYERS,
     "dora": LAYERS,
-    "experiment": DATA | {"tqdm"},
+    "experiment": DATA | {"tqdm", "scipy"},
     "grid": {"yaml"},
     "interactive": {"ipywidgets", "matplotlib"},
     "intervals": TABLES - {"pandas"},
@@ -61,10 +63,12 @@ ALLOWED = {
     "promises": LAYERS,
     "report": PLOTS | TABLES,
     "settings": DATA,
+    "shifts": DATA,
     "store": {"yaml", "filelock"},
     "sweep": {"yaml", "filelock", "psutil"},
     "tables": TABLES,
     "training": DATA | {"tqdm"},
+    "tuning": {"scipy"},
 }
 
 

@@ -130,3 +130,12 @@ def test_the_warning_names_the_line_that_made_the_wrapper(wrapper):
 def test_a_rank_up_to_the_longer_side_does_not_warn(in_dim, out_dim, rank):
     # Warnings are errors in this project's tests.
     assert LoRALayer(in_dim, out_dim, rank, 1.0).B.shape == (rank, out_dim)
+
+
+def test_the_delta_weight_of_a_square_layer_is_transposed_too():
+    layer = random_layer(6, 6)
+    product = 1.7 * (array(layer.A) @ array(layer.B))
+    assert_close(layer.delta_weight(), product.T)
+    assert abs(product - product.T).max() > 0.1, "with a symmetric product nothing would be seen"
+    x = normal(4, 6)
+    assert_close(x @ layer.delta_weight().T, layer(x))

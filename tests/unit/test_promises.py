@@ -2,9 +2,13 @@
 
 import pytest
 import torch
-from support import linear_layer, moved
+from support import assert_close, linear_layer, moved, normal
+from torch import nn
 
+from lowrank_utils import norms
+from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA
+from lowrank_utils.norms import constant_weights, frozen_weights
 from lowrank_utils.promises import Promise
 
 
@@ -54,3 +58,30 @@ def test_two_promises_keep_their_own_values():
         assert second.value(layer) is None
         with second.given_for(layer):
             assert first.value(layer) is not second.value(layer)
+
+
+@pytest.mark.parametrize("promise", [constant_weights, frozen_weights])
+@pytest.mark.parametrize("mode", ["evaluated", "trained"])
+@pytest.mark.parametrize("part", ["linear.weight", "lora.A", "lora.B", "m"])
+def test_tensors_that_are_exchanged_inside_the_block_are_used_from_the_next_output_on(
+    promise, mode, part, monkeypatch
+):
+    # At any size, so that small layers reach what frozen_weights keeps.
+    monkeypatch.setattr(norms, "factored_norm_pays", lambda *_: True)
+    layer = moved(LinearWithDoRA, linear_layer().requires_grad_(False))
+    model = nn.Sequential(layer).train(mode == "trained")
+    merged = moved(LinearWithDoRAMerged, linear_layer().requires_grad_(False))
+    x, outputs, name = normal(4, 7, seed=9), [], f"0.{part}"
+    shape = model.state_dict()[name].shape
+    # All three are new tensors that nothing has changed, so only which they are tells one from another.
+    tensors = [normal(*shape, seed=20 + number) for number in range(3)]
+    with torch.set_grad_enabled(mode == "trained"), promise(model):
+        for tensor in tensors:
+            # This one alone: with all of them assigned, any of the others would give the change away.
+            model.load_state_dict({name: tensor}, strict=False, assign=True)
+            assert model.state_dict()[name].data_ptr() == tensor.data_ptr(), "not exchanged"
+            merged.load_state_dict(layer.state_dict())
+            outputs.append(model(x))
+            assert_close(outputs[-1], merged(x))
+    assert not torch.allclose(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[2], outputs[1])

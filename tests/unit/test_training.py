@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
 from lowrank_utils.data import Digits
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
-from lowrank_utils.training import History, MultilayerPerceptron, accuracy, reproducible
+from lowrank_utils.training import History, MultilayerPerceptron, accuracy, reproducible, warm_up_and_decay
 
 train = functools.partial(training.train, progress=False)
 
@@ -592,3 +592,152 @@ def test_it_leaves_torch_one_thread_so_that_sums_are_taken_in_one_order():
     torch.set_num_threads(2)
     reproducible(0)
     assert torch.get_num_threads() == 1
+
+
+# --- Rates of each part, and of each step ---------------------------------------------------------------
+
+
+def sgd(parameters, learning_rate):
+    return torch.optim.SGD(parameters, learning_rate)
+
+
+def test_an_epoch_with_factors_takes_the_steps_of_a_loop_with_two_rates():
+    ours, theirs, digits = adapted(LinearWithDoRA), adapted(LinearWithDoRA), blobs(50)
+    before = snapshot(ours)
+    train(
+        ours, digits, epochs=1, learning_rate=0.01, batch_size=16, seed=5, factors={"*.m": 30}, optimizer=sgd
+    )
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(5))
+    for batch in (order[:16], order[16:32], order[32:48], order[48:]):
+        theirs.zero_grad()
+        F.cross_entropy(theirs(digits.images[batch]), digits.labels[batch]).backward()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if parameter.requires_grad:
+                    parameter -= (0.3 if name.endswith(".m") else 0.01) * parameter.grad
+    for name, expected in snapshot(theirs).items():
+        torch.testing.assert_close(ours.state_dict()[name], expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(expected, before[name]) == (".linear." in name)
+
+
+@pytest.mark.parametrize("optimizer", [training.adam, sgd])
+@pytest.mark.parametrize("factors", [{}, {"*.m": 1}, {"*.lora.*": 1, "*.m": 1.0}])
+def test_factors_of_one_change_no_bit(optimizer, factors):
+    plain, grouped = adapted(LinearWithDoRA), adapted(LinearWithDoRA)
+    options = {"epochs": 2, "learning_rate": 0.01, "batch_size": 16, "optimizer": optimizer}
+    expected = train(plain, blobs(), **options)
+    assert train(grouped, blobs(), factors=factors, **options) == expected
+    assert_same_state(grouped, snapshot(plain))
+
+
+def test_factors_reach_the_default_optimizer():
+    plain, faster = adapted(LinearWithDoRA), adapted(LinearWithDoRA)
+    before = snapshot(plain)
+    for model, factors in ((plain, None), (faster, {"*.m": 30})):
+        train(model, blobs(16), epochs=1, learning_rate=0.001, batch_size=16, factors=factors)
+    # Adam's first step is as long as the rate, whatever the gradient.
+    for name, tensor in snapshot(faster).items():
+        factor = 30 if name.endswith(".m") else 1
+        move = plain.state_dict()[name] - before[name]
+        torch.testing.assert_close(tensor - before[name], factor * move, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        ({"*.magnitude": 3}, ValueError, r"no trainable parameter matches '\*\.magnitude'; trainable are: "),
+        ({"layers.0.*": 3, "*.bias": 3}, ValueError, r"layers\.0\.bias is matched by"),
+        ({"*.bias": 0}, ValueError, r"the factor of '\*\.bias' must be"),
+        (["*.bias"], TypeError, "factors must be a dict of pattern → factor; got list"),
+    ],
+)
+def test_wrong_factors_are_refused_before_the_first_step(factors, error, message):
+    model = perceptron()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        train(model, blobs(), epochs=1, learning_rate=0.01, factors=factors)
+    assert_same_state(model, before)
+
+
+def recording_sgd(used):
+    """Return an optimizer to give to ``train``, which notes the rates that it really steps with."""
+
+    def made(parameters, learning_rate):
+        update = torch.optim.SGD(parameters, learning_rate)
+        update.register_step_pre_hook(
+            lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups])
+        )
+        return update
+
+    return made
+
+
+@pytest.mark.parametrize("schedule", [warm_up_and_decay, lambda step, steps: (1 + step) / (7 * steps)])
+@pytest.mark.parametrize(
+    ("factors", "rates"), [(None, [0.01]), ({"*.m": 30, "*.lora.B": 0.5}, [0.01, 0.3, 0.005])]
+)
+def test_each_step_goes_with_rate_times_factor_times_schedule(schedule, factors, rates):
+    used, asked = [], []
+
+    def noted(step, steps):
+        asked.append((step, steps))
+        return schedule(step, steps)
+
+    options = {"factors": factors, "schedule": noted, "optimizer": recording_sgd(used)}
+    # Four batches in each of six epochs, the last of them smaller.
+    train(adapted(LinearWithDoRA), blobs(50), epochs=6, learning_rate=0.01, batch_size=16, **options)
+    assert list(dict.fromkeys(asked)) == [(step, 24) for step in range(24)]
+    assert used == [pytest.approx([rate * schedule(step, 24) for rate in rates]) for step in range(24)]
+
+
+def test_without_a_schedule_the_rates_stay():
+    used = []
+    train(
+        adapted(LinearWithDoRA),
+        blobs(50),
+        epochs=3,
+        learning_rate=0.01,
+        batch_size=16,
+        factors={"*.m": 30},
+        optimizer=recording_sgd(used),
+    )
+    assert used == 12 * [pytest.approx([0.01, 0.3])]
+
+
+def test_a_schedule_moves_the_weights_of_a_hand_written_loop():
+    ours, theirs, digits = perceptron(), perceptron(), blobs(16)
+
+    def schedule(step, steps):
+        return 2.0 ** (steps - step)
+
+    train(ours, digits, epochs=3, learning_rate=0.01, batch_size=16, schedule=schedule, optimizer=sgd)
+    for rate in (0.08, 0.04, 0.02):
+        theirs.zero_grad()
+        F.cross_entropy(theirs(digits.images), digits.labels).backward()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter -= rate * parameter.grad
+    for actual, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_schedule_of_zeros_leaves_the_weights_as_they_are():
+    model = perceptron()
+    before = snapshot(model)
+    train(model, blobs(), epochs=2, learning_rate=0.5, schedule=lambda *_: 0.0, optimizer=sgd)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 19, 20, 320])
+def test_the_rate_rises_for_a_tenth_of_the_steps_to_one_and_then_falls_to_all_but_zero(steps):
+    values = [warm_up_and_decay(step, steps) for step in range(steps)]
+    warm_up = max(1, steps // 10)
+    assert values[:warm_up] == pytest.approx([(step + 1) / warm_up for step in range(warm_up)])
+    assert max(values) == values[warm_up - 1] == 1
+    # The first step after the warm-up is at the peak as well; from there on each is smaller, by the same amount.
+    falling = values[warm_up:]
+    assert falling == pytest.approx([1 - step / len(falling) for step in range(len(falling))])
+    assert all(later < sooner for sooner, later in pairwise(falling))
+    assert 0 < values[-1] <= 1
+    if steps > 1:
+        assert values[-1] == pytest.approx(1 / (steps - warm_up))
