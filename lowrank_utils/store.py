@@ -81,9 +81,14 @@ class Store:
                 f"what the runs in {self.folder} decide was declared before them, in {path}, and is another "
                 "thing now; choose another --out for another declaration"
             )
+        if path.is_file() and earlier == text:
+            return
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def state(self, run: str) -> str:
         """Return ``"done"``, ``"failed"`` or ``"to do"``."""

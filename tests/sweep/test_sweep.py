@@ -175,7 +175,9 @@ def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept, tmp_path
     assert "running" not in again.stderr
 
     # With the option it runs those and nothing else, also if one fails again.
-    retried = sweep(*RANKS, "-p", "shift", "rotation", "inversion", "--retry-failed", PLANTED_FAILURE="[8]")
+    retried = sweep(
+        *RANKS, "-p", "shift", "permutation", "inversion", "--retry-failed", PLANTED_FAILURE="[8]"
+    )
     assert retried.returncode == 1
     assert "0 done, 2 running, 0 left" in retried.stderr
     results, failed = kept()
