@@ -54,8 +54,6 @@ result = {
 }
 Path(result_path).write_text(json.dumps(result))
 """.replace("NAMES", repr(Settings.names()))
-# How many rows of the table a run with one rank is: two methods above two networks, with three seeds.
-ROWS = 2 * 2 * 3
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ import psutil
 import pytest
 import yaml
 
-from conftest import ROWS
 from lowrank_utils.comparison import main
 from lowrank_utils.grid import SweepError
 from lowrank_utils.sweep import local_workers
 
+# How many rows of the table a run with one rank is: two methods above two networks, with three seeds.
+ROWS = 2 * 2 * 3
 RANKS = ("-p", "ranks", "1", "2", "4", "8")
 
 
