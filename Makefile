@@ -48,7 +48,7 @@ matrix: ## Run the notebooks in many settings (processors, versions, places), an
 	@$(SETUP) run tools/matrix.py $(MATRIX_ARGS)
 
 coverage: ## Measure which lines and branches of the package its unit tests reach.
-	@$(SETUP) run -m coverage run -m pytest tests/unit tests/sweep tests/setup/test_setup_check.py
+	@$(SETUP) run -m coverage run -m pytest tests/unit tests/setup/test_setup_check.py
 	@$(SETUP) run -m coverage combine --quiet
 	@$(SETUP) run -m coverage report
 

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -20,11 +19,7 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 from PIL import Image
 
-from lowrank_utils._kernels import kernel_environment
-
-# Tests import the project's scripts, and what several folders of tests share.
-for folder in ("tests", "tools"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
+from lowrank_utils.comparison.kernels import kernel_environment
 
 nbval_runtest, nbval_compare_outputs, nbval_setup = (
     IPyNbCell.runtest,

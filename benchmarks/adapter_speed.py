@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged
-from lowrank_utils.norms import constant_weights, frozen_weights
+from lowrank_utils.promises import constant_weights, frozen_weights
 
 try:
     import peft

@@ -28,7 +28,7 @@ IMPORTS = {
     "the layers": "import lowrank_utils.adapt, lowrank_utils.adapters, lowrank_utils.dora, lowrank_utils.lora",
     "data and training": "import lowrank_utils.data, lowrank_utils.training",
     "all that the notebooks import": "import lowrank_utils.adapters, lowrank_utils.checks, lowrank_utils.dora, "
-    "lowrank_utils.interactive, lowrank_utils.plots, lowrank_utils.training, lowrank_utils.comparison_plots",
+    "lowrank_utils.interactive, lowrank_utils.plots, lowrank_utils.training, lowrank_utils.comparison.plots",
 }
 ROUNDS = 7
 

@@ -110,7 +110,8 @@ def check_digits() -> str:
 
 def check_whole_mnist() -> str:
     """Verify the whole of MNIST if it is there, or if ``LOWRANK_DATA_DIR`` says that it is."""
-    from lowrank_utils.data import DataError, load_mnist, mnist_place
+    from lowrank_utils._mnist import mnist_place
+    from lowrank_utils.data import DataError, load_mnist
 
     folder, root = os.environ.get("LOWRANK_DATA_DIR"), mnist_place()
     # Asking for what is neither there nor promised would start a download.

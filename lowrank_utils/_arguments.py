@@ -11,7 +11,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def check_whole_number(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -76,38 +75,3 @@ def check_matrix(name: str, value: Any) -> torch.Tensor:
     if value.dim() != 2:
         raise ValueError(f"{name} must be a matrix (two dimensions); got shape {tuple(value.shape)}")
     return value
-
-
-def check_last_dimension(x: Any, in_features: int) -> None:
-    """Refuse an input whose last dimension isn't the layer's number of input features."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"the last dimension of x must be in_features={in_features}; got shape {tuple(x.shape)}"
-        )
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
-
-    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
-    """
-    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
-
-
-def check_linear(linear: Any) -> nn.Linear:
-    """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point weight."""
-    kind = type(linear).__name__
-    if is_adapter(linear):
-        raise TypeError(
-            f"linear is already adapted ({kind}); an adapter on an adapter isn't supported. "
-            "Merge the first one with merge_adapters, or adapt the plain nn.Linear"
-        )
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear must be an nn.Linear; got {kind}")
-    if isinstance(linear.weight, nn.UninitializedParameter):
-        raise ValueError(f"linear ({kind}) has no shape yet: pass one batch through the model first")
-    if not linear.weight.dtype.is_floating_point:
-        raise TypeError(f"linear must have a floating-point weight; got {linear.weight.dtype}")
-    return linear

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_utils._arguments import check_finite_number, is_adapter
+from lowrank_utils._arguments import check_finite_number
+from lowrank_utils.lora import is_adapter
 
 
 def replace_linear_layers(

@@ -5,13 +5,20 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_utils._arguments import check_last_dimension
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
-from lowrank_utils.lora import AdaptedLinear
-from lowrank_utils.norms import product_and_scale, row_scale
+from lowrank_utils.lora import AdaptedLinear, without_autocast
+from lowrank_utils.norms import (
+    factored_norm_pays,
+    factored_row_norms,
+    formed_row_norms,
+    row_scale,
+    squared_row_norms,
+)
+from lowrank_utils.promises import SCALES, SQUARES
 
 
 class LinearWithDoRAMerged(AdaptedLinear):
@@ -49,8 +56,37 @@ class LinearWithDoRAMerged(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        check_last_dimension(x, self.in_features)
         return F.linear(x, self.weight, self.bias)
+
+
+def scale_and_bias(layer: LinearWithDoRAMerged, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return c = m/‖V‖, (out,), and the bias, (out,) or None, in the dtype of the output that they are for.
+
+    c is what ``row_scale(m, row_norms(V))`` gives, up to rounding. Inside ``constant_weights`` it is computed once.
+    Under autocast an output is narrower than m and the bias, and stays so, as with ``nn.Linear``.
+
+    Args:
+        layer: a DoRA layer.
+        dtype: of the output.
+    """
+    kept = None if torch.compiler.is_compiling() else SCALES.value(layer, _scale)
+    c, b = _scale(layer) if kept is None else kept, layer.bias
+    return c.to(dtype), None if b is None else b.to(dtype)
+
+
+def _scale(layer: LinearWithDoRAMerged) -> Tensor:
+    """Return c without forming V where that is faster; where the norm keeps its gradient, V is formed."""
+    W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
+    if torch.is_grad_enabled() and not layer.detach_norm:
+        norm = row_norms(layer.updated_weight())
+    elif factored_norm_pays(W, A):
+        squares = SQUARES.value(layer, lambda layer: squared_row_norms(layer.linear.weight))
+        with without_autocast(W.device):
+            norm = factored_row_norms(W, A, B, layer.lora.alpha, squares)
+    else:
+        with torch.no_grad():
+            norm = formed_row_norms(layer.updated_weight())
+    return row_scale(layer.m, norm)
 
 
 class LinearWithDoRA(LinearWithDoRAMerged):
@@ -58,14 +94,11 @@ class LinearWithDoRA(LinearWithDoRAMerged):
 
     A row's scale can be applied to the weight or to the output that the row produces, so this
     equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is needed for its norms
-    alone, and those cost less than V (``norms.product_and_scale``).
+    alone, and those cost less than V.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        check_last_dimension(x, self.in_features)
-        xW, c = product_and_scale(self, x)
-        y = xW + self.lora(x)
-        # Under autocast y is narrower than c and b, and stays so, as with nn.Linear.
-        y, b = c.to(y.dtype) * y, self.bias
-        return y if b is None else y + b.to(y.dtype)
+        y = F.linear(x, self.linear.weight) + self.lora(x)
+        c, b = scale_and_bias(self, y.dtype)
+        return c * y if b is None else c * y + b

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from lowrank_utils._arguments import (
     check_finite_number,
     check_floating_dtype,
-    check_last_dimension,
-    check_linear,
     check_one_of,
     check_whole_number,
 )
@@ -107,7 +105,6 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to s·x·A·B of shape (…, out)."""
-        check_last_dimension(x, self.A.shape[0])
         return self.alpha * (x @ self.A @ self.B)
 
     def delta_weight(self) -> Tensor:
@@ -115,6 +112,31 @@ class LoRALayer(nn.Module):
         # A weight is computed in the precision of its factors, also under autocast.
         with without_autocast(self.A.device):
             return self.alpha * (self.B.T @ self.A.T)
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
+
+    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
+    """
+    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
+
+
+def check_linear(linear: Any) -> nn.Linear:
+    """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point weight."""
+    kind = type(linear).__name__
+    if is_adapter(linear):
+        raise TypeError(
+            f"linear is already adapted ({kind}); an adapter on an adapter isn't supported. "
+            "Merge the first one with merge_adapters, or adapt the plain nn.Linear"
+        )
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be an nn.Linear; got {kind}")
+    if isinstance(linear.weight, nn.UninitializedParameter):
+        raise ValueError(f"linear ({kind}) has no shape yet: pass one batch through the model first")
+    if not linear.weight.dtype.is_floating_point:
+        raise TypeError(f"linear must have a floating-point weight; got {linear.weight.dtype}")
+    return linear
 
 
 class AroundLinear(nn.Module):
@@ -185,7 +207,6 @@ class LinearWithLoRA(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        check_last_dimension(x, self.in_features)
         return self.linear(x) + self.lora(x)
 
 
@@ -194,5 +215,4 @@ class LinearWithLoRAMerged(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        check_last_dimension(x, self.in_features)
         return F.linear(x, self.weight, self.bias)

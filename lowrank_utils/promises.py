@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_utils._arguments import is_adapter
+from lowrank_utils.lora import is_adapter
 
 
 class Promise:
@@ -21,7 +21,6 @@ class Promise:
     Args:
         block: the name of the context manager that gives it, for the error.
         sources: layer → what its value comes from, tensors and numbers.
-        compute: layer → the value, (out,).
         in_training: whether it also holds for layers in training mode.
     """
 
@@ -29,16 +28,14 @@ class Promise:
         self,
         block: str,
         sources: Callable[[Any], tuple[Any, ...]],
-        compute: Callable[[Any], Tensor],
         *,
         in_training: bool,
     ) -> None:
         self._block = block
         self._sources = sources
-        self._compute = torch.no_grad()(compute)
         self._in_training = in_training
-        # Layer → the value that it keeps and the marks of its sources; None if it has none yet.
-        self._kept: ContextVar[dict[nn.Module, tuple[Tensor, list[Any]] | None]] = ContextVar(block)
+        # Layer → what it keeps; None if it has nothing yet.
+        self._kept: ContextVar[dict[nn.Module, _Kept | None]] = ContextVar(block)
 
     @contextmanager
     def given_for(self, model: nn.Module) -> Iterator[None]:
@@ -66,8 +63,13 @@ class Promise:
                 "since then used the norms from before the change. Change weights outside the block"
             )
 
-    def value(self, layer: nn.Module) -> Tensor | None:
-        """Return the layer's value, computed now or kept; None where nothing may be kept."""
+    def value(self, layer: nn.Module, compute: Callable[[Any], Tensor]) -> Tensor | None:
+        """Return the layer's value, computed now or kept; None where nothing may be kept.
+
+        Args:
+            layer: whose value.
+            compute: layer → the value, (out,). It is called without gradients.
+        """
         kept = self._kept.get({})
         if layer not in kept:
             return None
@@ -79,20 +81,28 @@ class Promise:
             return None
         marks = _marks(sources)
         entry = kept[layer]
-        if entry is None or entry[1] != marks:
-            entry = kept[layer] = (self._compute(layer), marks)
-        return entry[0]
+        if entry is None or entry.marks != marks:
+            compute = torch.no_grad()(compute)
+            entry = kept[layer] = _Kept(compute(layer), marks, compute)
+        return entry.value
 
-    def _is_stale(self, layer: Any, entry: tuple[Tensor, list[Any]] | None) -> bool:
+    def _is_stale(self, layer: Any, entry: "_Kept | None") -> bool:
         if entry is None:
             return False
-        value, marks = entry
-        if marks != _marks(self._sources(layer)):
+        if entry.marks != _marks(self._sources(layer)):
             # Torch noticed this change, and the next forward pass would have, too.
             return False
         # As exact as the sources are: a value of more digits than theirs holds their rounding.
         rtol = 64 * torch.finfo(layer.linear.weight.dtype).eps
-        return not torch.allclose(self._compute(layer), value, rtol=rtol, atol=0)
+        return not torch.allclose(entry.compute(layer), entry.value, rtol=rtol, atol=0)
+
+
+class _Kept(NamedTuple):
+    """A value, the marks of its sources when it was computed, and how to compute it again."""
+
+    value: Tensor
+    marks: list[Any]
+    compute: Callable[[Any], Tensor]
 
 
 def _marks(sources: tuple[Any, ...]) -> list[Any]:
@@ -103,3 +113,65 @@ def _marks(sources: tuple[Any, ...]) -> list[Any]:
         else s
         for s in sources
     ]
+
+
+# DoRA's c = m/‖V‖, (out,).
+SCALES = Promise(
+    "constant_weights",
+    # At each pass: a module looks its parts up slowly.
+    lambda layer: (layer.linear.weight, (lora := layer.lora).A, lora.B, layer.m, lora.alpha),
+    in_training=False,
+)
+# ‖W‖² by rows, (out,).
+SQUARES = Promise(
+    "frozen_weights",
+    lambda layer: (layer.linear.weight,),
+    in_training=True,
+)
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer needs c = m/‖V‖ only once.
+
+    Inside the block, a layer in evaluation mode computes c in its first forward pass without gradients
+    and keeps it. A new one is computed after ``load_state_dict``, a conversion, another change that torch
+    counts, or a forward pass with gradients, which an optimizer needs before its step. Copies of the
+    model made in the block keep nothing. Some changes aren't counted (through ``.data``, by a
+    fused optimizer), so at the end of the block every kept c is compared with a new one::
+
+        model.eval()
+        with torch.no_grad(), constant_weights(model):
+            ...  # predict as often as you like
+
+    Args:
+        model: a module with adapters in it.
+
+    Raises:
+        RuntimeError: at the end of the block, if weights were changed unnoticed. The outputs
+            since that change were computed with an old c.
+    """
+    with SCALES.given_for(model):
+        yield
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Promise that the pretrained weights of ``model`` stay as they are while its adapters are trained.
+
+    Inside the block, a DoRA layer whose W is frozen reads W once for ‖W‖² and keeps it, where it computes ‖V‖
+    by ``factored_row_norms``. A large layer then saves a pass over W in each step, and computes the same bits.
+    What is noticed of a change, and when, is as in ``constant_weights``::
+
+        with frozen_weights(model):
+            ...  # train as usual
+
+    Args:
+        model: a module with adapters in it.
+
+    Raises:
+        RuntimeError: at the end of the block, if a pretrained weight was changed unnoticed. The outputs
+            since that change were computed with old norms.
+    """
+    with SQUARES.given_for(model):
+        yield

@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 from slide_types import assign_slide_types
 from tqdm import tqdm
 
-from lowrank_utils._kernels import kernel_environment
+from lowrank_utils.comparison.kernels import kernel_environment
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,13 +38,13 @@ FILES = {
     "dora.py": ["dora", "lora", "wrappers"],
     "adapt.py": ["adapt"],
     "decompose.py": ["decompose", "dora"],
-    "adapters.py": ["adapter_bank", "extreme_inputs"],
-    "banked_linear.py": ["adapter_bank", "extreme_inputs"],
+    "adapters/bank.py": ["adapters/bank", "extreme_inputs"],
+    "adapters/banked_linear.py": ["adapters/bank", "extreme_inputs"],
     "norms.py": ["norms", "dora"],
     "promises.py": ["promises", "norms"],
-    "adapter_config.py": ["adapter_files", "peft_parity"],
-    "adapter_files.py": ["adapter_files", "adapter_bank", "peft_parity"],
-    "_folders.py": ["folders", "adapter_files"],
+    "adapters/config.py": ["adapters/files", "peft_parity"],
+    "adapters/files.py": ["adapters/files", "adapters/bank", "peft_parity"],
+    "adapters/folders.py": ["adapters/folders", "adapters/files"],
     "_arguments.py": ["arguments", "adapt", "decompose"],
 }
 
@@ -62,6 +62,12 @@ class Survivor(NamedTuple):
     function: str
     before: str
     after: str
+
+
+def path_of(test: str) -> str:
+    """Return the path of a file of unit tests from its name in ``FILES``: ``adapters/bank`` → ``…/test_bank.py``."""
+    folder, _, name = test.rpartition("/")
+    return str(PurePosixPath("tests/unit", folder, f"test_{name}.py"))
 
 
 def without_decorators(source: str) -> str:
@@ -97,7 +103,7 @@ def prepare(file: str) -> None:
         "also_copy": ["conftest.py"],
         # Without unraisableexception, which collects garbage twice for each change, it takes half the time.
         "pytest_add_cli_args": ["-pno:cacheprovider", "-pno:unraisableexception", f"-knot ({LEFT_OUT})"],
-        "pytest_add_cli_args_test_selection": [f"tests/unit/test_{name}.py" for name in FILES[file]],
+        "pytest_add_cli_args_test_selection": [path_of(name) for name in FILES[file]],
         "process_isolation": "forkserver",  # torch is loaded once, and no test has run before a change is made
     }
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]

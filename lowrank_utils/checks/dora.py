@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_utils.broken import LAYERS
 from lowrank_utils.checks._shared import ONE_IS_LOST, ExerciseError, ask, compare, equal, examples, exercise
+from lowrank_utils.checks.broken import LAYERS
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 
 

@@ -9,9 +9,9 @@ import nbformat
 import papermill
 import pytest
 
-from lowrank_utils._kernels import kernel_environment
-from lowrank_utils.grid import notebook_defaults
-from lowrank_utils.settings import Settings, settings_of_notebook
+from lowrank_utils.comparison.grid import notebook_defaults
+from lowrank_utils.comparison.kernels import kernel_environment
+from lowrank_utils.comparison.settings import Settings, settings_of_notebook
 
 NAME = "comparison.ipynb"
 # Small enough for seconds.
@@ -65,7 +65,7 @@ def errors(notebook):
     ],
 )
 def test_a_wrong_parameter_stops_it_before_anything_is_trained(run, wrong, said):
-    """A name and a value; what else is refused, tests/unit/test_settings.py goes through."""
+    """A name and a value; what else is refused, tests/unit/comparison/test_settings.py goes through."""
     done, notebook = run(**wrong)
     assert done.returncode != 0
     ((source, _, message),) = errors(notebook)

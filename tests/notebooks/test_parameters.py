@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from lowrank_utils._kernels import kernel_environment
+from lowrank_utils.comparison.kernels import kernel_environment
 
 NOTEBOOK = "06_finetuning_on_mnist.ipynb"
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lowrank_utils.experiment import adapt, prepare
-from lowrank_utils.grid import expand, notebook_defaults, read_plan
-from lowrank_utils.settings import DTYPES
-from lowrank_utils.tables import CELL, TASK, read_table
+from lowrank_utils.comparison.experiment import adapt, prepare
+from lowrank_utils.comparison.grid import expand, notebook_defaults, read_plan
+from lowrank_utils.comparison.settings import DTYPES
+from lowrank_utils.comparison.tables import CELL, TASK, read_table
+from lowrank_utils.comparison.tuning import Point
 from lowrank_utils.training import accuracy, reproducible
-from lowrank_utils.tuning import Point
 
 # They were computed in float32. Another processor, or the file's six digits of a rate, moves the last bits, and all
 # steps after them make more of it. With the instructions of older processors, accuracies moved by up to 0.011 and

@@ -9,9 +9,9 @@ from pathlib import Path
 import environment
 import pytest
 
-from lowrank_utils.adapter_config import AdapterFileError
+from lowrank_utils.adapters.config import AdapterFileError
+from lowrank_utils.comparison.grid import SweepError
 from lowrank_utils.data import DataError
-from lowrank_utils.grid import SweepError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import mutants
 import pytest
 from mutants import FILES, RESULTS, ROOT, SURVIVORS, rows, without_decorators
 
-REQUIRED = ["lora.py", "dora.py", "adapt.py", "adapters.py", "decompose.py"]
+REQUIRED = ["lora.py", "dora.py", "adapt.py", "adapters/bank.py", "decompose.py"]
 
 
 def results():
@@ -38,7 +38,7 @@ def test_files_and_tests_that_the_tool_names_exist():
     for file, tests in FILES.items():
         assert (ROOT / "lowrank_utils" / file).is_file()
         for name in tests:
-            assert (ROOT / "tests" / "unit" / f"test_{name}.py").is_file()
+            assert (ROOT / mutants.path_of(name)).is_file()
 
 
 def test_a_decorator_becomes_the_assignment_that_it_stands_for():

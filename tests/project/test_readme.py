@@ -9,9 +9,9 @@ import nbformat
 import pytest
 import yaml
 
-from lowrank_utils.declared import read_declaration
-from lowrank_utils.report import declared_lines, difference_lines, judge_if_whole, without_one_task
-from lowrank_utils.tables import differences, means, read_table, spread_over_ranks, under_tuned
+from lowrank_utils.comparison.declared import read_declaration
+from lowrank_utils.comparison.report import declared_lines, difference_lines, judge_if_whole, without_one_task
+from lowrank_utils.comparison.tables import differences, means, read_table, spread_over_ranks, under_tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

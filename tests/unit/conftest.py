@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from mirror import publish
 
-from lowrank_utils import data
+from lowrank_utils import _mnist
 
 mpl.use("Agg")
 
@@ -61,5 +61,5 @@ def cache(tmp_path, monkeypatch, tiny_is_published):  # noqa: ARG001 (its effect
     """An empty cache, in use because LOWRANK_DATA_DIR isn't set."""
     monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
     place = tmp_path / "cache" / "lowrank"
-    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
+    monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
     return place

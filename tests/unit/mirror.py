@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from lowrank_utils import data
+from lowrank_utils import _mnist
 from lowrank_utils.data import DataError, load_mnist
 
 
@@ -37,7 +37,7 @@ TINY = {
 def publish(monkeypatch):
     """Let the tiny files be the published ones for the package and torchvision; return them as downloaded."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
-    monkeypatch.setattr(data, "MNIST_FILES", digests)
+    monkeypatch.setattr(_mnist, "MNIST_FILES", digests)
     archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
     monkeypatch.setattr(MNIST, "resources", resources)

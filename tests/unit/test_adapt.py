@@ -27,7 +27,7 @@ from lowrank_utils.adapt import (
     named_modules_outside_adapters,
     replace_linear_layers,
 )
-from lowrank_utils.controls import LinearWithRandomRows
+from lowrank_utils.comparison.controls import LinearWithRandomRows
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged, LoRALayer
 from lowrank_utils.training import MultilayerPerceptron

@@ -148,23 +148,18 @@ def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, oute
         outer(adapter, 2, 1.0)
 
 
+# Inside ``forward`` torch's own message stands, so that the formula stays a formula; what counts is that none is
+# computed with.
 WRONG_INPUTS = [
-    (torch.ones(4, 6), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 6\)"),
-    (torch.ones(4, 8), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 8\)"),
-    (torch.ones(7, 4), ValueError, r"the last dimension of x must be in_features=7; got shape \(7, 4\)"),
-    (torch.ones(4, 1), ValueError, r"the last dimension of x must be in_features=7; got shape \(4, 1\)"),
-    (torch.ones(0), ValueError, r"the last dimension of x must be in_features=7; got shape \(0,\)"),
-    (torch.ones(()), ValueError, r"the last dimension of x must be in_features=7; got shape \(\)"),
-    (np.ones((4, 7)), TypeError, "x must be a tensor; got ndarray"),
-    ([[1.0] * 7], TypeError, "x must be a tensor; got list"),
-    (None, TypeError, "x must be a tensor; got NoneType"),
+    *[torch.ones(shape) for shape in [(4, 6), (4, 8), (7, 4), (4, 1), (0,), ()]],
+    *[np.ones((4, 7)), [[1.0] * 7], None],
 ]
 
 
-@pytest.mark.parametrize(("x", "error", "message"), WRONG_INPUTS)
-def test_a_wrong_input_is_refused_by_the_layer_and_by_all_wrappers(x, error, message):
+@pytest.mark.parametrize("x", WRONG_INPUTS, ids=lambda x: str(getattr(x, "shape", type(x).__name__)))
+def test_a_wrong_input_is_refused_by_the_layer_and_by_all_wrappers(x):
     for layer in (LoRALayer(7, 5, 2, 1.0), *(wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL)):
-        with pytest.raises(error, match=message):
+        with pytest.raises((RuntimeError, TypeError)):
             layer(x)
 
 

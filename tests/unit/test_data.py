@@ -34,7 +34,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import rotate as rotate_images
 
-from lowrank_utils import data
+from lowrank_utils import _mnist, data
 from lowrank_utils.data import (
     DataError,
     Digits,
@@ -492,7 +492,7 @@ def test_a_download_is_moved_into_place_whole_and_then_kept(cache, tiny_is_publi
 def test_a_download_that_fails_leaves_nothing_in_the_cache_and_one_line_says_what_to_do(
     cache, tiny_is_published, monkeypatch, fault
 ):
-    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(_mnist, "SILENT_SECONDS", 0.5)
     with serving(tiny_is_published, monkeypatch, fault) as server:
         message = message_of()
         assert "train-images-idx3-ubyte.gz" in server.requested
@@ -510,13 +510,13 @@ def test_a_download_that_fails_leaves_nothing_in_the_cache_and_one_line_says_wha
 def test_a_slow_mirror_is_waited_for_and_other_connections_keep_their_limits(
     cache, tiny_is_published, monkeypatch
 ):
-    monkeypatch.setattr(data, "SILENT_SECONDS", 10)
+    monkeypatch.setattr(_mnist, "SILENT_SECONDS", 10)
     with serving(tiny_is_published, monkeypatch, fault="slow"):
         assert_tiny(load_tiny())
     assert (cache / "MNIST").is_dir()
     assert socket.getdefaulttimeout() is None
     # A program that has set a limit of its own keeps it.
-    monkeypatch.setattr(data, "SILENT_SECONDS", 0.001)
+    monkeypatch.setattr(_mnist, "SILENT_SECONDS", 0.001)
     shutil.rmtree(cache)
     socket.setdefaulttimeout(20)
     try:
@@ -540,7 +540,7 @@ def test_without_a_network_one_line_says_what_to_do(cache, monkeypatch):
 def test_a_download_that_is_whole_but_not_the_published_set_is_thrown_away(
     cache, tiny_is_published, monkeypatch
 ):
-    monkeypatch.setitem(data.MNIST_FILES, "t10k-labels-idx1-ubyte", "0" * 64)
+    monkeypatch.setitem(_mnist.MNIST_FILES, "t10k-labels-idx1-ubyte", "0" * 64)
     with serving(tiny_is_published, monkeypatch):
         message = message_of()
     assert message.startswith("the MNIST download did not give the published files, so it was thrown away.")

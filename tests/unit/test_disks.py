@@ -12,13 +12,14 @@ from support import assert_same_state, linear_layer, move_all, snapshot
 from test_tables import SCORES, result
 from torch import nn
 
-from lowrank_utils import _folders, data
+from lowrank_utils import _mnist
 from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
-from lowrank_utils.adapter_files import load_adapter, save_adapter
+from lowrank_utils.adapters import folders as _folders
+from lowrank_utils.adapters.files import load_adapter, save_adapter
+from lowrank_utils.comparison.grid import SweepError
+from lowrank_utils.comparison.report import write_report
+from lowrank_utils.comparison.store import Store
 from lowrank_utils.dora import LinearWithDoRA
-from lowrank_utils.grid import SweepError
-from lowrank_utils.report import write_report
-from lowrank_utils.store import Store
 
 SIDE = 60
 
@@ -132,7 +133,7 @@ def test_a_download_onto_a_full_disk_leaves_nothing_and_says_why(
     mount, cache, tiny_is_published, monkeypatch
 ):
     place = mount("size=16k") / "lowrank"
-    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
+    monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
     with serving(tiny_is_published, monkeypatch):
         message = message_of()
         assert message.startswith("MNIST could not be downloaded. Use the data set 'mnist-5k'")
@@ -177,7 +178,7 @@ def test_saving_to_a_read_only_disk_is_an_error_and_the_adapter_there_can_be_loa
 def test_an_empty_cache_that_is_read_only_is_one_clear_line(mount, cache, monkeypatch):
     place = mount("ro")
     for root in (place, place / "lowrank"):
-        monkeypatch.setattr(data, "user_cache_path", lambda *_, root=root: root)
+        monkeypatch.setattr(_mnist, "user_cache_path", lambda *_, root=root: root)
         message = message_of()
         assert message.startswith(
             f"MNIST can't be stored in {root} (Read-only file system). Set LOWRANK_DATA_DIR"
@@ -188,7 +189,7 @@ def test_an_empty_cache_that_is_read_only_is_one_clear_line(mount, cache, monkey
 def test_a_read_only_cache_that_holds_the_files_is_as_good_as_another(mount, tiny_is_published, monkeypatch):
     place = mount("size=1m")
     monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
-    monkeypatch.setattr(data, "user_cache_path", lambda *_: place)
+    monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
     with serving(tiny_is_published, monkeypatch):
         load_tiny()
     mount("ro")

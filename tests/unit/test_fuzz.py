@@ -12,8 +12,8 @@ from support import assert_same_state, linear_layer, move_all, snapshot
 from torch import nn
 
 from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
-from lowrank_utils.adapter_config import AdapterFileError
-from lowrank_utils.adapter_files import load_adapter, save_adapter
+from lowrank_utils.adapters.config import AdapterFileError
+from lowrank_utils.adapters.files import load_adapter, save_adapter
 from lowrank_utils.data import DataError
 from lowrank_utils.dora import LinearWithDoRA
 

@@ -27,16 +27,17 @@ ALLOWED = {
     "__init__": set(),
     "__main__": set(),
     "_arguments": LAYERS,
-    "_folders": set(),
-    "_kernels": set(),
+    "_mnist": {"platformdirs"},
     "adapt": LAYERS,
-    "adapter_config": LAYERS,
-    "adapter_files": LAYERS | {"safetensors"},
     "adapters": LAYERS | {"safetensors"},
-    "banked_linear": LAYERS,
-    "broken": LAYERS,
+    "adapters.bank": LAYERS | {"safetensors"},
+    "adapters.banked_linear": LAYERS,
+    "adapters.config": LAYERS,
+    "adapters.files": LAYERS | {"safetensors"},
+    "adapters.folders": set(),
     "checks": DATA | {"tqdm"},
     "checks._shared": LAYERS,
+    "checks.broken": LAYERS,
     "checks.comparison": LAYERS,
     "checks.dora": LAYERS,
     "checks.finetuning": DATA | {"tqdm"},
@@ -45,30 +46,33 @@ ALLOWED = {
     "checks.magnitude_and_direction": LAYERS,
     "checks.merged_and_unmerged": LAYERS,
     "checks.production": LAYERS,
-    "comparison": DATA | {"filelock", "psutil", "tqdm", "yaml"},
-    "comparison_plots": PLOTS | TABLES,
-    "controls": LAYERS,
+    "comparison": set(),
+    "comparison.__main__": DATA | {"filelock", "psutil", "tqdm", "yaml"},
+    "comparison.command": DATA | {"filelock", "psutil", "tqdm", "yaml"},
+    "comparison.controls": LAYERS,
+    "comparison.declared": DATA | TABLES,
+    "comparison.experiment": DATA | {"tqdm", "scipy"},
+    "comparison.grid": {"yaml"},
+    "comparison.intervals": TABLES - {"pandas"},
+    "comparison.kernels": set(),
+    "comparison.methods": LAYERS,
+    "comparison.plots": PLOTS | TABLES,
+    "comparison.report": PLOTS | TABLES,
+    "comparison.settings": DATA,
+    "comparison.shifts": DATA,
+    "comparison.store": {"yaml", "filelock"},
+    "comparison.sweep": {"yaml", "filelock", "psutil"},
+    "comparison.tables": TABLES,
+    "comparison.tuning": {"scipy"},
     "data": DATA,
-    "declared": DATA | TABLES,
     "decompose": LAYERS,
     "dora": LAYERS,
-    "experiment": DATA | {"tqdm", "scipy"},
-    "grid": {"yaml"},
     "interactive": {"ipywidgets", "matplotlib"},
-    "intervals": TABLES - {"pandas"},
     "lora": LAYERS,
-    "methods": LAYERS,
     "norms": LAYERS,
     "plots": PLOTS,
     "promises": LAYERS,
-    "report": PLOTS | TABLES,
-    "settings": DATA,
-    "shifts": DATA,
-    "store": {"yaml", "filelock"},
-    "sweep": {"yaml", "filelock", "psutil"},
-    "tables": TABLES,
     "training": DATA | {"tqdm"},
-    "tuning": {"scipy"},
 }
 
 
@@ -103,9 +107,7 @@ def loaded(name):
             continue
         for module in modules:
             package, _, inner = module.partition(".")
-            if inner == name:
-                pass  # comparison.py as a script gets its functions from itself as a module
-            elif package == "lowrank_utils":
+            if package == "lowrank_utils":
                 packages |= loaded(inner) if inner in MODULES else set()
             elif package not in sys.stdlib_module_names:
                 packages.add(package)

@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 from support import assert_close, linear_layer, move, moved, normal
 from torch import nn
 
-from lowrank_utils import norms
+from lowrank_utils import dora, norms
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
-from lowrank_utils.norms import (
-    constant_weights,
-    factored_norm_pays,
-    factored_row_norms,
-    formed_row_norms,
-    frozen_weights,
-    product_and_scale,
-)
+from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged, scale_and_bias
+from lowrank_utils.norms import factored_norm_pays, factored_row_norms, formed_row_norms
+from lowrank_utils.promises import constant_weights, frozen_weights
 
 LARGE = (512, 600)
 
@@ -32,13 +26,13 @@ def exact(W, A, B, alpha):
 @pytest.fixture
 def factored_for_all(monkeypatch):
     """Take the factored way at any size, so that small examples reach it."""
-    rule = norms.factored_norm_pays
+    rule = dora.factored_norm_pays
 
-    def without_size(x, W, A):
+    def without_size(W, A):
         grown = W.new_zeros(4096, 4096) if W.dtype in (torch.float32, torch.float64) else W
-        return rule(x, grown, A)
+        return rule(grown, A)
 
-    monkeypatch.setattr(norms, "factored_norm_pays", without_size)
+    monkeypatch.setattr(dora, "factored_norm_pays", without_size)
 
 
 def large_layer(dtype=torch.float32, rank=8, **options):
@@ -126,7 +120,7 @@ def test_rows_whose_squares_leave_the_range_of_float32(scale):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 def test_the_layer_gives_the_merged_forms_outputs_and_gradients(bias, batch, monkeypatch):
     called = []
-    monkeypatch.setattr(norms, "factored_row_norms", lambda *a: called.append(1) or factored_row_norms(*a))
+    monkeypatch.setattr(dora, "factored_row_norms", lambda *a: called.append(1) or factored_row_norms(*a))
     layers = [moved(cls, linear_layer(bias=bias), rank=2) for cls in (LinearWithDoRA, LinearWithDoRAMerged)]
     x, G = normal(*batch, 7, seed=20), normal(*batch, 5, seed=21)
     found = []
@@ -140,26 +134,17 @@ def test_the_layer_gives_the_merged_forms_outputs_and_gradients(bias, batch, mon
         assert_close(fast, plain, atol=1e-13)
 
 
-@pytest.mark.usefixtures("factored_for_all")
-def test_the_gradients_of_the_fast_product_are_those_of_finite_differences():
-    W, A, x = (normal(*shape, seed=i).requires_grad_() for i, shape in enumerate([(5, 7), (7, 2), (4, 7)]))
-    product = norms._ProductsWithFrozen.apply
-    assert torch.autograd.gradcheck(lambda x, W: product(x, W, A)[0], (x, W))
-    assert torch.autograd.gradgradcheck(lambda x, W: product(x, W, A)[0], (x, W))
-    assert not product(x, W, A)[1].requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_layer_gives_the_merged_forms_outputs(dtype):
     layer = large_layer(dtype)
     twin = LinearWithDoRAMerged(layer.linear, 8, 0.5)
     twin.load_state_dict(layer.state_dict())
     x = normal(3, LARGE[0], dtype=dtype)
-    assert factored_norm_pays(x, layer.linear.weight, layer.lora.A)
+    assert factored_norm_pays(layer.linear.weight, layer.lora.A)
     assert_close(layer(x), twin(x), rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_a_frozen_weight_gets_no_gradient_and_x_is_not_kept_for_one():
+def test_a_frozen_weight_gets_no_gradient():
     layer = large_layer(torch.float64)
     layer.linear.requires_grad_(False)
     twin = LinearWithDoRAMerged(layer.linear, 8, 0.5)
@@ -171,10 +156,6 @@ def test_a_frozen_weight_gets_no_gradient_and_x_is_not_kept_for_one():
         found.append(x.grad)
     assert layer.linear.weight.grad is None
     assert_close(*found)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        norms._ProductsWithFrozen.apply(x, layer.linear.weight, layer.lora.A.detach())
-    assert saved == [layer.linear.weight.shape]
 
 
 @given(
@@ -200,7 +181,7 @@ def test_norms_of_a_float32_weight_are_float32_and_all_others_float64(dtype, sca
 def test_layers_stacked_by_vmap_give_their_own_outputs(size, factored):
     layers = [moved(LinearWithDoRA, linear_layer(*size, dtype=torch.float32, seed=s), seed=s) for s in (0, 9)]
     x = normal(3, size[0], dtype=torch.float32)
-    assert factored_norm_pays(x, layers[0].linear.weight, layers[0].lora.A) == factored
+    assert factored_norm_pays(layers[0].linear.weight, layers[0].lora.A) == factored
     state = torch.func.stack_module_state(layers)
     outputs = torch.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
     for output, layer in zip(outputs, layers, strict=True):
@@ -211,12 +192,9 @@ def test_layers_stacked_by_vmap_give_their_own_outputs(size, factored):
 
 
 def test_the_rule():
-    def pays(out_dim, in_dim, rank=8, dtype=torch.float32, x_dtype=None, device="cpu"):
-        W, A = (
-            torch.empty(out_dim, in_dim, dtype=dtype, device=device),
-            torch.empty(in_dim, rank, dtype=dtype),
-        )
-        return factored_norm_pays(torch.empty(2, in_dim, dtype=x_dtype or dtype), W, A)
+    def pays(out_dim, in_dim, rank=8, dtype=torch.float32, A_dtype=None, device="cpu"):
+        W = torch.empty(out_dim, in_dim, dtype=dtype, device=device)
+        return factored_norm_pays(W, torch.empty(in_dim, rank, dtype=A_dtype or dtype))
 
     assert pays(1024, 1024)
     assert pays(4096, 4096, rank=64)
@@ -227,21 +205,28 @@ def test_the_rule():
     assert not pays(1024, 1024, dtype=torch.bfloat16)
     assert not pays(1024, 1024, dtype=torch.float16)
     assert not pays(1024, 1024, device="meta")
-    assert not pays(1024, 1024, x_dtype=torch.float64)
+    assert not pays(1024, 1024, A_dtype=torch.float64)
+
+
+def test_autocast_costs_the_norm_of_a_large_layer_no_digits():
+    layer = large_layer()
+    expected = scale_and_bias(layer, torch.float32)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not pays(1024, 1024)
+        c = scale_and_bias(layer, torch.float32)[0]
+        assert layer(normal(2, LARGE[0], dtype=torch.float32)).dtype == torch.bfloat16
+    assert torch.equal(c, expected)
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_the_norm_has_its_gradient_where_it_is_not_detached(detach_norm, computed):
     layer = large_layer(detach_norm=detach_norm)
-    c = product_and_scale(layer, normal(2, LARGE[0], dtype=torch.float32))[1]
+    c, _ = scale_and_bias(layer, torch.float32)
     of_m, of_B = torch.autograd.grad(c.sum(), [layer.m, layer.lora.B], allow_unused=True)
     assert (of_m != 0).all()
     assert (of_B is None) == detach_norm
-    assert computed == ["factored_row_norms" if detach_norm else "formed_row_norms"]
+    assert computed == ["factored_row_norms" if detach_norm else "row_norms"]
     with torch.no_grad():
-        assert not product_and_scale(layer, normal(2, LARGE[0], dtype=torch.float32))[1].requires_grad
+        assert not scale_and_bias(layer, torch.float32)[0].requires_grad
 
 
 def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
@@ -257,9 +242,9 @@ def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
 def computed(monkeypatch):
     """Note which way norms are computed, once for each time."""
     calls = []
-    for name in ("factored_row_norms", "formed_row_norms"):
-        function = getattr(norms, name)
-        monkeypatch.setattr(norms, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
+    for name in ("factored_row_norms", "formed_row_norms", "row_norms"):
+        function = getattr(dora, name)
+        monkeypatch.setattr(dora, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
     return calls
 
 
@@ -474,7 +459,8 @@ def squared(monkeypatch):
     """Note the weights whose rows are squared."""
     seen = []
     function = norms.squared_row_norms
-    monkeypatch.setattr(norms, "squared_row_norms", lambda W: seen.append(W) or function(W))
+    for module in (dora, norms):
+        monkeypatch.setattr(module, "squared_row_norms", lambda W: seen.append(W) or function(W))
     return seen
 
 

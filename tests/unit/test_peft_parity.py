@@ -10,8 +10,8 @@ from support import assert_close, assert_equal_but_for_rounding, linear_layer, m
 from torch import nn
 
 from lowrank_utils.adapt import freeze_linear_layers, merge_adapters, replace_linear_layers
-from lowrank_utils.adapter_config import AdapterFileError
 from lowrank_utils.adapters import AdapterBank, load_adapter, save_adapter
+from lowrank_utils.adapters.config import AdapterFileError
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged
 

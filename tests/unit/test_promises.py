@@ -5,44 +5,48 @@ import torch
 from support import assert_close, linear_layer, moved, normal
 from torch import nn
 
-from lowrank_utils import norms
+from lowrank_utils import dora
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA
-from lowrank_utils.norms import constant_weights, frozen_weights
-from lowrank_utils.promises import Promise
+from lowrank_utils.promises import Promise, constant_weights, frozen_weights
 
 
-def promise_about_w(computed, **options):
-    """Return a promise whose value is twice the sum of W by rows, and which notes each time it is computed."""
+class PromiseAboutW(Promise):
+    """A promise about W, whose value here is twice the sum of W by rows; it notes each time it is computed."""
 
-    def compute(layer):
-        computed.append(torch.is_grad_enabled())
-        return 2 * layer.linear.weight.sum(dim=1)
+    def __init__(self, computed, **options):
+        super().__init__("quiet_rows", lambda layer: (layer.linear.weight,), **options)
+        self.computed = computed
 
-    return Promise("quiet_rows", lambda layer: (layer.linear.weight,), compute, **options)
+    def value_of(self, layer):
+        def compute(layer):
+            self.computed.append(torch.is_grad_enabled())
+            return 2 * layer.linear.weight.sum(dim=1)
+
+        return self.value(layer, compute)
 
 
 @pytest.mark.parametrize("in_training", [True, False])
 def test_a_value_is_computed_once_without_gradients_and_in_training_where_it_holds_there(in_training):
     computed, layer = [], moved(LinearWithLoRA, linear_layer().requires_grad_(False))
-    promise = promise_about_w(computed, in_training=in_training)
-    assert promise.value(layer) is None, "kept without a promise"
+    promise = PromiseAboutW(computed, in_training=in_training)
+    assert promise.value_of(layer) is None, "kept without a promise"
     with promise.given_for(layer):
-        first = promise.value(layer.eval())
-        assert first is promise.value(layer)
+        first = promise.value_of(layer.eval())
+        assert first is promise.value_of(layer)
         assert torch.equal(first, 2 * layer.linear.weight.sum(dim=1))
         assert computed == [False]
-        assert (promise.value(layer.train()) is first) == in_training
-    assert promise.value(layer.eval()) is None, "kept beyond the block"
+        assert (promise.value_of(layer.train()) is first) == in_training
+    assert promise.value_of(layer.eval()) is None, "kept beyond the block"
 
 
 def test_a_broken_promise_names_the_block():
     layer = moved(LinearWithLoRA, linear_layer().requires_grad_(False))
-    promise = promise_about_w([], in_training=True)
+    promise = PromiseAboutW([], in_training=True)
 
     def change():
         with promise.given_for(torch.nn.Sequential(layer)):
-            promise.value(layer)
+            promise.value_of(layer)
             layer.linear.weight.data.mul_(2)
 
     with pytest.raises(
@@ -53,11 +57,11 @@ def test_a_broken_promise_names_the_block():
 
 def test_two_promises_keep_their_own_values():
     layer = moved(LinearWithLoRA, linear_layer().requires_grad_(False))
-    first, second = (promise_about_w(computed, in_training=True) for computed in ([], []))
+    first, second = (PromiseAboutW(computed, in_training=True) for computed in ([], []))
     with first.given_for(layer):
-        assert second.value(layer) is None
+        assert second.value_of(layer) is None
         with second.given_for(layer):
-            assert first.value(layer) is not second.value(layer)
+            assert first.value_of(layer) is not second.value_of(layer)
 
 
 @pytest.mark.parametrize("promise", [constant_weights, frozen_weights])
@@ -67,7 +71,7 @@ def test_tensors_that_are_exchanged_inside_the_block_are_used_from_the_next_outp
     promise, mode, part, monkeypatch
 ):
     # At any size, so that small layers reach what frozen_weights keeps.
-    monkeypatch.setattr(norms, "factored_norm_pays", lambda *_: True)
+    monkeypatch.setattr(dora, "factored_norm_pays", lambda *_: True)
     layer = moved(LinearWithDoRA, linear_layer().requires_grad_(False))
     model = nn.Sequential(layer).train(mode == "trained")
     merged = moved(LinearWithDoRAMerged, linear_layer().requires_grad_(False))

@@ -14,9 +14,9 @@ from support import linear_layer
 from torch import nn
 from torchvision.datasets import MNIST
 
-from lowrank_utils import data
-from lowrank_utils._kernels import kernel_environment
-from lowrank_utils.adapter_files import load_adapter
+from lowrank_utils import _mnist
+from lowrank_utils.adapters.files import load_adapter
+from lowrank_utils.comparison.kernels import kernel_environment
 
 # Saves again and again an adapter whose scaling, in one file, and numbers, in the other, are the same number.
 SAVER = """
@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowrank_utils import _folders
+from lowrank_utils.adapters import folders as _folders
 from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
-from lowrank_utils.adapter_files import save_adapter
+from lowrank_utils.adapters.files import save_adapter
 from lowrank_utils.lora import LinearWithLoRA
 
 folder, number, way = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
@@ -104,11 +104,11 @@ import json
 import os
 
 from torchvision.datasets import MNIST
-from lowrank_utils import data
+from lowrank_utils import _mnist, data
 
 given = json.loads({given!r})
-data.MNIST_FILES = given["digests"]
-data.user_cache_path = lambda *_: data.Path(given["cache"])
+_mnist.MNIST_FILES = given["digests"]
+_mnist.user_cache_path = lambda *_: _mnist.Path(given["cache"])
 MNIST.resources = [tuple(pair) for pair in given["resources"]]
 MNIST.mirrors = [given["mirror"]]
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
@@ -132,7 +132,7 @@ def test_two_kernels_download_into_one_cache_at_once(tmp_path, tiny_is_published
         # Neither gets its last file before both have asked for it.
         server.meeting = threading.Barrier(2)
         given = {
-            "digests": data.MNIST_FILES,
+            "digests": _mnist.MNIST_FILES,
             "cache": str(cache),
             "resources": MNIST.resources,
             "mirror": MNIST.mirrors[0],
