@@ -24,6 +24,7 @@ DATA_SETS = ("mnist-5k", "mnist")
 # Each image has as many rows and columns.
 SIDE = 28
 
+
 class Digits(NamedTuple):
     """Images and their labels, in memory.
 

@@ -9,6 +9,7 @@ Nothing is executed, and the pages load nothing from another host. Warnings are 
 import argparse
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 from sphinx.cmd.build import build_main
@@ -49,11 +50,22 @@ DOCUMENTS = {
 
 
 def modules() -> list[str]:
-    """Return the public modules of the package, in the order of the README, which is that of their imports."""
-    listed = re.findall(
-        r"\]\(lowrank_utils/(\w+)(?:\.py)?\)", (ROOT / "README.md").read_text(encoding="utf-8")
-    )
-    return list(dict.fromkeys(listed))
+    """Return the public modules by their names in the package, ``lora`` or ``comparison.tables``, in reading order.
+
+    That is the learner's floor, then the folders; within each, a module stands below those that it imports. The checks
+    of the exercises share a page.
+    """
+    order = []
+    for house in ("", "adapters.", "comparison."):
+        folder = ROOT / "lowrank_utils" / house.removesuffix(".")
+        imported = re.compile(rf"^from lowrank_utils\.{house}(\w+) import", re.MULTILINE)
+        above = {
+            path.stem: imported.findall(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*.py"))
+            if not path.stem.startswith("_")
+        }
+        order += [f"{house}{name}" for name in TopologicalSorter(above).static_order() if name in above]
+    return [*order, "checks"]
 
 
 def page_of(target: str) -> str:
@@ -64,8 +76,8 @@ def page_of(target: str) -> str:
     """
     if target == "README.md":
         return "index.md"
-    module = re.fullmatch(r"lowrank_utils/(\w+)(?:\.py)?", target)
-    return f"api/{module[1]}.md" if module else target
+    module = re.fullmatch(r"lowrank_utils/([\w/]+?)(?:\.py)?/?", target)
+    return f"api/{module[1].replace('/', '.')}.md" if module else target
 
 
 def with_links_to_pages(text: str, place: str) -> str:
@@ -126,12 +138,12 @@ def pages() -> dict[str, str]:
         + toctree("The package", ["api/index"])
         + "".join(documents),
         "api/index.md": "# Reference\n\n"
-        "What the modules of `lowrank_utils` hold, from their docstrings. Each imports only from those above it.\n"
+        "What the modules of `lowrank_utils` hold, from their docstrings, in the order in which they can be read.\n"
         + toctree("The package", modules(), hidden=False).replace(":caption: The package\n", ""),
     }
     for name in modules():
-        # A package's list says what belongs to it from its files; a module documents what stands in it.
-        listed = "" if (ROOT / "lowrank_utils" / name).is_dir() else "   :ignore-module-all:\n"
+        # The checks' page shows what their files hold; a module's page, what stands in it.
+        listed = "   :imported-members:\n" if name == "checks" else "   :ignore-module-all:\n"
         directive = f".. automodule:: lowrank_utils.{name}\n   :members:\n{listed}"
         made[f"api/{name}.md"] = f"# {name}\n\n```{{eval-rst}}\n{directive}```\n"
     return made

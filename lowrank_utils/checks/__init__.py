@@ -30,32 +30,3 @@ from lowrank_utils.checks.magnitude_and_direction import (
 )
 from lowrank_utils.checks.merged_and_unmerged import check_merge, check_merged_weight, check_multiplications
 from lowrank_utils.checks.production import check_factored_squares, check_mixed_batch, check_to_peft
-
-__all__ = [
-    "ExerciseError",
-    "check_adapter_parameters",
-    "check_apply_update",
-    "check_dora_output",
-    "check_dora_scale",
-    "check_enough_networks",
-    "check_factored_squares",
-    "check_finds_bug",
-    "check_freeze_all_but_adapters",
-    "check_held_back",
-    "check_lora_output",
-    "check_magnitude_gradient",
-    "check_magnitude_only",
-    "check_merge",
-    "check_merged_weight",
-    "check_mixed_batch",
-    "check_multiplications",
-    "check_paired_difference",
-    "check_scaling",
-    "check_sign_flip",
-    "check_smallest_rank",
-    "check_split_rows",
-    "check_standard_error",
-    "check_to_peft",
-    "check_unit_vector",
-    "check_weight_norm_gradients",
-]

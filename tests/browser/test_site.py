@@ -7,13 +7,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from build_site import modules
 from html_pages import broken_links, loaded_from_elsewhere, pages_of
 from playwright.sync_api import expect
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.name[0].isdigit()]
-MODULES = sorted(path.stem for path in (ROOT / "lowrank_utils").glob("*.py") if not path.stem.startswith("_"))
+MODULES = [name for name in modules() if name != "checks"]
 
 # A page of each kind, which is looked at in both themes.
 LOOKED_AT = (
@@ -92,7 +93,7 @@ def test_no_level_of_heading_is_skipped(pages):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_of_the_package_is_described(name, pages, site):
     described = pages[site / f"api/{name}.html"].ids
-    tree = ast.parse((ROOT / f"lowrank_utils/{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / f"lowrank_utils/{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert f"lowrank_utils.{name}.{node.name}" in described

@@ -4,11 +4,14 @@ import ast
 import functools
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import lowrank_utils
+from lowrank_utils import adapters
 
 PACKAGE = Path(lowrank_utils.__file__).parent
 # By name, without that of the package: ``lora``, ``checks`` (its ``__init__.py``), ``checks.dora``.
@@ -24,7 +27,7 @@ DATA = {"torch", "numpy", "platformdirs"}
 TABLES = {"torch", "numpy", "pandas", "scipy"}
 PLOTS = DATA | {"matplotlib", "tqdm"}
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"lazy_loader"},
     "__main__": set(),
     "_arguments": LAYERS,
     "_mnist": {"platformdirs"},
@@ -90,28 +93,31 @@ def statements(body):
             )
 
 
+def imports_of(path):
+    """Yield the full name of each module that importing a file loads."""
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inner = node.module == "lowrank_utils"
+            yield from (f"lowrank_utils.{alias.name}" for alias in node.names) if inner else [node.module]
+
+
+def imported_by(path):
+    """Return the modules of ours that importing a file loads, by the names that they have here."""
+    return {
+        module.removeprefix("lowrank_utils.")
+        for module in imports_of(path)
+        if module.startswith("lowrank_utils.")
+    }
+
+
 @functools.cache
 def loaded(name):
     """Return the packages that importing a module of ours loads, through other modules of ours too."""
-    packages = set()
-    for node in statements(ast.parse(MODULES[name].read_text(encoding="utf-8")).body):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = (
-                [node.module]
-                if node.module != "lowrank_utils"
-                else [f"lowrank_utils.{a.name}" for a in node.names]
-            )
-        else:
-            continue
-        for module in modules:
-            package, _, inner = module.partition(".")
-            if package == "lowrank_utils":
-                packages |= loaded(inner) if inner in MODULES else set()
-            elif package not in sys.stdlib_module_names:
-                packages.add(package)
-    return packages
+    packages = {module.partition(".")[0] for module in imports_of(MODULES[name])}
+    packages -= {"lowrank_utils", *sys.stdlib_module_names}
+    return packages.union(*(loaded(inner) for inner in imported_by(MODULES[name])))
 
 
 def test_the_table_names_every_module():
@@ -144,6 +150,41 @@ def test_layers_load_nothing_heavy_beside_torch():
         "mlxtend",
         "peft",
     }.isdisjoint(new)
+
+
+def names_of(path):
+    """Return the classes, functions and constants that a file defines for others."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_every_public_name_of_the_learners_floor_and_of_the_adapters_can_be_imported_from_the_package():
+    floor = [path for path in PACKAGE.glob("*.py") if not path.stem.startswith("_")]
+    defined = {name: path.stem for path in floor for name in names_of(path)}
+    listed = set(lowrank_utils.__all__)
+    assert listed == {*defined, *adapters.__all__, "AdapterFileError", "DataError"}
+    assert listed <= set(dir(lowrank_utils))
+    for name, module in defined.items():
+        assert getattr(lowrank_utils, name) is getattr(import_module(f"lowrank_utils.{module}"), name)
+    with pytest.raises(AttributeError, match="LinearWithLORA"):
+        _ = lowrank_utils.LinearWithLORA
+
+
+def test_arrows_run_one_way():
+    imports = {name: {m for m in imported_by(path) if m != name} for name, path in MODULES.items()}
+    # Raises where modules import each other in a circle.
+    list(TopologicalSorter(imports).static_order())
+    houses = ("adapters", "comparison", "checks")
+    for name, found in imports.items():
+        house = name.split(".")[0]
+        for other in {module.split(".")[0] for module in found} & set(houses):
+            assert other == house, f"{name} reaches into {other}"
 
 
 def test_the_package_alone_loads_no_torch():
