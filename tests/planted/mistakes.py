@@ -1,7 +1,8 @@
-"""Mistakes that are easily made in the layers, each planted into a copy of the package, and the test that finds it.
+"""Mistakes that are easily made in layers, protocol, statistics and tables, and the test that finds each.
 
-``python tests/planted/mistakes.py`` plants one after the other, runs the test against the copy, and ends with a
-table. A test that passes although its mistake is in the code is worth nothing, and the exit status says so.
+``python tests/planted/mistakes.py`` plants one after the other into a copy of the package, runs the test
+against it, and ends with a table. A test that passes although its mistake is in the code is worth nothing,
+and the exit status says so.
 """
 
 import os
@@ -25,7 +26,7 @@ class Mistake(NamedTuple):
         file: of the package.
         right: what stands there, once.
         wrong: what is put in its place.
-        test: its file under ``tests/unit`` and its name.
+        test: its file, as seen from ``tests/unit``, and its name.
     """
 
     what: str
@@ -244,6 +245,185 @@ MISTAKES = [
         "test_training.py::test_accuracy_counts_examples_and_not_batches",
     ),
     Mistake(
+        "the network is pretrained on the validation images too",
+        "shifts.py",
+        "familiar = _with_labels(splits.train, shift.pretrained_on)",
+        "known = [torch.cat(parts) for parts in zip(splits.train, splits.validation, strict=True)]\n"
+        "    familiar = _with_labels(Digits(*known), shift.pretrained_on)",
+        "test_experiment.py::test_the_network_is_pretrained_on_the_training_split_alone",
+    ),
+    Mistake(
+        "each split has its pixels permuted in another way",
+        "shifts.py",
+        "shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits",
+        "shift.change(_with_labels(digits, shift.adapted_to), degrees, seed + place) "
+        "for place, digits in enumerate(splits)",
+        "test_shifts.py::test_a_permutation_moves_each_pixel_and_another_seed_moves_it_elsewhere",
+    ),
+    Mistake(
+        "rates are chosen with the seeds that are reported",
+        "experiment.py",
+        "settings.steps, settings.tuning_seeds, score",
+        "settings.steps, settings.seeds, score",
+        "test_experiment.py::test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone",
+    ),
+    Mistake(
+        "seeds and tuning seeds are refused only if all of them are the same",
+        "settings.py",
+        "if both := sorted(set(self.seeds) & set(self.tuning_seeds)):",
+        "if (both := sorted(self.seeds)) == sorted(self.tuning_seeds):",
+        "test_settings.py::test_a_wrong_setting_is_refused_by_name",
+    ),
+    Mistake(
+        "halving keeps the worse half of the rates",
+        "tuning.py",
+        "left = sorted(left, key=lambda p: (-choice.score(p), p.rate))",
+        "left = sorted(left, key=lambda p: (choice.score(p), p.rate))",
+        "test_tuning.py::test_the_better_half_goes_on_to_the_second_seed_and_to_the_longer_run",
+    ),
+    Mistake(
+        "all seeds above a network start from the same A",
+        "experiment.py",
+        "torch.manual_seed(seed)",
+        "torch.manual_seed(task.network)",
+        "test_experiment.py::test_methods_of_one_seed_start_from_the_same_a_and_another_seed_from_another",
+    ),
+    Mistake(
+        "methods of one seed start from different A, since the random rows are drawn in between",
+        "methods.py",
+        "adapter.put_in(model, LinearWithRandomRows, generator=rows)",
+        "adapter.put_in(model, LinearWithRandomRows)",
+        "test_methods.py::test_methods_of_one_rank_start_from_the_same_a",
+    ),
+    Mistake(
+        "the factor that is meant for B goes to A",
+        "methods.py",
+        'OF_B = Part("*.lora.B", high=30.0)',
+        'OF_B = Part("*.lora.A", high=30.0)',
+        "test_methods.py::test_a_part_is_what_its_name_says_and_nothing_else",
+    ),
+    Mistake(
+        "the factor of B is lost where the last layer is trained",
+        "experiment.py",
+        'factors[f"{name}.*"] = task.last_layer_rate / point.rate',
+        'factors = {f"{name}.*": task.last_layer_rate / point.rate}',
+        "test_experiment.py::test_a_trained_last_layer_has_one_rate_in_all_methods_with_adapters",
+    ),
+    Mistake(
+        "a part's factor multiplies the rates of all parts after it as well, and that of the rest",
+        "adapt.py",
+        "rate = float(learning_rate) * float(factor)",
+        "rate = learning_rate = float(learning_rate) * float(factor)",
+        "test_parameter_groups.py::test_each_pattern_has_its_group_with_its_rate_after_that_of_all_the_rest",
+    ),
+    Mistake(
+        "the warm-up never ends",
+        "training.py",
+        "warm_up = max(1, steps // 10)",
+        "warm_up = max(1, steps)",
+        "test_training.py::"
+        "test_the_rate_rises_for_a_tenth_of_the_steps_to_one_and_then_falls_to_all_but_zero",
+    ),
+    Mistake(
+        "the gain starts at zero",
+        "controls.py",
+        "self.g = nn.Parameter(torch.ones_like(linear.weight[:, 0]))",
+        "self.g = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))",
+        "test_controls.py::test_a_control_starts_at_exactly_the_pretrained_weight",
+    ),
+    Mistake(
+        "the random rows have length one and not that of the weight's rows",
+        "controls.py",
+        "lengths = (row_norms(W) / row_norms(rows)).to(W.dtype)",
+        "lengths = (1 / row_norms(rows)).to(W.dtype)",
+        "test_controls.py::test_random_rows_are_as_long_as_those_of_the_weight_and_not_its_rows",
+    ),
+    Mistake(
+        "a result is written in place, so a crash leaves half of it",
+        "experiment.py",
+        'temporary = Path(f"{path}.tmp")',
+        "temporary = Path(path)",
+        "test_experiment.py::test_a_result_is_written_whole_and_reads_back_as_it_was",
+    ),
+    Mistake(
+        "the batch size is left out of a run's identity, so an old result is taken for the new one",
+        "grid.py",
+        'text = json.dumps({"settings": settings.as_dict(), "code": version}, sort_keys=True)',
+        'values = {name: value for name, value in settings.as_dict().items() if name != "batch_size"}\n'
+        '    text = json.dumps({"settings": values, "code": version}, sort_keys=True)',
+        "../sweep/test_grid.py::test_runs_that_differ_in_any_one_setting_are_two",
+    ),
+    Mistake(
+        "what is declared may be changed after the runs",
+        "store.py",
+        'if any((self.folder / "runs").iterdir()) and earlier != text:',
+        'if any((self.folder / "runs").iterdir()) and not path.is_file() and earlier != text:',
+        "test_declared.py::test_after_a_run_it_may_not",
+    ),
+    Mistake(
+        "each seed counts as a network, so more seeds make an interval narrower",
+        "tables.py",
+        'keys = [*CELL, "trainable", "network"]',
+        'keys = [*CELL, "trainable", "network", "seed"]',
+        "test_tables.py::test_more_seeds_above_a_network_make_nothing_surer_and_move_no_weight",
+    ),
+    Mistake(
+        "a dead run is left out of the mean",
+        "tables.py",
+        "numbers = table.assign(",
+        'numbers = table[~table["dead"]].assign(',
+        "test_tables.py::test_a_dead_run_counts_in_every_mean",
+    ),
+    Mistake(
+        "a method is called under-tuned if one of the two, score or loss, is worse",
+        "tables.py",
+        "if _clearly_above(score, MARGIN, sign=-1) and _clearly_above(loss, LOSS_MARGIN):",
+        "if _clearly_above(score, MARGIN, sign=-1) or _clearly_above(loss, LOSS_MARGIN):",
+        "test_tables.py::test_what_is_not_clearly_worse_in_both_is_not_called_under_tuned",
+    ),
+    Mistake(
+        "a method is held against itself at a larger rank, which it doesn't contain",
+        "tables.py",
+        "smaller = pd.isna(other) or (not pd.isna(rank) and other <= rank)",
+        "smaller = pd.isna(other) or (not pd.isna(rank) and other >= rank)",
+        "test_tables.py::test_a_method_is_held_against_itself_at_a_smaller_rank_alone",
+    ),
+    Mistake(
+        "the standard error is taken with n where n − 1 is meant",
+        "intervals.py",
+        "float(stats.sem(array))",
+        "float(stats.sem(array, ddof=0))",
+        "test_intervals.py::test_the_interval_of_a_mean_is_students",
+    ),
+    Mistake(
+        "p counts one side alone",
+        "intervals.py",
+        'permutation_type="samples",',
+        'permutation_type="samples",\n        alternative="greater",',
+        "test_intervals.py::test_p_is_the_share_of_all_choices_of_signs_on_both_sides",
+    ),
+    Mistake(
+        "Holm's correction makes a test surer than one with a smaller p",
+        "intervals.py",
+        "largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))",
+        "largest = min(1.0, (len(p_values) - place) * float(p_values[index]))",
+        "test_intervals.py::test_holms_correction_against_values_by_hand",
+    ),
+    Mistake(
+        "an interval that holds zero is taken for no difference, however wide it is",
+        "intervals.py",
+        "if max(-self.low, self.high) < margin:",
+        "if self.low <= 0 <= self.high:",
+        "test_intervals.py::test_a_verdict_goes_by_the_ends_alone",
+    ),
+    Mistake(
+        "a declared test is decided by its p before the correction",
+        "declared.py",
+        'if verdict in ("better", "worse") and p > 1 - CONFIDENCE:',
+        'if verdict in ("better", "worse") and row["p"] > 1 - CONFIDENCE:',
+        "test_declared.py::test_a_corrected_p_above_five_of_a_hundred_decides_nothing_whatever_the_interval",
+    ),
+    Mistake(
         "a kept norm is used after the weights have changed",
         "promises.py",
         "if entry is None or entry[1] != marks:",
@@ -320,8 +500,10 @@ def planted(mistake: Mistake | None, folder: Path) -> Path:
     """Copy the package and its tests into ``folder``, with the mistake in it, and return ``folder``."""
     for part in ("lowrank_utils", "tests", "tools"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("conftest.py", "constraints.txt", "pyproject.toml"):
-        shutil.copy(ROOT / part, folder)
+    # The tests of sweeps take their settings' defaults from the notebook.
+    (folder / "notebooks").mkdir()
+    for part in ("conftest.py", "constraints.txt", "pyproject.toml", "notebooks/comparison.ipynb"):
+        shutil.copy(ROOT / part, folder / part)
     if mistake is not None:
         file = folder / "lowrank_utils" / mistake.file
         text = file.read_text(encoding="utf-8").replace(mistake.right, mistake.wrong)

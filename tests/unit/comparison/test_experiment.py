@@ -175,6 +175,22 @@ def test_methods_of_one_seed_see_the_same_digits_in_the_same_order(task, trainin
     assert torch.bincount(first[1]).tolist() == [10] * 10
 
 
+def test_methods_of_one_seed_start_from_the_same_a_and_another_seed_from_another(task, monkeypatch):
+    starts = []
+
+    def note(model, *_, **__):
+        starts.append([model.layers[index].lora.A.detach().clone() for index in (0, 2, 4)])
+        return History(loss=[0.5])
+
+    monkeypatch.setattr(experiment, "train", note)
+    for method, seed in (("LoRA", 1), ("DoRA with m's rate", 1), ("random rows", 1), ("LoRA", 2)):
+        adapt(task, SETTINGS, method, 2, 4, POINT, seed)
+    first, *others, another = starts
+    for index in range(3):
+        assert all(torch.equal(other[index], first[index]) for other in others)
+        assert not torch.equal(another[index], first[index])
+
+
 def test_a_method_trains_at_its_rate_and_its_part_at_the_factor(task, trainings):
     for method in ("LoRA", "DoRA with m's rate", "DoRA with one rate", "gain", "full"):
         adapt(task, SETTINGS, method, 2, 4, POINT if METHODS[method].part else Point(0.02), seed=1)

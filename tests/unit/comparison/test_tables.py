@@ -220,6 +220,16 @@ def test_seeds_are_averaged_within_their_network():
     assert means(table)["mean"].tolist() == pytest.approx([0.6])
 
 
+def test_a_dead_run_counts_in_every_mean():
+    table = results_table([result({("LoRA", 1): [[0.1, 0.8], 0.7, 0.1], (DORA, 1): [0.5, 0.5, 0.5]})])
+    table = table.assign(dead=table["test"] == 0.1)
+    assert network_means(table)["test"].tolist()[:3] == pytest.approx([0.45, 0.7, 0.1])
+    row = means(table).iloc[0]
+    assert (row["count"], row["mean"], row["dead"]) == (3, pytest.approx(1.25 / 3), pytest.approx(0.5))
+    (row,) = [row for _, row in differences(table, DORA, "LoRA").iterrows()]
+    assert (row["count"], row["mean"]) == (3, pytest.approx(0.25 / 3))
+
+
 def test_differences_are_paired_by_network_whatever_the_order_of_the_rows():
     table = results_table([result()])
     rows = differences(table, DORA, "LoRA")
