@@ -1,6 +1,6 @@
 """``python -m lowrank_utils`` checks that this machine is set up for the notebooks.
 
-It prints a line for each check, which starts with ``ok`` or with ``MEND`` and then says what to do. The
+It prints a line for each check, which starts with ``ok`` or with ``FIX`` and then says what to do. The
 exit status is 1 if there is something to mend.
 """
 
@@ -183,10 +183,10 @@ def main() -> int:
         try:
             mark, text = "ok", check()
         except SetupError as error:
-            mark, text, status = "MEND", str(error), 1
+            mark, text, status = "FIX", str(error), 1
         except Exception as error:  # whatever a broken installation raises
-            mark, text, status = "MEND", f"{type(error).__name__}: {error}: {install()}", 1
-        print(f"{mark:5} {name}: {' '.join(text.splitlines())}", flush=True)
+            mark, text, status = "FIX", f"{type(error).__name__}: {error}: {install()}", 1
+        print(f"{mark:3} {name}: {' '.join(text.splitlines())}", flush=True)
     return status
 
 

@@ -36,8 +36,10 @@ RESULTS = ("docs/results", "notebooks/comparison")
 
 # Pages that are written as such, in the order of the navigation.
 DOCUMENTS = {
+    "Using it": ("docs/setup.md", "docs/package.md"),
     "Teaching": ("docs/teaching.md",),
     "The project": (
+        "docs/sources.md",
         "docs/reproducibility.md",
         "docs/mutants.md",
         "docs/survivors.md",

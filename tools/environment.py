@@ -581,7 +581,7 @@ def lab(python: Path, arguments: list) -> int:
     variables = environment_for(python)
     say("[3/3] Checking the set-up")
     if subprocess.run([str(python), "-m", "lowrank_utils"], cwd=ROOT, env=variables).returncode != 0:
-        raise Stop("JupyterLab was not opened: do what the lines with MEND say, then run this again")
+        raise Stop("JupyterLab was not opened: do what the lines with FIX say, then run this again")
     superuser = hasattr(os, "geteuid") and os.geteuid() == 0
     if superuser:
         say("You are root, which JupyterLab refuses by default; it is allowed here (allow_root).")

@@ -140,8 +140,8 @@ def test_it_names_what_the_series_builds_on(citation):
             assert reference["identifiers"] == [{"type": "other", "value": f"arXiv:{number}"}]
 
 
-def test_the_readme_names_the_same_sources(citation):
-    sources = (ROOT / "README.md").read_text(encoding="utf-8").split("## Sources")[1]
+def test_the_page_of_sources_names_the_same(citation):
+    sources = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
     cited = {reference.get("url") for reference in citation["references"]}
     papers = set(re.findall(r"https://arxiv\.org/abs/[\d.]+", sources))
     # The one on rank-stabilised scaling is further reading.

@@ -52,7 +52,7 @@ def test_the_token_goes_through_the_environment_and_is_another_each_time(tool, m
 def test_nothing_is_opened_when_the_check_finds_something(tool, monkeypatch):
     monkeypatch.setattr(tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 1))
     monkeypatch.setattr(tool, "become", lambda *_: pytest.fail("opened"))
-    with pytest.raises(tool.Stop, match="was not opened: do what the lines with MEND say"):
+    with pytest.raises(tool.Stop, match="was not opened: do what the lines with FIX say"):
         tool.lab(Path(sys.executable), [])
 
 

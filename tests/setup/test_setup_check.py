@@ -21,7 +21,7 @@ def test_all_is_well_here(root):
     )
     assert outcome.stderr == ""
     lines = outcome.stdout.splitlines()
-    assert [re.match(r"ok    ([\w ]+): \S", line)[1] for line in lines] == list(setup.CHECKS), outcome.stdout
+    assert [re.match(r"ok  ([\w ]+): \S", line)[1] for line in lines] == list(setup.CHECKS), outcome.stdout
     assert outcome.returncode == 0
     assert "5,000 digits, 500 of each class" in outcome.stdout
 
@@ -29,8 +29,8 @@ def test_all_is_well_here(root):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (setup.SetupError("it is bent:\nstraighten it"), "MEND  Thing: it is bent: straighten it"),
-        (ImportError("no torch"), f"MEND  Thing: ImportError: no torch: {setup.install()}"),
+        (setup.SetupError("it is bent:\nstraighten it"), "FIX Thing: it is bent: straighten it"),
+        (ImportError("no torch"), f"FIX Thing: ImportError: no torch: {setup.install()}"),
     ],
 )
 def test_a_failed_check_gives_one_line_and_the_exit_status(monkeypatch, capsys, error, line):
@@ -39,7 +39,7 @@ def test_a_failed_check_gives_one_line_and_the_exit_status(monkeypatch, capsys, 
 
     monkeypatch.setattr(setup, "CHECKS", {"Thing": broken, "Rest": lambda: "fine"})
     assert setup.main() == 1
-    assert capsys.readouterr().out.splitlines() == [line, "ok    Rest: fine"]
+    assert capsys.readouterr().out.splitlines() == [line, "ok  Rest: fine"]
 
 
 def test_an_unsuitable_python(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_torch_that_does_not_start(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(setup, "CHECKS", {"torch": setup.check_torch})
     assert setup.main() == 1
-    assert re.match(r"MEND  torch: \w+: .*torch.*pip install", capsys.readouterr().out)
+    assert re.match(r"FIX torch: \w+: .*torch.*pip install", capsys.readouterr().out)
 
 
 def test_altered_digits(monkeypatch):

