@@ -48,6 +48,12 @@ SHIFTS: dict[str, Shift] = {
     ),
 }
 
+# The last layer is trained as well, in every method: what is then left for an adapter to do?
+SHIFTS |= {
+    f"{name}, trained last layer": SHIFTS[name]._replace(trains_last_layer=True)
+    for name in ("rotation", "permutation", "inversion")
+}
+
 
 def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tuple[Digits, Splits]:
     """Return the digits to pretrain on, and the new ones to adapt to, to choose by and to report.
