@@ -1,6 +1,7 @@
 """Make nbval strict, and lend small and read-only disks to tests.
 
-nbval skips pictures and cells that were never run, and its kernels inherit pytest's environment.
+nbval skips pictures and cells that were never run, and its kernels inherit pytest's
+environment.
 """
 
 import base64
@@ -27,18 +28,21 @@ nbval_runtest, nbval_compare_outputs, nbval_setup = (
     IPyNbFile.setup,
 )
 
-# The largest root mean square difference of two pictures, as a fraction of full scale. It lets through another
-# anti-aliasing of the same drawing, and not another drawing; the plotted numbers are printed or asserted besides.
+# The largest root mean square difference of two pictures, as a fraction of full scale.
+# It lets through another anti-aliasing of the same drawing, and not another drawing;
+# the plotted numbers are printed or asserted besides.
 PICTURE_TOLERANCE = 0.02
-# Another release of matplotlib sets texts a little larger or smaller and so moves the axes. What is drawn is then
-# compared coarsely, in blocks, at the best of several shifts, and in relation to the ink: a blank picture has 1.
-# From matplotlib 3.9.0 to the pinned release the pictures differ by up to 0.45, mirrored ones by 0.56 or more.
+# Another release of matplotlib sets texts a little larger or smaller and so moves the
+# axes. What is drawn is then compared coarsely, in blocks, at the best of several
+# shifts, and in relation to the ink: a blank picture has 1. From matplotlib 3.9.0 to
+# the pinned release the pictures differ by up to 0.45, mirrored ones by 0.56 or more.
 COARSE_TOLERANCE = 0.5
 BLOCK, SHIFTS, SIDES = 8, range(-6, 7, 2), 0.05
 
 
 def opened(picture: str, mode: str) -> Image.Image:
-    """Return a base64 PNG as a picture in a mode of Pillow, such as "RGB" or "L" (grey)."""
+    """Return a base64 PNG as a picture in a mode of Pillow, such as "RGB" or "L"
+    (grey)."""
     return Image.open(io.BytesIO(base64.b64decode(picture))).convert(mode)
 
 
@@ -48,7 +52,8 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def picture_difference(stored: str, new: str) -> float:
-    """Return the root mean square difference of two base64 PNGs from 0 to 1; 1 if their sizes differ."""
+    """Return the root mean square difference of two base64 PNGs from 0 to 1; 1 if their
+    sizes differ."""
     first, second = opened(stored, "RGB"), opened(new, "RGB")
     if first.size != second.size:
         return 1.0
@@ -62,12 +67,14 @@ def row_blocks(values: np.ndarray) -> np.ndarray:
 
 
 def blocks(rows: np.ndarray) -> np.ndarray:
-    """Return the means over blocks of ``BLOCK`` by ``BLOCK`` pixels from those over rows."""
+    """Return the means over blocks of ``BLOCK`` by ``BLOCK`` pixels from those over
+    rows."""
     return row_blocks(rows.T).T
 
 
 def coarse_difference(stored: str, new: str) -> float:
-    """Return how far two base64 PNGs lie apart that different releases of matplotlib drew; 1 if their sides do.
+    """Return how far two base64 PNGs lie apart that different releases of matplotlib
+    drew; 1 if their sides do.
 
     The unit is the ink of the stored one. Sides may differ by the fraction ``SIDES``.
     """
@@ -75,10 +82,12 @@ def coarse_difference(stored: str, new: str) -> float:
     if np.max(np.abs(np.divide(second.size, first.size) - 1)) > SIDES:
         return 1.0
     ink, other = (
-        1 - np.asarray(picture, dtype=np.float32) / 255 for picture in (first, second.resize(first.size))
+        1 - np.asarray(picture, dtype=np.float32) / 255
+        for picture in (first, second.resize(first.size))
     )
     expected = blocks(row_blocks(ink))
-    # The rows' means serve all shifts to the side, which are then of an eighth of the picture.
+    # The rows' means serve all shifts to the side, which are then of an eighth of the
+    # picture.
     differences = [
         root_mean_square(expected - blocks(np.roll(rows, right, axis=1)))
         for rows in (row_blocks(np.roll(other, down, axis=0)) for down in SHIFTS)
@@ -88,8 +97,11 @@ def coarse_difference(stored: str, new: str) -> float:
 
 
 def comparison_of_pictures(release: str) -> tuple[Callable[[str, str], float], float]:
-    """Return how pictures are compared under a release of matplotlib, and how much they may differ."""
-    constraints = (Path(__file__).parent / "constraints.txt").read_text(encoding="utf-8")
+    """Return how pictures are compared under a release of matplotlib, and how much they
+    may differ."""
+    constraints = (Path(__file__).parent / "constraints.txt").read_text(
+        encoding="utf-8"
+    )
     pinned = re.search(r"^matplotlib==(\S+)$", constraints, flags=re.MULTILINE)[1]
     if release == pinned:
         return picture_difference, PICTURE_TOLERANCE
@@ -98,7 +110,11 @@ def comparison_of_pictures(release: str) -> tuple[Callable[[str, str], float], f
 
 def pictures(outputs):
     """Return the PNGs among a cell's outputs, in order."""
-    return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [
+        output["data"]["image/png"]
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
 
 
 def runtest(cell):
@@ -116,7 +132,9 @@ def compare_outputs(cell, test, ref, skip_compare=None):
         return False
     stored, new = pictures(ref), pictures(test)
     if len(stored) != len(new):
-        cell.comparison_traceback.append(f"{len(stored)} stored pictures, {len(new)} drawn now")
+        cell.comparison_traceback.append(
+            f"{len(stored)} stored pictures, {len(new)} drawn now"
+        )
         return False
     measure, allowed = comparison_of_pictures(matplotlib.__version__)
     for number, (before, after) in enumerate(zip(stored, new, strict=True), start=1):
@@ -130,16 +148,19 @@ def compare_outputs(cell, test, ref, skip_compare=None):
 
 
 def setup(notebook):
-    """Start a notebook's kernel in the environment that its stored outputs were made in."""
+    """Start a notebook's kernel in the environment that its stored outputs were made
+    in."""
     with mock.patch.dict(os.environ, kernel_environment(), clear=True):
         nbval_setup(notebook)
 
 
 def pytest_configure():
-    # A shell has what it starts in the background ignore Ctrl-C, and so would all processes that tests interrupt.
+    # A shell has what it starts in the background ignore Ctrl-C, and so would all
+    # processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # nbval has no hooks for these, so its methods are wrapped; its options and its collection stay in charge.
+    # nbval has no hooks for these, so its methods are wrapped; its options and its
+    # collection stay in charge.
     IPyNbCell.runtest = runtest
     IPyNbCell.compare_outputs = compare_outputs
     IPyNbFile.setup = setup
@@ -150,7 +171,8 @@ def pytest_configure():
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mount ``tmp_path / "disk"`` as a disk of its own, as the options say; called again, change the options."""
+    """Mount ``tmp_path / "disk"`` as a disk of its own, as the options say; called
+    again, change the options."""
     disk, mounted = tmp_path / "disk", []
 
     def change(options):
@@ -160,7 +182,9 @@ def mount(tmp_path):
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"a disk of its own takes Linux and the right to mount ({error})")
+            pytest.skip(
+                f"a disk of its own takes Linux and the right to mount ({error})"
+            )
         mounted.append(options)
         return disk
 

@@ -1,11 +1,13 @@
-"""Speed and memory of one adapted layer, forward and backward, beside full fine-tuning, the frozen layer and PEFT.
+"""Speed and memory of one adapted layer, forward and backward, beside full fine-tuning,
+the frozen layer and PEFT.
 
-The frozen layer, which computes its output and the gradient of its input, is the limit: every adapter does that and
-something more. In each round all methods take their turn in a new order, so that a busy machine slows all of them, and
-ratios are taken within a round. "DoRA, frozen_weights" is DoRA with the promise of that name, and "evaluation" the
-forward pass alone, without gradients and with the promise ``constant_weights``. Memory is the peak
-of what torch allocates in one pass beyond weights and input: gradients, too. The results are written to
-notebooks/results/adapter_speed.json.
+The frozen layer, which computes its output and the gradient of its input, is the limit:
+every adapter does that and something more. In each round all methods take their turn in
+a new order, so that a busy machine slows all of them, and ratios are taken within a
+round. "DoRA, frozen_weights" is DoRA with the promise of that name, and "evaluation"
+the forward pass alone, without gradients and with the promise ``constant_weights``.
+Memory is the peak of what torch allocates in one pass beyond weights and input:
+gradients, too. The results are written to notebooks/results/adapter_speed.json.
 """
 
 import os
@@ -47,21 +49,31 @@ OURS = {
 
 def peft_layer(linear: nn.Linear, rank: int, dora: bool) -> nn.Module:
     """Return PEFT's adapted layer around ``linear``."""
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"], use_dora=dora)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["0"], use_dora=dora
+    )
     return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
 
 
 def layers(in_dim: int, out_dim: int, rank: int) -> dict[str, nn.Module]:
-    """Return the layer as each method has it, all with the same frozen weight, and B moved as in training."""
+    """Return the layer as each method has it, all with the same frozen weight, and B
+    moved as in training.
+    """
     frozen = nn.Linear(in_dim, out_dim).requires_grad_(False)
     full = nn.Linear(in_dim, out_dim)
     adapted: dict[str, nn.Module] = {
         "frozen": frozen,
         "full": full,
-        **{name: layer_class(frozen, rank, 2.0, init="peft") for name, layer_class in OURS.items()},
+        **{
+            name: layer_class(frozen, rank, 2.0, init="peft")
+            for name, layer_class in OURS.items()
+        },
     }
     if peft is not None:
-        adapted |= {f"PEFT {kind}": peft_layer(frozen, rank, kind == "DoRA") for kind in ("LoRA", "DoRA")}
+        adapted |= {
+            f"PEFT {kind}": peft_layer(frozen, rank, kind == "DoRA")
+            for kind in ("LoRA", "DoRA")
+        }
     for layer in adapted.values():
         for name, parameter in layer.named_parameters():
             if name.endswith((".B", "lora_B.default.weight")):
@@ -75,7 +87,9 @@ def drop_gradients(layer: nn.Module, x: torch.Tensor) -> None:
         tensor.grad = None
 
 
-def training_pass(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
+def training_pass(
+    layer: nn.Module, x: torch.Tensor, grad: torch.Tensor
+) -> Callable[[], None]:
     """Return a function that runs ``layer`` forward and backward once."""
 
     def run() -> None:
@@ -115,7 +129,9 @@ def measure(
 
 
 def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
-    """Return the most that torch's allocator held in a training pass, beyond what it held before."""
+    """Return the most that torch's allocator held in a training pass, beyond what it
+    held before.
+    """
     run = training_pass(layer, x, grad)
     run()
     drop_gradients(layer, x)
@@ -123,9 +139,14 @@ def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         run()
-    # The profiler's own list of events keeps only what no operation claimed; this one has every allocation.
+    # The profiler's own list of events keeps only what no operation claimed; this one
+    # has every allocation.
     found = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    events = [(event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]"]
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in found
+        if event.name() == "[memory]"
+    ]
     held = peak = 0
     for _, size in sorted(events):
         held += size
@@ -148,10 +169,13 @@ def setting(
         peaks[name] = peak_bytes(layer, x, grad)
         drop_gradients(layer, x)
     evaluation = {
-        f"{name}, evaluation": evaluation_pass(adapted[name].eval(), x) for name in ("frozen", "LoRA", "DoRA")
+        f"{name}, evaluation": evaluation_pass(adapted[name].eval(), x)
+        for name in ("frozen", "LoRA", "DoRA")
     }
     for count in threads:
-        bar.set_postfix_str(f"{in_dim} → {out_dim}, batch {batch}, rank {rank}, {count} threads")
+        bar.set_postfix_str(
+            f"{in_dim} → {out_dim}, batch {batch}, rank {rank}, {count} threads"
+        )
         torch.set_num_threads(count)
         with frozen_weights(adapted["DoRA, frozen_weights"]):
             found = measure(training, order, SECONDS)
@@ -174,12 +198,20 @@ def setting(
     return rows
 
 
-def ratio(rows: list[dict[str, Any]], method: str, to: str, **where: int) -> dict[str, float]:
-    """Return how many times as long ``method`` takes as ``to``: the median over the rounds, and the quartiles."""
+def ratio(
+    rows: list[dict[str, Any]], method: str, to: str, **where: int
+) -> dict[str, float]:
+    """Return how many times as long ``method`` takes as ``to``: the median over the
+    rounds, and the quartiles.
+    """
     chosen = {
-        row["method"]: row["milliseconds"] for row in rows if all(row[key] == where[key] for key in where)
+        row["method"]: row["milliseconds"]
+        for row in rows
+        if all(row[key] == where[key] for key in where)
     }
-    ratios = [first / second for first, second in zip(chosen[method], chosen[to], strict=True)]
+    ratios = [
+        first / second for first, second in zip(chosen[method], chosen[to], strict=True)
+    ]
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
 
@@ -188,7 +220,9 @@ def main() -> Path:
     """Measure everything, and return the file with the results."""
     threads = sorted({1, os.cpu_count() or 1})
     before, rows = torch.get_num_threads(), []
-    with tqdm(total=len(SIZES) * len(BATCHES) * len(RANKS) * len(threads), unit="setting") as bar:
+    with tqdm(
+        total=len(SIZES) * len(BATCHES) * len(RANKS) * len(threads), unit="setting"
+    ) as bar:
         for in_dim, out_dim in SIZES:
             for batch in BATCHES:
                 for rank in RANKS:
@@ -197,7 +231,9 @@ def main() -> Path:
     summary = []
     for row in rows:
         where = {key: row[key] for key in ("in", "out", "batch", "rank", "threads")}
-        limit = "frozen, evaluation" if row["method"].endswith("evaluation") else "frozen"
+        limit = (
+            "frozen, evaluation" if row["method"].endswith("evaluation") else "frozen"
+        )
         summary.append(
             {
                 **where,
@@ -205,18 +241,28 @@ def main() -> Path:
                 "milliseconds": round(statistics.median(row["milliseconds"]), 3),
                 "rounds": len(row["milliseconds"]),
                 "to_frozen": ratio(rows, row["method"], limit, **where),
-                "to_lora": ratio(rows, row["method"], limit.replace("frozen", "LoRA"), **where),
+                "to_lora": ratio(
+                    rows, row["method"], limit.replace("frozen", "LoRA"), **where
+                ),
                 "peak_bytes": row["peak_bytes"],
             }
         )
         if peft is not None and row["method"] in ("LoRA", "DoRA"):
-            summary[-1]["peft_to_this"] = ratio(rows, f"PEFT {row['method']}", row["method"], **where)
+            summary[-1]["peft_to_this"] = ratio(
+                rows, f"PEFT {row['method']}", row["method"], **where
+            )
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if peft is not None:
         versions["peft"] = peft.__version__
     machine = {"cores": os.cpu_count(), "processor": platform.machine()}
     return write_results(
-        "adapter_speed", {"machine": machine, "versions": versions, "dtype": "float32", "settings": summary}
+        "adapter_speed",
+        {
+            "machine": machine,
+            "versions": versions,
+            "dtype": "float32",
+            "settings": summary,
+        },
     )
 
 

@@ -1,8 +1,9 @@
 """The article's fine-tuning on the whole MNIST, over several seeds, with a control.
 
-Protocol: batch 64, Adam with learning rate 0.005, 2 epochs of pretraining on all 60,000 digits; then 2 epochs on the
-same digits again with each method, at rank 4 and alpha 8. Nothing is chosen, so no validation split is held out.
-The results are written to notebooks/results/article_protocol.json, which the README's table is compared with.
+Protocol: batch 64, Adam with learning rate 0.005, 2 epochs of pretraining on all 60,000
+digits; then 2 epochs on the same digits again with each method, at rank 4 and alpha 8.
+Nothing is chosen, so no validation split is held out. The results are written to
+notebooks/results/article_protocol.json, which the README's table is compared with.
 """
 
 import copy
@@ -33,7 +34,9 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def run_seed(seed: int, bar: tqdm) -> list[dict[str, Any]]:
-    """Pretrain once and fine-tune with each method; ``seed`` decides weights, A and the order of the digits."""
+    """Pretrain once and fine-tune with each method; ``seed`` decides weights, A and the
+    order of the digits.
+    """
     reproducible(seed)
     splits = load_mnist("mnist", validation=0, seed=seed)
     rows = []
@@ -42,7 +45,14 @@ def run_seed(seed: int, bar: tqdm) -> list[dict[str, Any]]:
         bar.set_postfix_str(f"seed {seed}, {name}")
         history = train(model, splits.train, seed=seed, progress=False, **SETTINGS)
         test = accuracy(model, splits.test)
-        rows.append({"seed": seed, "method": name, "test": test, "train": history.train_accuracy})
+        rows.append(
+            {
+                "seed": seed,
+                "method": name,
+                "test": test,
+                "train": history.train_accuracy,
+            }
+        )
         bar.update()
 
     pretrained = MultilayerPerceptron(784, 128, 256, 10)
@@ -60,9 +70,17 @@ def main() -> Path:
     """Run all seeds, and return the file with the results."""
     with tqdm(total=len(SEEDS) * (1 + len(METHODS)), unit="run") as bar:
         rows = [row for seed in SEEDS for row in run_seed(seed, bar)]
-    settings = {**SETTINGS, "rank": RANK, "alpha": ALPHA, "dtype": "float64", "data_set": "mnist"}
+    settings = {
+        **SETTINGS,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "dtype": "float64",
+        "data_set": "mnist",
+    }
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return write_results("article_protocol", {"settings": settings, "versions": versions, "runs": rows})
+    return write_results(
+        "article_protocol", {"settings": settings, "versions": versions, "runs": rows}
+    )
 
 
 if __name__ == "__main__":

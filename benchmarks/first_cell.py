@@ -1,9 +1,12 @@
-"""From a clone to the first executed cell: how long each step takes, and how much it puts on the disk.
+"""From a clone to the first executed cell: how long each step takes, and how much it
+puts on the disk.
 
-The project is cloned into an empty folder and set up as ``make lab`` does it, from a bare Python and with nothing in the
-caches; the time for that is mostly the network's and the disk's. Then a kernel starts and runs the first code cell of
-notebook 01. How long parts of the package take to import is measured with files that are in memory already, several
-times in turn. The results are written to notebooks/results/first_cell.json.
+The project is cloned into an empty folder and set up as ``make lab`` does it, from a
+bare Python and with nothing in the caches; the time for that is mostly the network's
+and the disk's. Then a kernel starts and runs the first code cell of notebook 01. How
+long parts of the package take to import is measured with files that are in memory
+already, several times in turn. The results are written to
+notebooks/results/first_cell.json.
 """
 
 import json
@@ -51,13 +54,19 @@ def timed(*command: str | Path, cwd: Path) -> float:
     """Run a command and return how many seconds it took."""
     # Only this file's own commands, and never through a shell.
     start = time.perf_counter()
-    subprocess.run(list(map(str, command)), cwd=cwd, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    subprocess.run(  # noqa: S603
+        list(map(str, command)), cwd=cwd, check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
 def bytes_in(folder: Path) -> int:
     """Return the size of all files below a folder; links count as nothing."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(
+        path.lstat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 def import_seconds(python: Path, folder: Path) -> dict[str, float]:
@@ -74,17 +83,26 @@ def main() -> Path:
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, tqdm(total=4, unit="step") as bar:
         clone = Path(name) / "clone"
-        # As on a machine where nothing was installed yet, and where Python keeps what it compiles.
+        # As on a machine where nothing was installed yet, and where Python keeps what
+        # it compiles.
         os.environ |= {"UV_CACHE_DIR": f"{name}/uv", "PIP_CACHE_DIR": f"{name}/pip"}
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         bar.set_postfix_str("clone")
-        seconds["clone"] = timed("git", "clone", "-q", "--depth=1", ROOT.as_uri(), clone, cwd=Path(name))
+        seconds["clone"] = timed(
+            "git", "clone", "-q", "--depth=1", ROOT.as_uri(), clone, cwd=Path(name)
+        )
         bar.update()
         bar.set_postfix_str("environment")
-        seconds["environment"] = timed(sys.executable, "tools/environment.py", "check", cwd=clone)
+        seconds["environment"] = timed(
+            sys.executable, "tools/environment.py", "check", cwd=clone
+        )
         bar.update()
         bar.set_postfix_str("first cell")
-        python = clone / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        python = (
+            clone
+            / ".venv"
+            / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        )
         first = subprocess.run(  # noqa: S603
             [python, "-c", FIRST_CELL],
             cwd=clone / "notebooks",
@@ -92,7 +110,9 @@ def main() -> Path:
             stdout=subprocess.PIPE,
             text=True,
         )
-        seconds["kernel"], seconds["first cell"] = json.loads(first.stdout.splitlines()[-1])
+        seconds["kernel"], seconds["first cell"] = json.loads(
+            first.stdout.splitlines()[-1]
+        )
         bar.update()
         bar.set_postfix_str("imports")
         imports = import_seconds(python, clone)

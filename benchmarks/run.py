@@ -8,6 +8,13 @@ import sweep_speed
 import training_loop
 
 if __name__ == "__main__":
-    for benchmark in (article_protocol, training_loop, sweep_speed, adapter_speed, running_times, first_cell):
+    for benchmark in (
+        article_protocol,
+        training_loop,
+        sweep_speed,
+        adapter_speed,
+        running_times,
+        first_cell,
+    ):
         print(benchmark.__doc__.splitlines()[0])
         print(f"  written to {benchmark.main()}")

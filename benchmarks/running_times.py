@@ -1,7 +1,7 @@
 """How long each notebook runs, from the start of its kernel to its last cell.
 
-The notebooks take turns over several rounds; the median of each is what the teaching guide plans with. The results
-are written to notebooks/results/running_times.json.
+The notebooks take turns over several rounds; the median of each is what the teaching
+guide plans with. The results are written to notebooks/results/running_times.json.
 """
 
 import os
@@ -25,11 +25,17 @@ ROUNDS = 3
 
 
 def seconds(path: Path) -> float:
-    """Run the notebook in a fresh kernel, and return how long it took to its last cell; the file stays as it is."""
+    """Run the notebook in a fresh kernel, and return how long it took to its last cell;
+    the file stays as it is.
+    """
     notebook = nbformat.read(path, as_version=4)
     start, ends = time.perf_counter(), []
     # How long the kernel then takes to end, nobody waits for.
-    execute(notebook, path.parent, on_cell_executed=lambda **_: ends.append(time.perf_counter()))
+    execute(
+        notebook,
+        path.parent,
+        on_cell_executed=lambda **_: ends.append(time.perf_counter()),
+    )
     return ends[-1] - start
 
 
@@ -53,7 +59,9 @@ def main() -> Path:
                 "python": platform.python_version(),
             },
             "seconds": times,
-            "median": {name: round(statistics.median(each), 1) for name, each in times.items()},
+            "median": {
+                name: round(statistics.median(each), 1) for name, each in times.items()
+            },
         },
     )
 

@@ -1,7 +1,8 @@
 """How much faster a sweep of 12 runs is with two workers than with one.
 
-Both take turns, so that a busy machine slows both. Each run is comparison.ipynb with two methods above one network, in a new folder. The
-results are written to notebooks/results/sweep_speed.json.
+Both take turns, so that a busy machine slows both. Each run is comparison.ipynb with
+two methods above one network, in a new folder. The results are written to
+notebooks/results/sweep_speed.json.
 """
 
 import os
@@ -28,14 +29,27 @@ PARAMETERS = {
 
 
 def seconds(workers: int) -> float:
-    """Run the sweep with ``workers`` and one thread each, and return how long it took."""
+    """Run the sweep with ``workers`` and one thread each, and return how long it
+    took.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "lowrank_utils.comparison", "--out", folder, "--jobs", str(workers)]
+        command = [
+            sys.executable,
+            "-m",
+            "lowrank_utils.comparison",
+            "--out",
+            folder,
+            "--jobs",
+            str(workers),
+        ]
         for name, values in PARAMETERS.items():
             command += ["-p", name, *values]
         start = time.perf_counter()
         subprocess.run(  # noqa: S603
-            [*command, "--threads", "1"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "--threads", "1"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         return time.perf_counter() - start
 
@@ -59,7 +73,11 @@ def main() -> Path:
                 "python": platform.python_version(),
             },
             "runs": RUNS,
-            "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+            "ratio": {
+                "median": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            },
             "seconds": {str(workers): measured for workers, measured in times.items()},
         },
     )

@@ -1,8 +1,10 @@
-"""How much faster digits in memory are than a ``DataLoader`` of pictures, at the same accuracy.
+"""How much faster digits in memory are than a ``DataLoader`` of pictures, at the same
+accuracy.
 
-Both loops run the article's protocol on the whole MNIST in float32: pretraining, LoRA and DoRA, two epochs each, with
-the accuracy on the training digits after each epoch and on the test digits at the end. They take turns, so that
-a busy machine slows both. The results are written to notebooks/results/training_loop.json.
+Both loops run the article's protocol on the whole MNIST in float32: pretraining, LoRA
+and DoRA, two epochs each, with the accuracy on the training digits after each epoch and
+on the test digits at the end. They take turns, so that a busy machine slows both. The
+results are written to notebooks/results/training_loop.json.
 """
 
 import copy
@@ -37,7 +39,9 @@ Stage = Callable[[nn.Module, int], float]
 
 
 def protocol(stage: Stage, seed: int) -> dict[str, float]:
-    """Pretrain, then fine-tune with LoRA and with DoRA; ``stage`` trains a model and returns its test accuracy."""
+    """Pretrain, then fine-tune with LoRA and with DoRA; ``stage`` trains a model and
+    returns its test accuracy.
+    """
     torch.manual_seed(seed)
     pretrained = MultilayerPerceptron(784, 128, 256, 10)
     scores = {"pretrained": stage(pretrained, seed)}
@@ -61,22 +65,35 @@ def run_in_memory(seed: int) -> dict[str, float]:
 
 
 def run_data_loader(seed: int) -> dict[str, float]:
-    """Run the protocol with the loop that most tutorials show: pictures, ``ToTensor``, ``DataLoader``."""
-    batch_size, epochs, learning_rate = SETTINGS["batch_size"], SETTINGS["epochs"], SETTINGS["learning_rate"]
-    parts = [MNIST(mnist_folder(), train=part, transform=transforms.ToTensor()) for part in (True, False)]
+    """Run the protocol with the loop that most tutorials show: pictures, ``ToTensor``,
+    ``DataLoader``.
+    """
+    batch_size, epochs, learning_rate = (
+        SETTINGS["batch_size"],
+        SETTINGS["epochs"],
+        SETTINGS["learning_rate"],
+    )
+    parts = [
+        MNIST(mnist_folder(), train=part, transform=transforms.ToTensor())
+        for part in (True, False)
+    ]
     train_loader = DataLoader(parts[0], batch_size=batch_size, shuffle=True)
     test_loader = DataLoader(parts[1], batch_size=batch_size)
 
     @torch.no_grad()
     def measured(model: nn.Module, loader: DataLoader) -> float:
         model.eval()
-        correct = sum((model(x.flatten(1)).argmax(dim=1) == y).sum().item() for x, y in loader)
+        correct = sum(
+            (model(x.flatten(1)).argmax(dim=1) == y).sum().item() for x, y in loader
+        )
         model.train()
         return correct / len(loader.dataset)
 
     def stage(model: nn.Module, seed: int) -> float:
         torch.manual_seed(seed)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+        optimizer = torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad], lr=learning_rate
+        )
         for _ in range(int(epochs)):
             for images, labels in train_loader:
                 loss = F.cross_entropy(model(images.flatten(1)), labels)
@@ -101,7 +118,9 @@ def where_the_time_goes() -> dict[str, float]:
     profile.runcall(run_in_memory, 0)
     rows = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     total = sum(own for _, _, own, _, _ in rows.values())
-    cumulative = {(Path(file).name, function): row[3] for (file, _, function), row in rows.items()}
+    cumulative = {
+        (Path(file).name, function): row[3] for (file, _, function), row in rows.items()
+    }
     shares = {part: cumulative[key] / total for part, key in functions.items()}
     return shares | {"forward, loss, batches": 1 - sum(shares.values())}
 
@@ -117,10 +136,17 @@ def main() -> Path:
                 start = time.perf_counter()
                 scores = run(seed)
                 seconds = time.perf_counter() - start
-                rounds.append({"loop": name, "seed": seed, "seconds": seconds, "test": scores})
+                rounds.append(
+                    {"loop": name, "seed": seed, "seconds": seconds, "test": scores}
+                )
                 bar.update()
-    times = {name: [r["seconds"] for r in rounds if r["loop"] == name] for name in loops}
-    ratios = [slow / fast for slow, fast in zip(times["DataLoader"], times["in memory"], strict=True)]
+    times = {
+        name: [r["seconds"] for r in rounds if r["loop"] == name] for name in loops
+    }
+    ratios = [
+        slow / fast
+        for slow, fast in zip(times["DataLoader"], times["in memory"], strict=True)
+    ]
     return write_results(
         "training_loop",
         {
@@ -130,8 +156,14 @@ def main() -> Path:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
-            "seconds": {name: statistics.median(values) for name, values in times.items()},
+            "ratio": {
+                "median": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            },
+            "seconds": {
+                name: statistics.median(values) for name, values in times.items()
+            },
             "shares": where_the_time_goes(),
             "rounds": rounds,
         },

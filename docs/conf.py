@@ -1,4 +1,6 @@
-"""How Sphinx makes the site. tools/build_site.py puts the pages together and calls Sphinx with this file."""
+"""How Sphinx makes the site. tools/build_site.py puts the pages together and calls
+Sphinx with this file.
+"""
 
 import json
 import re
@@ -66,7 +68,8 @@ html_show_sphinx = False
 
 
 def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    """Make the links of a notebook lead to pages; the file that readers download stays as it is.
+    """Make the links of a notebook lead to pages; the file that readers download stays
+    as it is.
 
     Args:
         app: the running Sphinx.
@@ -80,14 +83,22 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = "".join(cell["source"])
-            cell["source"] = with_links_to_pages(text, path.relative_to(app.srcdir).as_posix())
+            cell["source"] = with_links_to_pages(
+                text, path.relative_to(app.srcdir).as_posix()
+            )
     source[0] = json.dumps(notebook)
 
 
 def escape_bars(
-    app: Sphinx, what: str, name: str, described: object, options: object, lines: list[str]
+    app: Sphinx,
+    what: str,
+    name: str,
+    described: object,
+    options: object,
+    lines: list[str],
 ) -> None:
-    """Let the bars in a docstring's formulas, as in |m|, be bars; Sphinx would take them for a substitution.
+    """Let the bars in a docstring's formulas, as in |m|, be bars; Sphinx would take
+    them for a substitution.
 
     Args:
         app: the running Sphinx.
@@ -108,7 +119,8 @@ def escape_bars(
 def skip_bare_fields(
     app: Sphinx, what: str, name: str, member: object, skip: bool, options: object
 ) -> bool | None:
-    """Leave out the fields of a named tuple that only say so; its docstring describes them.
+    """Leave out the fields of a named tuple that only say so; its docstring describes
+    them.
 
     Args:
         app: the running Sphinx.
@@ -122,10 +134,15 @@ def skip_bare_fields(
         True to skip it; None leaves it to Sphinx.
     """
     del app, what, name, skip, options
-    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+    return (
+        True
+        if (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
+        else None
+    )
 
 
-# Names in the pages of the themes that a screen reader reads wrongly or not at all, and what they become.
+# Names in the pages of the themes that a screen reader reads wrongly or not at all, and
+# what they become.
 ACCESSIBLE_NAMES = {
     # The words that it shows are its name.
     r'(<button class="btn search-button-field[^>]*?) aria-label="Search"': r"\1",

@@ -1,4 +1,5 @@
-"""The card that a drawing is made on: colours, fonts, text, lines, and the SVG that comes of it.
+"""The card that a drawing is made on: colours, fonts, text, lines, and the SVG that
+comes of it.
 
 Lengths are inches from the lower left corner of the card; font sizes are points.
 """
@@ -44,7 +45,9 @@ class Canvas:
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = Figure((width, height), facecolor="none")
-        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+        self.axes = self.figure.add_axes(
+            (0, 0, 1, 1), xlim=(0, width), ylim=(0, height)
+        )
         self.axes.set_axis_off()
 
     def add(self, patch: Patch) -> None:
@@ -52,7 +55,13 @@ class Canvas:
         patch.set(zorder=1 + len(self.axes.patches) / 1000, clip_on=False)
         self.axes.add_patch(patch)
 
-    def path(self, *lines: Sequence[Point], color: str = "ink", width: float = 1.6, style: str = "-") -> None:
+    def path(
+        self,
+        *lines: Sequence[Point],
+        color: str = "ink",
+        width: float = 1.6,
+        style: str = "-",
+    ) -> None:
         """Draw lines, each through its points, in one stroke."""
         outline = Outline.make_compound_path(*map(Outline, lines))
         self.add(
@@ -77,7 +86,8 @@ class Canvas:
     ) -> None:
         """Write a line, its capitals centred on y.
 
-        ``{W|frozen}`` within it is bold and in the colour of that look, ```Linear``` is code.
+        ``{W|frozen}`` within it is bold and in the colour of that look, ```Linear``` is
+        code.
         """
         pieces = []
         for part in re.split(r"(\{.*?\|.*?\}|`.*?`)", text):
@@ -93,25 +103,41 @@ class Canvas:
         y -= 0.365 * size / 72  # half a capital
         for (part, look, font), width in zip(pieces, widths, strict=True):
             properties = FontProperties(fname=FONTS[font], size=size)
-            self.axes.text(x, y, part, color=COLORS[look], font=properties, parse_math=False)
+            self.axes.text(
+                x, y, part, color=COLORS[look], font=properties, parse_math=False
+            )
             x += width
 
-    def lines(self, x: float, y: float, *lines: str, size: float = 12, align: str = "center") -> None:
+    def lines(
+        self, x: float, y: float, *lines: str, size: float = 12, align: str = "center"
+    ) -> None:
         """Write lines one below the other, centred on y as a block."""
         for index, line in enumerate(lines):
-            self.text(x, y + ((len(lines) - 1) / 2 - index) * 1.6 * size / 72, line, size, align=align)
+            self.text(
+                x,
+                y + ((len(lines) - 1) / 2 - index) * 1.6 * size / 72,
+                line,
+                size,
+                align=align,
+            )
 
     def svg(self, name: str) -> str:
-        """Return the SVG with its title and description, without a date or a version."""
+        """Return the SVG with its title and description, without a date or a
+        version.
+        """
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=nothing)
         # A thousandth of a point is fine enough, and the same on every processor.
         long = r"(?<!scale\()\b\d+\.\d{4,}"
-        svg = re.sub(long, lambda number: f"{round(float(number[0]), 3):g}", buffer.getvalue())
+        svg = re.sub(
+            long, lambda number: f"{round(float(number[0]), 3):g}", buffer.getvalue()
+        )
         before, start, after = svg.partition("<svg ")
         attributes, end, content = after.partition(">")
         title, text = map(escape, ALT_TEXTS[name])
-        role = f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc" '
+        role = (
+            f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc" '
+        )
         words = f'\n <title id="{name}-title">{title}</title>\n <desc id="{name}-desc">{text}</desc>'
         return before + start + role + attributes + end + words + content

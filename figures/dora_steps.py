@@ -10,7 +10,9 @@ def column(d: Drawing, x: float, y: float) -> None:
     d.grid(Box(x, y, 0.32, SIDE), "magnitude", 5, 1)
 
 
-def square(d: Drawing, x: float, y: float, look: str, symbol: str, size: float = 17) -> None:
+def square(
+    d: Drawing, x: float, y: float, look: str, symbol: str, size: float = 17
+) -> None:
     """Draw a matrix, with a padlock on what is frozen."""
     d.box(Box(x, y, SIDE, SIDE), look, symbol, "(out, in)", size=size)
     if look == "frozen":
@@ -51,7 +53,11 @@ def train(d: Drawing, y: float) -> None:
     below = y - SIDE / 2 - 0.2
     d.text(2.44, below, "{frozen|frozen}")
     d.text(3.96, below, "s·({A·B|LoRA})ᵀ, {trained|LoRA}")
-    d.text(6.68, below, "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖, {m|magnitude} {trained|magnitude}")
+    d.text(
+        6.68,
+        below,
+        "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖, {m|magnitude} {trained|magnitude}",
+    )
     note = "At the start {ΔW|LoRA} = 0 and {m|magnitude} = ‖{W|frozen}‖, so {c|magnitude} = 1 and W′ = {W|frozen}."
     d.text(4.4, y - 1.15, note)
 
@@ -60,7 +66,10 @@ def draw() -> None:
     with drawing("dora_steps", 8.8, 5.45) as d:
         d.panel(Box(4.4, 4.1, 8.4, 2.3), "1   Decompose the pretrained weight")
         decompose(d, 4.03)
-        d.panel(Box(4.4, 1.5, 8.4, 2.6), "2   Train the magnitude, and the direction by LoRA")
+        d.panel(
+            Box(4.4, 1.5, 8.4, 2.6),
+            "2   Train the magnitude, and the direction by LoRA",
+        )
         train(d, 1.6)
 
 

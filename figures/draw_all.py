@@ -1,4 +1,6 @@
-"""Draw all figures again: ``python figures/draw_all.py`` writes every SVG beside its script."""
+"""Draw all figures again: ``python figures/draw_all.py`` writes every SVG beside its
+script.
+"""
 
 from importlib import import_module
 

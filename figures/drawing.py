@@ -1,4 +1,6 @@
-"""The vocabulary of all drawings: boxes for what is frozen and what is trained, arrows, padlocks."""
+"""The vocabulary of all drawings: boxes for what is frozen and what is trained, arrows,
+padlocks.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,9 @@ STYLE = {"svg.hashsalt": "lowrank", "svg.fonttype": "path", "hatch.linewidth": 1
 
 
 class Box(NamedTuple):
-    """A rectangle by its centre and size, and the middles of its edges, where arrows end."""
+    """A rectangle by its centre and size, and the middles of its edges, where arrows
+    end.
+    """
 
     x: float
     y: float
@@ -49,7 +53,12 @@ class Box(NamedTuple):
     @property
     def corners(self) -> list[Point]:
         """The four corners, from the lower left one against the clock."""
-        (left, _), (right, _), (_, low), (_, high) = self.left, self.right, self.bottom, self.top
+        (left, _), (right, _), (_, low), (_, high) = (
+            self.left,
+            self.right,
+            self.bottom,
+            self.top,
+        )
         return [(left, low), (right, low), (right, high), (left, high)]
 
 
@@ -60,7 +69,9 @@ def tint(look: str, amount: float) -> np.ndarray:
 
 
 class Drawing(Canvas):
-    """An opaque white card, legible on a light and on a dark page, and what can be drawn on it."""
+    """An opaque white card, legible on a light and on a dark page, and what can be
+    drawn on it.
+    """
 
     def __init__(self, width: float, height: float) -> None:
         super().__init__(width, height)
@@ -86,23 +97,53 @@ class Drawing(Canvas):
             self.add(Polygon(corners, facecolor=tint(look, 0.12), linewidth=0))
             self.hatch(corners, look)
         inside = "none" if look in LOOKS else PALETTE["paper"]
-        self.add(Polygon(corners, facecolor=inside, edgecolor=COLORS[look], linewidth=1.6, joinstyle="round"))
+        self.add(
+            Polygon(
+                corners,
+                facecolor=inside,
+                edgecolor=COLORS[look],
+                linewidth=1.6,
+                joinstyle="round",
+            )
+        )
 
     def hatch(self, corners: Sequence[Point], look: str) -> None:
-        """Draw a look's hatch, in a light tint of its colour so that text on it stays legible."""
+        """Draw a look's hatch, in a light tint of its colour so that text on it stays
+        legible.
+        """
         hatch, color = LOOKS[look].hatch, tint(look, 0.28)
         if hatch != "..":
             if hatch:
-                self.add(Polygon(corners, facecolor="none", edgecolor=color, hatch=hatch, linewidth=0))
+                self.add(
+                    Polygon(
+                        corners,
+                        facecolor="none",
+                        edgecolor=color,
+                        hatch=hatch,
+                        linewidth=0,
+                    )
+                )
             return
-        # matplotlib's own dots weigh 70 kB; these are dashes of no length with round ends.
+        # matplotlib's own dots weigh 70 kB; these are dashes of no length with round
+        # ends.
         (left, low), (right, high) = np.min(corners, axis=0), np.max(corners, axis=0)
         step = 1 / 12
         heights = np.arange(low + step / 2, high, step)
-        rows = [[(left + step * (0.5 + index % 2 / 2), y), (right, y)] for index, y in enumerate(heights)]
+        rows = [
+            [(left + step * (0.5 + index % 2 / 2), y), (right, y)]
+            for index, y in enumerate(heights)
+        ]
         outline = Outline.make_compound_path(*map(Outline, rows))
         dots = (0, (0.01, 72 * step / 2.2))
-        self.add(PathPatch(outline, edgecolor=color, linewidth=2.2, linestyle=dots, capstyle="round"))
+        self.add(
+            PathPatch(
+                outline,
+                edgecolor=color,
+                linewidth=2.2,
+                linestyle=dots,
+                capstyle="round",
+            )
+        )
 
     def box(self, box: Box, look: str, *label: str, size: float = 17) -> Box:
         """Draw a rectangle with a label and return it."""
@@ -117,7 +158,8 @@ class Drawing(Canvas):
         widths: tuple[float, float] = (1, 1),
         heights: tuple[float, float] = (1, 1),
     ) -> Box:
-        """Draw a box that narrows or widens, as a factor of low rank does, and return it.
+        """Draw a box that narrows or widens, as a factor of low rank does, and return
+        it.
 
         Args:
             box: what it fits in.
@@ -129,7 +171,10 @@ class Drawing(Canvas):
         """
         x, y, width, height = box
         corners = [
-            (x + side * width / 2 * widths[end > 0], y + end * height / 2 * heights[side > 0])
+            (
+                x + side * width / 2 * widths[end > 0],
+                y + end * height / 2 * heights[side > 0],
+            )
             for side, end in ((-1, -1), (1, -1), (1, 1), (-1, 1))
         ]
         self.shape(corners, look)
@@ -137,7 +182,9 @@ class Drawing(Canvas):
         return box
 
     def label(self, x: float, y: float, *label: str, size: float = 17) -> None:
-        """Write a bold symbol and small lines below it, centred on (x, y) as a block."""
+        """Write a bold symbol and small lines below it, centred on (x, y) as a
+        block.
+        """
         if label:
             symbol, *lines = label
             half = len(lines) * 0.13
@@ -149,10 +196,14 @@ class Drawing(Canvas):
         self.box(box, look)
         (left, low), (right, high) = box.corners[0], box.corners[2]
         ends = [[(left, y), (right, y)] for y in np.linspace(low, high, rows + 1)[1:-1]]
-        ends += [[(x, low), (x, high)] for x in np.linspace(left, right, columns + 1)[1:-1]]
+        ends += [
+            [(x, low), (x, high)] for x in np.linspace(left, right, columns + 1)[1:-1]
+        ]
         self.path(*ends, color=look, width=0.8)
 
-    def arrow(self, *points: Point, color: str = "ink", width: float = 1.6, head: float = 0.11) -> None:
+    def arrow(
+        self, *points: Point, color: str = "ink", width: float = 1.6, head: float = 0.11
+    ) -> None:
         """Draw an arrow through the points, its tip on the last one."""
         before, tip = np.array(points[-2]), np.array(points[-1])
         along = (tip - before) / np.linalg.norm(tip - before)
@@ -164,7 +215,15 @@ class Drawing(Canvas):
 
     def circle(self, x: float, y: float, radius: float, look: str = "paper") -> Box:
         """Draw a filled circle and return the box around it."""
-        self.add(Circle((x, y), radius, facecolor=COLORS[look], edgecolor=COLORS["ink"], linewidth=1.6))
+        self.add(
+            Circle(
+                (x, y),
+                radius,
+                facecolor=COLORS[look],
+                edgecolor=COLORS["ink"],
+                linewidth=1.6,
+            )
+        )
         return Box(x, y, 2 * radius, 2 * radius)
 
     def block(self, box: Box, color: str) -> None:
@@ -173,7 +232,11 @@ class Drawing(Canvas):
 
     def frame(self, box: Box) -> None:
         """Draw a strong outline, to mark a row or a column."""
-        self.add(Polygon(box.corners, facecolor="none", edgecolor=COLORS["ink"], linewidth=2.6))
+        self.add(
+            Polygon(
+                box.corners, facecolor="none", edgecolor=COLORS["ink"], linewidth=2.6
+            )
+        )
 
     def operator(self, x: float, y: float, symbol: str) -> Box:
         """Draw an operation, such as + in a circle, and return its box."""
@@ -182,7 +245,15 @@ class Drawing(Canvas):
 
     def lock(self, x: float, y: float) -> None:
         """Draw the padlock that marks what is frozen, centred on (x, y)."""
-        arc = Arc((x, y + 0.02), 0.1, 0.14, theta1=0, theta2=180, edgecolor=COLORS["frozen"], linewidth=1.6)
+        arc = Arc(
+            (x, y + 0.02),
+            0.1,
+            0.14,
+            theta1=0,
+            theta2=180,
+            edgecolor=COLORS["frozen"],
+            linewidth=1.6,
+        )
         self.add(arc)
         self.block(Box(x, y - 0.04, 0.16, 0.12), "frozen")
 
@@ -194,4 +265,6 @@ def drawing(name: str, width: float, height: float) -> Iterator[Drawing]:
         card = Drawing(width, height)
         yield card
         svg = card.svg(name)
-    Path(__file__).with_name(f"{name}.svg").write_text(svg, encoding="utf-8", newline="\n")
+    Path(__file__).with_name(f"{name}.svg").write_text(
+        svg, encoding="utf-8", newline="\n"
+    )

@@ -1,4 +1,6 @@
-"""The scene of two drawings: an input that takes two ways up, and the sum of what comes out."""
+"""The scene of two drawings: an input that takes two ways up, and the sum of what comes
+out.
+"""
 
 from drawing import Box, Drawing
 
@@ -6,11 +8,15 @@ WIDTH, HEIGHT = 1.65, 1.4
 
 
 def factors(d: Drawing, x: float, y: float) -> Box:
-    """Draw A, which narrows to the rank, below B, which widens again, and return their box."""
+    """Draw A, which narrows to the rank, below B, which widens again, and return their
+    box.
+    """
     height = 0.58
     neck = (1, 0.3)
     low = d.taper(Box(x, y - (HEIGHT - height) / 2, WIDTH, height), "LoRA", widths=neck)
-    high = d.taper(Box(x, y + (HEIGHT - height) / 2, WIDTH, height), "LoRA", widths=neck[::-1])
+    high = d.taper(
+        Box(x, y + (HEIGHT - height) / 2, WIDTH, height), "LoRA", widths=neck[::-1]
+    )
     d.text(x, low.y - 0.06, "{A|ink}  (in, r)")
     d.text(x, high.y + 0.06, "{B|ink}  (r, out)")
     d.arrow(low.top, high.bottom)
@@ -27,14 +33,18 @@ def frozen(d: Drawing, x: float, y: float) -> Box:
 
 
 def values(d: Drawing, x: float, y: float, label: str) -> Box:
-    """Draw what goes in or comes out, as wide as the two boxes between, and return its box."""
+    """Draw what goes in or comes out, as wide as the two boxes between, and return its
+    box.
+    """
     box = d.box(Box(x, y, 3.55, 0.36), "ink")
     d.text(x, y, label)
     return box
 
 
 def two_ways(d: Drawing, x: float, bottom: float, left: Box, right: Box) -> Box:
-    """Draw the input below two boxes, the arrows into both, and the sum above; return the sum."""
+    """Draw the input below two boxes, the arrows into both, and the sum above; return
+    the sum.
+    """
     source = values(d, x, bottom, "{x|ink}  (batch, in)")
     total = d.operator(x, left.top[1] + 0.36, "+")
     for box, edge in ((left, total.left), (right, total.right)):

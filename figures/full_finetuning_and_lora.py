@@ -19,14 +19,28 @@ def draw() -> None:
             d.panel(Box(x, 2.575, 4.1, 4.75), title)
 
         x = 2.25
-        weight = d.box(Box(x - side, y, WIDTH, HEIGHT), "frozen", "W", "(out, in)", "pretrained")
-        update = d.box(Box(x + side, y, WIDTH, HEIGHT), "full", "ΔW", "(out, in)", "trained")
+        weight = d.box(
+            Box(x - side, y, WIDTH, HEIGHT), "frozen", "W", "(out, in)", "pretrained"
+        )
+        update = d.box(
+            Box(x + side, y, WIDTH, HEIGHT), "full", "ΔW", "(out, in)", "trained"
+        )
         total = two_ways(d, x, 1.32, weight, update)
-        finish(d, total, "y = x({W|frozen} + {ΔW|full})ᵀ", "{trained:|full} out · in numbers")
+        finish(
+            d,
+            total,
+            "y = x({W|frozen} + {ΔW|full})ᵀ",
+            "{trained:|full} out · in numbers",
+        )
 
         x = 6.55
         total = two_ways(d, x, 1.32, frozen(d, x - side, y), factors(d, x + side, y))
-        finish(d, total, "y = x{W|frozen}ᵀ + s·x{AB|LoRA}", "{trained:|LoRA} r · (in + out) numbers")
+        finish(
+            d,
+            total,
+            "y = x{W|frozen}ᵀ + s·x{AB|LoRA}",
+            "{trained:|LoRA} r · (in + out) numbers",
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,18 @@ def finish(d: Drawing, before: Box, *lines: str) -> None:
 
 
 def scale(d: Drawing, before: Box) -> Box:
-    """Multiply by the trained magnitude over the norm, and return where that happens."""
+    """Multiply by the trained magnitude over the norm, and return where that
+    happens.
+    """
     magnitude = d.box(Box(before.x + 1.3, SCALING, 0.95, 0.36), "magnitude")
     d.text(magnitude.x, SCALING, "{m|ink}  (out,)")
     d.text(magnitude.x, SCALING - 0.3, "{trained|magnitude}")
-    d.text(before.x + 0.22, SCALING + 0.36, "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖", align="left")
+    d.text(
+        before.x + 0.22,
+        SCALING + 0.36,
+        "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖",
+        align="left",
+    )
     product = d.operator(before.x, SCALING, "")
     d.circle(before.x, SCALING, 0.02, "ink")
     d.arrow(magnitude.left, product.right)
@@ -38,7 +45,9 @@ def draw() -> None:
         sums = []
         for x, title in ((2.25, "LoRA"), (6.55, "DoRA")):
             d.panel(Box(x, 3.0, 4.1, 5.7), title)
-            sums.append(two_ways(d, x, 1.37, frozen(d, x - side, y), factors(d, x + side, y)))
+            sums.append(
+                two_ways(d, x, 1.37, frozen(d, x - side, y), factors(d, x + side, y))
+            )
         finish(
             d,
             sums[0],

@@ -19,8 +19,12 @@ def draw() -> None:
         bias = d.box(Box(5.0, upper, 0.95, height), "frozen", "b", "(out,)")
         for box in (weight, bias):
             d.lock(box.right[0] - 0.2, upper + 0.33)
-        a = d.taper(Box(2.95, lower, 1.15, height), "LoRA", "A", "(in, r)", heights=(1, 0.5))
-        b = d.taper(Box(4.6, lower, 1.15, height), "LoRA", "B", "(r, out)", heights=(0.5, 1))
+        a = d.taper(
+            Box(2.95, lower, 1.15, height), "LoRA", "A", "(in, r)", heights=(1, 0.5)
+        )
+        b = d.taper(
+            Box(4.6, lower, 1.15, height), "LoRA", "B", "(r, out)", heights=(0.5, 1)
+        )
         total = d.operator(6.85, (upper + lower) / 2, "+")
         source = d.box(Box(0.78, total.y, 1.16, 0.8), "ink", "x", "(batch, in)")
         output = d.box(Box(8.02, total.y, 1.16, 0.8), "ink", "y", "(batch, out)")

@@ -11,10 +11,23 @@ HEIGHT = 0.44
 
 def row_of(box: Box, rows: int, row: int) -> Box:
     """Return one row of a box."""
-    return Box(box.x, box.top[1] - (row + 0.5) * box.height / rows, box.width, box.height / rows)
+    return Box(
+        box.x,
+        box.top[1] - (row + 0.5) * box.height / rows,
+        box.width,
+        box.height / rows,
+    )
 
 
-def matrix(d: Drawing, left: float, y: float, cell: float, look: str, values: np.ndarray, digits: int) -> Box:
+def matrix(
+    d: Drawing,
+    left: float,
+    y: float,
+    cell: float,
+    look: str,
+    values: np.ndarray,
+    digits: int,
+) -> Box:
     """Draw a matrix of numbers, its marked row framed, and return its box."""
     rows, columns = values.shape
     box = Box(left + columns * cell / 2, y, columns * cell, rows * HEIGHT)
@@ -42,7 +55,11 @@ def equation(d: Drawing, y: float) -> None:
     d.lines(direction.x, title, "{direction|DoRA} (out, in)", "each row of length 1")
     row = W[MARKED]
     squares = " + ".join(str(number**2) for number in row)
-    d.text(4.4, y - 1.0, f"length of row {MARKED + 1}:  √({squares}) = {{{M[MARKED, 0]:.0f}|magnitude}}")
+    d.text(
+        4.4,
+        y - 1.0,
+        f"length of row {MARKED + 1}:  √({squares}) = {{{M[MARKED, 0]:.0f}|magnitude}}",
+    )
 
 
 def neuron(d: Drawing, x: float, y: float) -> None:
@@ -70,7 +87,14 @@ def axes(d: Drawing, y: float) -> None:
     torch = small(d, 3.7, y, rows, columns)
     d.frame(row_of(torch, rows, MARKED))
     article = small(d, 6.9, y, columns, rows)
-    d.frame(Box(article.x + (MARKED - (rows - 1) / 2) * 0.26, article.y, 0.26, article.height))
+    d.frame(
+        Box(
+            article.x + (MARKED - (rows - 1) / 2) * 0.26,
+            article.y,
+            0.26,
+            article.height,
+        )
+    )
     d.arrow(torch.right, article.left)
     d.text(5.35, y + 0.17, "transposed")
 
@@ -81,8 +105,18 @@ def draw() -> None:
         d.panel(Box(4.4, 1.33, 8.4, 2.26))
         axes(d, 1.62)
         d.lines(1.3, 0.62, "all weights into", "output neuron 2")
-        d.lines(3.7, 0.62, "torch: y = x{W|frozen}ᵀ, {W|frozen} (out, in)", "the neuron is a {row|ink}")
-        d.lines(6.9, 0.62, "article: y = x·{W|frozen}, {W|frozen} (in, out)", "the neuron is a {column|ink}")
+        d.lines(
+            3.7,
+            0.62,
+            "torch: y = x{W|frozen}ᵀ, {W|frozen} (out, in)",
+            "the neuron is a {row|ink}",
+        )
+        d.lines(
+            6.9,
+            0.62,
+            "article: y = x·{W|frozen}, {W|frozen} (in, out)",
+            "the neuron is a {column|ink}",
+        )
 
 
 if __name__ == "__main__":

@@ -29,12 +29,25 @@ def neurons(d: Drawing, layer: int) -> None:
 
 
 def weights(d: Drawing, layer: int) -> int:
-    """Draw the lines from one column to the next, what the layer is called, and return its parameters."""
+    """Draw the lines from one column to the next, what the layer is called, and return
+    its parameters.
+    """
     (x, end), (before, after) = PLACES[layer : layer + 2], SIZES[layer : layer + 2]
-    starts, ends = (np.delete(heights(SHOWN[column]), DOTS) for column in (layer, layer + 1))
-    d.path(*([(x, y), (end, y_end)] for y in starts for y_end in ends), color="muted", width=0.4)
+    starts, ends = (
+        np.delete(heights(SHOWN[column]), DOTS) for column in (layer, layer + 1)
+    )
+    d.path(
+        *([(x, y), (end, y_end)] for y in starts for y_end in ends),
+        color="muted",
+        width=0.4,
+    )
     count = before * after + after
-    label = (f"`layers[{2 * layer}]`", "`Linear`", f"W ({after}, {before}), b ({after},)", f"{count:,}")
+    label = (
+        f"`layers[{2 * layer}]`",
+        "`Linear`",
+        f"W ({after}, {before}), b ({after},)",
+        f"{count:,}",
+    )
     d.lines((x + end) / 2, 0.8, *label)
     return count
 

@@ -11,7 +11,9 @@ ORIGIN, SCALE = np.array([2.05, 1.8]), 1.28
 
 
 def place(x: float, y: float, left: float = 0) -> Point:
-    """Return where a point of the plane lies on the card, moved by inches to the vector's left."""
+    """Return where a point of the plane lies on the card, moved by inches to the
+    vector's left.
+    """
     across = np.array([-DIRECTION[1], DIRECTION[0]])
     return tuple(ORIGIN + SCALE * np.array([x, y]) + left * across)
 
@@ -21,7 +23,12 @@ def plane(d: Drawing) -> None:
     d.arrow(place(-1.3, 0), place(1.75, 0), color="muted", width=1)
     d.arrow(place(0, -1.2), place(0, 2.35), color="muted", width=1)
     angles = np.linspace(0, 2 * np.pi, 73)
-    d.path([place(np.cos(angle), np.sin(angle)) for angle in angles], color="muted", style="--", width=1.2)
+    d.path(
+        [place(np.cos(angle), np.sin(angle)) for angle in angles],
+        color="muted",
+        style="--",
+        width=1.2,
+    )
     d.text(*place(1.12, -0.92), "unit circle")
     x, y = place(0, 2)
     d.path([(x - 0.05, y), (x + 0.05, y)], color="muted", width=1)
@@ -34,7 +41,10 @@ def plane(d: Drawing) -> None:
 
 def draw() -> None:
     length = f"{MAGNITUDE:.2f}"
-    vector, unit = f"[{VECTOR[0]}, {VECTOR[1]}]", f"[{DIRECTION[0]:.3f}, {DIRECTION[1]:.3f}]"
+    vector, unit = (
+        f"[{VECTOR[0]}, {VECTOR[1]}]",
+        f"[{DIRECTION[0]:.3f}, {DIRECTION[1]:.3f}]",
+    )
     with drawing("vector_magnitude_direction", 8.8, 5.15) as d:
         plane(d)
         d.arrow(place(0, 0), place(*VECTOR), width=2, head=0.17)
@@ -53,10 +63,19 @@ def draw() -> None:
 
         left = 4.85
         d.text(
-            left, 3.95, f"{{{vector}|ink}} = {{{length}|magnitude}} × {{{unit}|DoRA}}", size=15, align="left"
+            left,
+            3.95,
+            f"{{{vector}|ink}} = {{{length}|magnitude}} × {{{unit}|DoRA}}",
+            size=15,
+            align="left",
         )
         d.text(left, 3.05, "{magnitude|magnitude}, how long it is", align="left")
-        d.text(left, 2.72, f"√({VECTOR[0]}² + {VECTOR[1]}²) = √{VECTOR @ VECTOR} ≈ {length}", align="left")
+        d.text(
+            left,
+            2.72,
+            f"√({VECTOR[0]}² + {VECTOR[1]}²) = √{VECTOR @ VECTOR} ≈ {length}",
+            align="left",
+        )
         d.text(left, 2.0, "{direction|DoRA}, where it points", align="left")
         d.text(left, 1.67, f"{vector} / √{VECTOR @ VECTOR} ≈ {unit}", align="left")
         d.text(left, 1.34, "of length 1: it ends on the unit circle", align="left")

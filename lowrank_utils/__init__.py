@@ -1,13 +1,14 @@
 """The small package that all notebooks of the series share: LoRA and DoRA from scratch.
 
-Each name lives in the file that explains it. It can be imported from there, as the notebooks do, or from here, where
-it is loaded when it is first used::
+Each name lives in the file that explains it. It can be imported from there, as the
+notebooks do, or from here, where it is loaded when it is first used::
 
     from lowrank_utils.lora import LinearWithLoRA
     from lowrank_utils import LinearWithLoRA
 
-``__init__.pyi`` lists the names. What belongs to the comparison and to the exercises' checks stays in its folder.
-``python -m lowrank_utils`` checks that this machine is set up for the notebooks.
+``__init__.pyi`` lists the names. What belongs to the comparison and to the exercises'
+checks stays in its folder. ``python -m lowrank_utils`` checks that this machine is set
+up for the notebooks.
 """
 
 import lazy_loader

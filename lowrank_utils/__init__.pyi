@@ -1,4 +1,6 @@
-"""The public names of the package, for ``__init__.py``, type checkers and completion."""
+"""The public names of the package, for ``__init__.py``, type checkers and
+completion.
+"""
 
 from .adapt import (
     ParameterCount as ParameterCount,

@@ -1,7 +1,7 @@
 """``python -m lowrank_utils`` checks that this machine is set up for the notebooks.
 
-It prints a line for each check, which starts with ``ok`` or with ``FIX`` and then says what to do. The
-exit status is 1 if there is something to mend.
+It prints a line for each check, which starts with ``ok`` or with ``FIX`` and then says
+what to do. The exit status is 1 if there is something to mend.
 """
 
 import io
@@ -46,14 +46,18 @@ def check_python() -> str:
 
 
 def check_versions() -> str:
-    """Hold what is installed against constraints.txt or, without that file, the project's requirements."""
+    """Hold what is installed against constraints.txt or, without that file, the
+    project's requirements.
+    """
     from packaging.requirements import Requirement
 
     def direct() -> Iterator[Requirement]:
         for line in metadata.requires(PROJECT) or ():
             requirement = Requirement(line)
             marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "lab")):
+            if marker is None or any(
+                marker.evaluate({"extra": extra}) for extra in ("", "lab")
+            ):
                 yield requirement
 
     def pins() -> Iterator[Requirement]:
@@ -62,16 +66,26 @@ def check_versions() -> str:
                 if line.strip() and not line.startswith("#"):
                     yield Requirement(line)
 
-    wrong = {r.name: f"{r.name} is missing" for r in direct() if _installed(r.name) is None}
+    wrong = {
+        r.name: f"{r.name} is missing" for r in direct() if _installed(r.name) is None
+    }
     for requirement in pins() if CONSTRAINTS.is_file() else direct():
         version = _installed(requirement.name)
-        # A pin of something that isn't installed is for the tests or for another system. A local label such
-        # as +cpu doesn't count.
-        if version is not None and not requirement.specifier.contains(version, prereleases=True):
-            wrong[requirement.name] = f"{requirement.name} is {version} instead of {requirement.specifier}"
+        # A pin of something that isn't installed is for the tests or for another
+        # system. A local label such as +cpu doesn't count.
+        if version is not None and not requirement.specifier.contains(
+            version, prereleases=True
+        ):
+            wrong[requirement.name] = (
+                f"{requirement.name} is {version} instead of {requirement.specifier}"
+            )
     if wrong:
         raise SetupError(f"{'; '.join(wrong.values())}: {install()}")
-    return f"as in {CONSTRAINTS.name}" if CONSTRAINTS.is_file() else "as the project requires"
+    return (
+        f"as in {CONSTRAINTS.name}"
+        if CONSTRAINTS.is_file()
+        else "as the project requires"
+    )
 
 
 def _installed(name: str) -> str | None:
@@ -89,7 +103,9 @@ def check_torch() -> str:
     y = x @ x
     y.backward()
     if y.item() != 14 or x.grad is None or x.grad.tolist() != [2, 4, 6]:
-        raise SetupError(f"it computes wrongly: {install('--force-reinstall --no-deps torch')}")
+        raise SetupError(
+            f"it computes wrongly: {install('--force-reinstall --no-deps torch')}"
+        )
     return f"{torch.__version__} computes, on the CPU with {torch.get_num_threads()} threads"
 
 
@@ -109,7 +125,9 @@ def check_digits() -> str:
 
 
 def check_whole_mnist() -> str:
-    """Verify the whole of MNIST if it is there, or if ``LOWRANK_DATA_DIR`` says that it is."""
+    """Verify the whole of MNIST if it is there, or if ``LOWRANK_DATA_DIR`` says that it
+    is.
+    """
     from lowrank_utils._mnist import mnist_place
     from lowrank_utils.data import DataError, load_mnist
 
@@ -132,24 +150,39 @@ def check_kernel() -> str:
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
         with run_kernel(kernel_name="python3", startup_timeout=30, **silent) as kernel:
-            client: Any = kernel  # its types leave out that it waits for the reply if asked to
+            client: Any = (
+                kernel  # its types leave out that it waits for the reply if asked to
+            )
             question = {"prefix": "__import__('sys').prefix"}
-            reply = client.execute("", user_expressions=question, reply=True, timeout=30)
+            reply = client.execute(
+                "", user_expressions=question, reply=True, timeout=30
+            )
     except (RuntimeError, TimeoutError) as error:
         raise SetupError(
             f"python3 doesn't answer ({error}); a firewall must let programs talk over 127.0.0.1. "
             f"If there is none, {install('--force-reinstall --no-deps ipykernel')}"
         ) from None
-    prefix = Path(reply["content"]["user_expressions"]["prefix"]["data"]["text/plain"].strip("'\""))
+    prefix = Path(
+        reply["content"]["user_expressions"]["prefix"]["data"]["text/plain"].strip(
+            "'\""
+        )
+    )
     if not prefix.samefile(sys.prefix):
         place = KernelSpecManager().get_kernel_spec("python3").resource_dir
-        raise SetupError(f"python3 starts the Python in {prefix}, not this one: remove the folder {place}")
+        raise SetupError(
+            f"python3 starts the Python in {prefix}, not this one: remove the folder {place}"
+        )
     return "python3 starts this Python"
 
 
 def check_writing() -> str:
-    """Write beside the notebooks, where JupyterLab saves them, and where temporary files go."""
-    folders = [NOTEBOOKS if NOTEBOOKS.is_dir() else Path.cwd(), Path(tempfile.gettempdir())]
+    """Write beside the notebooks, where JupyterLab saves them, and where temporary
+    files go.
+    """
+    folders = [
+        NOTEBOOKS if NOTEBOOKS.is_dir() else Path.cwd(),
+        Path(tempfile.gettempdir()),
+    ]
     for folder in folders:
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -185,7 +218,11 @@ def main() -> int:
         except SetupError as error:
             mark, text, status = "FIX", str(error), 1
         except Exception as error:  # whatever a broken installation raises
-            mark, text, status = "FIX", f"{type(error).__name__}: {error}: {install()}", 1
+            mark, text, status = (
+                "FIX",
+                f"{type(error).__name__}: {error}: {install()}",
+                1,
+            )
         print(f"{mark:3} {name}: {' '.join(text.splitlines())}", flush=True)
     return status
 

@@ -1,7 +1,8 @@
 """The checks that public functions make at the door.
 
-Each raises ``TypeError`` or ``ValueError`` with the argument's name, what came, and what is
-allowed, so that a mistake is reported where it was made and not from deep inside torch.
+Each raises ``TypeError`` or ``ValueError`` with the argument's name, what came, and
+what is allowed, so that a mistake is reported where it was made and not from deep
+inside torch.
 """
 
 import math
@@ -13,10 +14,16 @@ from typing import Any
 import torch
 
 
-def check_whole_number(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """Return ``value`` as an ``int``; it must be a whole number from ``minimum`` to ``maximum``."""
+def check_whole_number(
+    name: str, value: Any, minimum: int, maximum: int | None = None
+) -> int:
+    """Return ``value`` as an ``int``; it must be a whole number from ``minimum`` to
+    ``maximum``.
+    """
     allowed = (
-        f"a whole number, {minimum} or more" if maximum is None else f"a whole number, {minimum} to {maximum}"
+        f"a whole number, {minimum} or more"
+        if maximum is None
+        else f"a whole number, {minimum} to {maximum}"
     )
     # True and False are ints to Python, but nobody means rank=True.
     if isinstance(value, bool):
@@ -24,22 +31,30 @@ def check_whole_number(name: str, value: Any, minimum: int, maximum: int | None 
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})") from None
+        raise TypeError(
+            f"{name} must be {allowed}; got {value!r} ({type(value).__name__})"
+        ) from None
     if number < minimum or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {allowed}; got {number}")
     return number
 
 
 def check_seed(value: Any) -> int:
-    """Return ``value`` as an ``int``; it must be a seed that every library of random numbers takes."""
+    """Return ``value`` as an ``int``; it must be a seed that every library of random
+    numbers takes.
+    """
     return check_whole_number("seed", value, minimum=0, maximum=2**32 - 1)
 
 
 def check_finite_number(name: str, value: Any, *, above: float | None = None) -> float:
-    """Return ``value`` as a ``float``; it must be finite, and larger than ``above`` if that is given."""
+    """Return ``value`` as a ``float``; it must be finite, and larger than ``above`` if
+    that is given.
+    """
     allowed = "a finite number" + ("" if above is None else f" larger than {above:g}")
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name} must be {allowed}; got {value!r} ({type(value).__name__})"
+        )
     try:
         number = float(value)
     except OverflowError:
@@ -53,7 +68,9 @@ def check_one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     """Return ``value``; it must be one of the ``allowed`` words."""
     words = sorted(allowed)
     if value not in words:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}; got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, words))}; got {value!r}"
+        )
     return str(value)
 
 
@@ -64,7 +81,9 @@ def check_floating_dtype(name: str, value: Any) -> torch.dtype:
             f"{name} must be a torch dtype such as torch.float32; got {value!r} ({type(value).__name__})"
         )
     if not value.is_floating_point:
-        raise ValueError(f"{name} must be a floating-point dtype such as torch.float32; got {value}")
+        raise ValueError(
+            f"{name} must be a floating-point dtype such as torch.float32; got {value}"
+        )
     return value
 
 
@@ -73,5 +92,7 @@ def check_matrix(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     if value.dim() != 2:
-        raise ValueError(f"{name} must be a matrix (two dimensions); got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be a matrix (two dimensions); got shape {tuple(value.shape)}"
+        )
     return value

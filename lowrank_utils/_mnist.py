@@ -1,4 +1,6 @@
-"""The four files of the whole MNIST: where they are, whether they are the published ones, and how they get there."""
+"""The four files of the whole MNIST: where they are, whether they are the published
+ones, and how they get there.
+"""
 
 import contextlib
 import hashlib
@@ -39,7 +41,8 @@ def mnist_place() -> Path:
 
 
 def mnist_folder() -> Path:
-    """Return the folder in which torchvision finds the whole MNIST, downloaded if need be, and checked.
+    """Return the folder in which torchvision finds the whole MNIST, downloaded if need
+    be, and checked.
 
     Raises:
         DataError: a file is missing or altered, or the download failed.
@@ -69,19 +72,25 @@ def _verify(root: Path, remedy: str) -> None:
             content = file.read_bytes()
         except OSError as error:
             reason = (
-                "is missing" if isinstance(error, FileNotFoundError) else f"can't be read ({error.strerror})"
+                "is missing"
+                if isinstance(error, FileNotFoundError)
+                else f"can't be read ({error.strerror})"
             )
         else:
             if hashlib.sha256(content).hexdigest() == digest:
                 continue
-            reason = f"is not the published file ({len(content):,} bytes, wrong SHA-256)"
+            reason = (
+                f"is not the published file ({len(content):,} bytes, wrong SHA-256)"
+            )
         raise DataError(
             f"{file.absolute()} {reason}. {remedy}, or use the data set 'mnist-5k', which needs no files"
         )
 
 
 def _download(root: Path) -> None:
-    """Download into a folder beside the cache and move it there whole, so that no half is ever seen."""
+    """Download into a folder beside the cache and move it there whole, so that no half
+    is ever seen.
+    """
     from torchvision.datasets import MNIST
 
     try:
@@ -119,7 +128,9 @@ def _download(root: Path) -> None:
 
 @contextlib.contextmanager
 def _no_endless_wait() -> Iterator[None]:
-    """Let connections that are made in the block give up on a silent peer; torchvision would wait forever."""
+    """Let connections that are made in the block give up on a silent peer; torchvision
+    would wait forever.
+    """
     if socket.getdefaulttimeout() is not None:
         yield
         return

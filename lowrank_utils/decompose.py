@@ -1,4 +1,6 @@
-"""Vectors and matrices as magnitude × direction, and matrices as products of two thin ones."""
+"""Vectors and matrices as magnitude × direction, and matrices as products of two thin
+ones.
+"""
 
 from typing import NamedTuple
 
@@ -25,8 +27,8 @@ class LowRankFactors(NamedTuple):
 def row_norms(matrix: Tensor) -> Tensor:
     """Return the length of each row, computed in float64.
 
-    Sums of squares in bfloat16 would lose all but two or three digits, and in float32 they
-    overflow or vanish for lengths that float32 itself can hold.
+    Sums of squares in bfloat16 would lose all but two or three digits, and in float32
+    they overflow or vanish for lengths that float32 itself can hold.
 
     Args:
         matrix: shape (rows, columns).
@@ -41,16 +43,18 @@ def row_norms(matrix: Tensor) -> Tensor:
 def magnitude_and_direction(tensor: Tensor) -> MagnitudeAndDirection:
     """Split a vector, or each row of a matrix, into its length and a unit vector.
 
-    Torch stores the weight of ``nn.Linear`` as (out, in), so a row holds the weights that lead
-    to one output neuron. This is weight normalisation's w = g·v/‖v‖ (Salimans and Kingma,
-    arXiv 1602.07868, Eq. 2) and DoRA's m and V/‖V‖ (Liu et al., arXiv 2402.09353, Eq. 2).
+    Torch stores the weight of ``nn.Linear`` as (out, in), so a row holds the weights
+    that lead to one output neuron. This is weight normalisation's w = g·v/‖v‖ (Salimans
+    and Kingma, arXiv 1602.07868, Eq. 2) and DoRA's m and V/‖V‖ (Liu et al., arXiv
+    2402.09353, Eq. 2).
 
     Args:
         tensor: a vector (n,) or a matrix (rows, columns).
 
     Returns:
-        The magnitude () and the direction (n,) of a vector, or the magnitudes (rows,) and the
-        directions (rows, columns) of a matrix. A zero vector has magnitude 0 and the direction 0.
+        The magnitude () and the direction (n,) of a vector, or the magnitudes (rows,)
+        and the directions (rows, columns) of a matrix. A zero vector has magnitude 0
+        and the direction 0.
 
     Raises:
         TypeError: ``tensor`` isn't a tensor.
@@ -67,9 +71,9 @@ def magnitude_and_direction(tensor: Tensor) -> MagnitudeAndDirection:
 def low_rank_approximation(matrix: Tensor, rank: int) -> LowRankFactors:
     """Return the product of rank ``rank`` that is nearest to ``matrix``.
 
-    It is the truncated singular value decomposition, which no other product of that rank beats
-    in the Frobenius or the spectral norm (Eckart and Young, 1936). The singular values are
-    shared evenly between the factors.
+    It is the truncated singular value decomposition, which no other product of that
+    rank beats in the Frobenius or the spectral norm (Eckart and Young, 1936). The
+    singular values are shared evenly between the factors.
 
     Args:
         matrix: shape (n, k). For a weight update of ``nn.Linear``, (out, in), pass its
@@ -116,25 +120,29 @@ def magnitude_change(weight: Tensor, reference: Tensor) -> Tensor:
 def direction_change(weight: Tensor, reference: Tensor) -> Tensor:
     """Return ΔD, by how much the rows have turned on average.
 
-    ΔD = (1/k) Σ (1 − cos(w_n, w⁰_n)) over the k output neurons (arXiv 2402.09353, Eq. 4).
+    ΔD = (1/k) Σ (1 − cos(w_n, w⁰_n)) over the k output neurons (arXiv 2402.09353, Eq.
+    4).
 
     Args:
         weight: the weight after training, (out, in).
         reference: the weight before it, of the same shape.
 
     Returns:
-        A scalar tensor from 0 (no row has turned) to 2 (all are reversed). A zero row counts
-        as turned by a right angle, 1.
+        A scalar tensor from 0 (no row has turned) to 2 (all are reversed). A zero row
+        counts as turned by a right angle, 1.
     """
     _check_same_shape(weight, reference)
-    cosines = (magnitude_and_direction(weight).direction * magnitude_and_direction(reference).direction).sum(
-        dim=1
-    )
+    cosines = (
+        magnitude_and_direction(weight).direction
+        * magnitude_and_direction(reference).direction
+    ).sum(dim=1)
     return (1 - cosines).mean()
 
 
 def _floating(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of ``tensor``, or the default one in the place of whole numbers."""
+    """Return the dtype of ``tensor``, or the default one in the place of whole
+    numbers.
+    """
     return tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
 
 

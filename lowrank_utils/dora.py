@@ -1,4 +1,5 @@
-"""DoRA: a linear layer whose rows have a trained length and a direction trained by LoRA.
+"""DoRA: a linear layer whose rows have a trained length and a direction trained by
+LoRA.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
 """
@@ -24,15 +25,15 @@ from lowrank_utils.promises import SCALES, SQUARES
 class LinearWithDoRAMerged(AdaptedLinear):
     """DoRA merged in the forward pass: y = x(c ⊙ V)ᵀ + b with V = W + ΔW and c = m/‖V‖.
 
-    The magnitude m has one entry per output neuron, that is per row of torch's weight, and
-    starts as ‖W‖, so the layer starts as the linear one (arXiv 2402.09353, Eq. 5).
+    The magnitude m has one entry per output neuron, that is per row of torch's weight,
+    and starts as ‖W‖, so the layer starts as the linear one (arXiv 2402.09353, Eq. 5).
 
     Args:
         linear: the pretrained layer. It is kept, not copied.
         rank: inner dimension of the LoRA factors.
         alpha: their scaling s.
-        detach_norm: treat ‖V‖ as a constant in the backward pass (§4.3 of the paper). False
-            keeps its gradient.
+        detach_norm: treat ‖V‖ as a constant in the backward pass (§4.3 of the paper).
+            False keeps its gradient.
         lora_options: further arguments of ``LoRALayer``, such as ``init``.
 
     Raises:
@@ -41,7 +42,13 @@ class LinearWithDoRAMerged(AdaptedLinear):
     """
 
     def __init__(
-        self, linear: nn.Linear, rank: int, alpha: float, *, detach_norm: bool = True, **lora_options: Any
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        detach_norm: bool = True,
+        **lora_options: Any,
     ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
         self.m = nn.Parameter(magnitude_and_direction(linear.weight.detach()).magnitude)
@@ -59,11 +66,15 @@ class LinearWithDoRAMerged(AdaptedLinear):
         return F.linear(x, self.weight, self.bias)
 
 
-def scale_and_bias(layer: LinearWithDoRAMerged, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return c = m/‖V‖, (out,), and the bias, (out,) or None, in the dtype of the output that they are for.
+def scale_and_bias(
+    layer: LinearWithDoRAMerged, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return c = m/‖V‖, (out,), and the bias, (out,) or None, in the dtype of the
+    output that they are for.
 
-    c is what ``row_scale(m, row_norms(V))`` gives, up to rounding. Inside ``constant_weights`` it is computed once.
-    Under autocast an output is narrower than m and the bias, and stays so, as with ``nn.Linear``.
+    c is what ``row_scale(m, row_norms(V))`` gives, up to rounding. Inside
+    ``constant_weights`` it is computed once. Under autocast an output is narrower than
+    m and the bias, and stays so, as with ``nn.Linear``.
 
     Args:
         layer: a DoRA layer.
@@ -75,12 +86,16 @@ def scale_and_bias(layer: LinearWithDoRAMerged, dtype: torch.dtype) -> tuple[Ten
 
 
 def _scale(layer: LinearWithDoRAMerged) -> Tensor:
-    """Return c without forming V where that is faster; where the norm keeps its gradient, V is formed."""
+    """Return c without forming V where that is faster; where the norm keeps its
+    gradient, V is formed.
+    """
     W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
     if torch.is_grad_enabled() and not layer.detach_norm:
         norm = row_norms(layer.updated_weight())
     elif factored_norm_pays(W, A):
-        squares = SQUARES.value(layer, lambda layer: squared_row_norms(layer.linear.weight))
+        squares = SQUARES.value(
+            layer, lambda layer: squared_row_norms(layer.linear.weight)
+        )
         with without_autocast(W.device):
             norm = factored_row_norms(W, A, B, layer.lora.alpha, squares)
     else:
@@ -92,9 +107,9 @@ def _scale(layer: LinearWithDoRAMerged) -> Tensor:
 class LinearWithDoRA(LinearWithDoRAMerged):
     """DoRA unmerged and exact: y = c ⊙ (xWᵀ + s·xAB) + b, the bias not scaled.
 
-    A row's scale can be applied to the weight or to the output that the row produces, so this
-    equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is needed for its norms
-    alone, and those cost less than V.
+    A row's scale can be applied to the weight or to the output that the row produces,
+    so this equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is
+    needed for its norms alone, and those cost less than V.
     """
 
     def forward(self, x: Tensor) -> Tensor:

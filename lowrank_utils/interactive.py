@@ -1,7 +1,8 @@
 """A picture with sliders, which is drawn anew where a slider moves.
 
-A page without a kernel, on paper or on the web, can't move a slider. So what is kept of such a picture in the file of
-a notebook is one sentence (tools/execute_notebooks.py), and a still picture stands beside it.
+A page without a kernel, on paper or on the web, can't move a slider. So what is kept of
+such a picture in the file of a notebook is one sentence (tools/execute_notebooks.py),
+and a still picture stands beside it.
 """
 
 import io
@@ -12,7 +13,9 @@ import matplotlib.pyplot as plt
 from ipywidgets import Image, VBox
 from matplotlib.figure import Figure
 
-WITHOUT_A_KERNEL = "Run this cell in JupyterLab: a slider appears here, and the picture follows it."
+WITHOUT_A_KERNEL = (
+    "Run this cell in JupyterLab: a slider appears here, and the picture follows it."
+)
 
 
 class PictureWithSliders(VBox):
@@ -21,14 +24,18 @@ class PictureWithSliders(VBox):
     As the last expression of a cell it shows itself.
 
     Args:
-        draw: takes the sliders' values by name and returns a figure, which is closed after it was shown.
+        draw: takes the sliders' values by name and returns a figure, which is closed
+            after it was shown.
         sliders: by the name of the argument that each one sets.
     """
 
     def __init__(self, draw: Callable[..., Figure], **sliders: Any) -> None:
         self.draw, self.sliders = draw, sliders
-        # In a box it would be stretched to the width of the page, and a square one be taller than a screen.
-        self.picture = Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
+        # In a box it would be stretched to the width of the page, and a square one be
+        # taller than a screen.
+        self.picture = Image(
+            format="png", layout={"max_width": "100%", "align_self": "flex-start"}
+        )
         super().__init__([*sliders.values(), self.picture])
         for slider in sliders.values():
             # The default width cuts labels of several words.
@@ -39,7 +46,9 @@ class PictureWithSliders(VBox):
 
     def redraw(self) -> None:
         """Draw the picture for the sliders' present values."""
-        figure = self.draw(**{name: slider.value for name, slider in self.sliders.items()})
+        figure = self.draw(
+            **{name: slider.value for name, slider in self.sliders.items()}
+        )
         png = io.BytesIO()
         figure.savefig(png, format="png")
         plt.close(figure)

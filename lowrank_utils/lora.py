@@ -28,8 +28,8 @@ def article_init(A: Tensor) -> Tensor:
 def peft_init(A: Tensor) -> Tensor:
     """Fill A (in, r) as PEFT does, uniform between ±1/√in, and return it.
 
-    PEFT calls ``kaiming_uniform_(a=√5)`` on its A of shape (r, in). The same call on our
-    (in, r) would take r for the number of inputs, so the bound is written out here.
+    PEFT calls ``kaiming_uniform_(a=√5)`` on its A of shape (r, in). The same call on
+    our (in, r) would take r for the number of inputs, so the bound is written out here.
     """
     bound = 1 / math.sqrt(A.shape[0])
     return nn.init.uniform_(A, -bound, bound)
@@ -39,9 +39,16 @@ INITIALISATIONS = {"article": article_init, "peft": peft_init}
 
 
 def check_lora_arguments(
-    in_dim: int, out_dim: int, rank: int, alpha: float, init: str, dtype: torch.dtype | None
+    in_dim: int,
+    out_dim: int,
+    rank: int,
+    alpha: float,
+    init: str,
+    dtype: torch.dtype | None,
 ) -> None:
-    """Refuse sizes below 1, an alpha that isn't finite, an unknown initialisation and a dtype without fractions."""
+    """Refuse sizes below 1, an alpha that isn't finite, an unknown initialisation and a
+    dtype without fractions.
+    """
     check_whole_number("in_dim", in_dim, minimum=1)
     check_whole_number("out_dim", out_dim, minimum=1)
     check_whole_number("rank", rank, minimum=1)
@@ -60,24 +67,29 @@ def check_lora_arguments(
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which products keep the precision of their factors."""
     # The meta device, for one, has no autocast to switch off.
-    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(
+        device.type
+    )
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 class LoRALayer(nn.Module):
     """The low-rank map x → s·x·A·B, which is zero until B is trained.
 
-    A is random and B zero, so the product starts at zero, yet B's first gradient is not zero
-    (arXiv 2106.09685, §4.1). The scaling s is ``alpha`` as it is; for the paper's and PEFT's
-    α/r pass ``alpha=α / rank``, for rsLoRA's α/√r (arXiv 2312.03732) ``alpha=α / rank**0.5``.
+    A is random and B zero, so the product starts at zero, yet B's first gradient is not
+    zero (arXiv 2106.09685, §4.1). The scaling s is ``alpha`` as it is; for the paper's
+    and PEFT's α/r pass ``alpha=α / rank``, for rsLoRA's α/√r (arXiv 2312.03732)
+    ``alpha=α / rank**0.5``.
 
     Args:
         in_dim: number of input features.
         out_dim: number of output features.
-        rank: inner dimension r of A (in, r) and B (r, out). A rank above both sides is allowed
-            with a warning: it costs more than the weight itself and can say no more.
+        rank: inner dimension r of A (in, r) and B (r, out). A rank above both sides is
+            allowed with a warning: it costs more than the weight itself and can say no
+            more.
         alpha: the scaling s, a finite number.
-        init: ``"article"`` draws A with standard deviation 1/√r; ``"peft"`` uniformly between ±1/√in.
+        init: ``"article"`` draws A with standard deviation 1/√r; ``"peft"`` uniformly
+            between ±1/√in.
         device, dtype: where A and B live and in which precision, as for ``nn.Linear``.
 
     Raises:
@@ -117,13 +129,18 @@ class LoRALayer(nn.Module):
 def is_adapter(module: nn.Module) -> bool:
     """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
 
-    It goes by the attributes ``linear`` and ``lora``, so that a class written in a notebook counts too.
+    It goes by the attributes ``linear`` and ``lora``, so that a class written in a
+    notebook counts too.
     """
-    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(module, "lora")
+    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(
+        module, "lora"
+    )
 
 
 def check_linear(linear: Any) -> nn.Linear:
-    """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point weight."""
+    """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point
+    weight.
+    """
     kind = type(linear).__name__
     if is_adapter(linear):
         raise TypeError(
@@ -133,14 +150,19 @@ def check_linear(linear: Any) -> nn.Linear:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear must be an nn.Linear; got {kind}")
     if isinstance(linear.weight, nn.UninitializedParameter):
-        raise ValueError(f"linear ({kind}) has no shape yet: pass one batch through the model first")
+        raise ValueError(
+            f"linear ({kind}) has no shape yet: pass one batch through the model first"
+        )
     if not linear.weight.dtype.is_floating_point:
-        raise TypeError(f"linear must have a floating-point weight; got {linear.weight.dtype}")
+        raise TypeError(
+            f"linear must have a floating-point weight; got {linear.weight.dtype}"
+        )
     return linear
 
 
 class AroundLinear(nn.Module):
-    """What is put around a pretrained linear layer and answers to its sizes and its bias, like the layer itself.
+    """What is put around a pretrained linear layer and answers to its sizes and its
+    bias, like the layer itself.
 
     Attributes:
         linear: the pretrained layer.
@@ -165,11 +187,12 @@ class AroundLinear(nn.Module):
 
 
 class AdaptedLinear(AroundLinear):
-    """A linear layer and a ``LoRALayer`` beside it: what all four wrappers have in common.
+    """A linear layer and a ``LoRALayer`` beside it: what all four wrappers have in
+    common.
 
     It answers to ``weight``, ``bias``, ``in_features`` and ``out_features`` like the
-    ``nn.Linear`` that it replaces, so code that reads those instead of calling the layer
-    (``nn.MultiheadAttention`` does) gets the adapted weight.
+    ``nn.Linear`` that it replaces, so code that reads those instead of calling the
+    layer (``nn.MultiheadAttention`` does) gets the adapted weight.
 
     Args:
         linear: the pretrained layer. It is kept, not copied.
@@ -182,12 +205,16 @@ class AdaptedLinear(AroundLinear):
         ValueError: ``linear`` has no shape yet, or an argument is out of range.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+    ) -> None:
         super().__init__()
         W = check_linear(linear).weight
         out_dim, in_dim = W.shape
         self.linear = linear
-        self.lora = LoRALayer(in_dim, out_dim, rank, alpha, device=W.device, dtype=W.dtype, **lora_options)
+        self.lora = LoRALayer(
+            in_dim, out_dim, rank, alpha, device=W.device, dtype=W.dtype, **lora_options
+        )
 
     def updated_weight(self) -> Tensor:
         """Return W + ΔW, (out, in); for DoRA this is V."""
@@ -203,7 +230,9 @@ class AdaptedLinear(AroundLinear):
 
 
 class LinearWithLoRA(AdaptedLinear):
-    """LoRA unmerged: y = xWᵀ + b + s·xAB, two thin products beside the frozen one (arXiv 2106.09685, Eq. 3)."""
+    """LoRA unmerged: y = xWᵀ + b + s·xAB, two thin products beside the frozen one
+    (arXiv 2106.09685, Eq. 3).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
@@ -211,7 +240,9 @@ class LinearWithLoRA(AdaptedLinear):
 
 
 class LinearWithLoRAMerged(AdaptedLinear):
-    """LoRA merged in the forward pass: y = x(W + ΔW)ᵀ + b, equal to ``LinearWithLoRA`` up to rounding."""
+    """LoRA merged in the forward pass: y = x(W + ΔW)ᵀ + b, equal to ``LinearWithLoRA``
+    up to rounding.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""

@@ -1,7 +1,9 @@
-"""DoRA's c = m/‖V‖ by rows, and two ways to compute the norms of V = W + ΔW: tensors in, tensors out.
+"""DoRA's c = m/‖V‖ by rows, and two ways to compute the norms of V = W + ΔW: tensors
+in, tensors out.
 
-Notebook 8 derives the factored way. Storing the norms of an updated weight without the weight is
-also the subject of "Scaling DoRA: High-Rank Adaptation via Factored Norms and Fused Kernels", arXiv 2603.22276.
+Notebook 8 derives the factored way. Storing the norms of an updated weight without the
+weight is also the subject of "Scaling DoRA: High-Rank Adaptation via Factored Norms and
+Fused Kernels", arXiv 2603.22276.
 """
 
 import torch
@@ -41,12 +43,14 @@ def factored_row_norms(
     alpha: float,
     squares: Tensor | None = None,
 ) -> Tensor:
-    """Return ‖W + s·(A·B)ᵀ‖ by rows from products with the thin factors alone; A·B is never formed.
+    """Return ‖W + s·(A·B)ᵀ‖ by rows from products with the thin factors alone; A·B is
+    never formed.
 
-    ‖W + sBᵀAᵀ‖² = ‖W‖² + 2s·Σ_r (AᵀWᵀ) ⊙ B + s²·Σ_r (AᵀA·B) ⊙ B, summed over the rank. The sum
-    loses digits where the update takes most of a row away, so rows that have become shorter than half of W's
-    are computed from the updated weight. For all others no term is larger than 12‖V‖², so of rounding errors
-    there is at most a small multiple.
+    ‖W + sBᵀAᵀ‖² = ‖W‖² + 2s·Σ_r (AᵀWᵀ) ⊙ B + s²·Σ_r (AᵀA·B) ⊙ B, summed over the rank.
+    The sum loses digits where the update takes most of a row away, so rows that have
+    become shorter than half of W's are computed from the updated weight. For all others
+    no term is larger than 12‖V‖², so of rounding errors there is at most a small
+    multiple.
 
     Args:
         W: the weight, (out, in).
@@ -63,22 +67,28 @@ def factored_row_norms(
         squares = squared_row_norms(W) if squares is None else squares
         update = torch.addmm(AW, A.T @ A, B, beta=2 * alpha, alpha=alpha**2)
         sums = torch.linalg.vecdot(update, B, dim=0).add_(squares)
-        # Written so that NaN and what overflows count as unsafe too, and a row of zeros as well.
+        # Written so that NaN and what overflows count as unsafe too, and a row of zeros
+        # as well.
         safe = (
-            (sums > 0.25 * squares) & (sums < torch.finfo(W.dtype).max) & (sums > torch.finfo(W.dtype).tiny)
+            (sums > 0.25 * squares)
+            & (sums < torch.finfo(W.dtype).max)
+            & (sums > torch.finfo(W.dtype).tiny)
         )
         norms = sums.sqrt_()
         if not safe.all():
             rows = (~safe).nonzero().squeeze(1)
-            norms[rows] = row_norms(torch.addmm(W[rows], B[:, rows].T, A.T, alpha=alpha)).to(W.dtype)
+            norms[rows] = row_norms(
+                torch.addmm(W[rows], B[:, rows].T, A.T, alpha=alpha)
+            ).to(W.dtype)
     return norms
 
 
 def factored_norm_pays(W: Tensor, A: Tensor) -> bool:
-    """Tell whether ``factored_row_norms`` is the faster way for W (out, in) and A (in, r), and a safe one.
+    """Tell whether ``factored_row_norms`` is the faster way for W (out, in) and A (in,
+    r), and a safe one.
 
-    It pays for weights from 2¹⁸ entries on, below which its many small steps take longer than A·B
-    (benchmarks/adapter_speed.py).
+    It pays for weights from 2¹⁸ entries on, below which its many small steps take
+    longer than A·B (benchmarks/adapter_speed.py).
     """
     rank = A.shape[1]
     return (
@@ -93,16 +103,20 @@ def factored_norm_pays(W: Tensor, A: Tensor) -> bool:
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Tell whether a result can be looked at on the way: not while torch compiles, batches or only infers shapes."""
+    """Tell whether a result can be looked at on the way: not while torch compiles,
+    batches or only infers shapes.
+    """
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     return not torch._C._are_functorch_transforms_active()
 
 
 def formed_row_norms(V: Tensor) -> Tensor:
-    """Return ``row_norms(V)``, in float32 for a float32 V if its squares neither vanish nor overflow there.
+    """Return ``row_norms(V)``, in float32 for a float32 V if its squares neither vanish
+    nor overflow there.
 
-    At 784 → 128 the float64 copy that ``row_norms`` makes takes a tenth of a training step and twice V's memory.
+    At 784 → 128 the float64 copy that ``row_norms`` makes takes a tenth of a training
+    step and twice V's memory.
     """
     if V.dtype == torch.float32 and not V.requires_grad and values_can_be_read(V):
         norms = torch.linalg.vector_norm(V, dim=1)

@@ -1,4 +1,6 @@
-"""What is computed once and kept, because the caller promised that the weights it comes from stay as they are."""
+"""What is computed once and kept, because the caller promised that the weights it comes
+from stay as they are.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +14,13 @@ from lowrank_utils.lora import is_adapter
 
 
 class Promise:
-    """A promise about the layers of a model, and what each layer keeps on the strength of it.
+    """A promise about the layers of a model, and what each layer keeps on the strength
+    of it.
 
-    It holds in the thread that gave it alone. A change that torch counts is seen at once, and the value is
-    computed anew. Some changes aren't counted (through ``.data``, by a fused optimizer): these break the promise,
-    and are an error at its end.
+    It holds in the thread that gave it alone. A change that torch counts is seen at
+    once, and the value is computed anew. Some changes aren't counted (through
+    ``.data``, by a fused optimizer): these break the promise, and are an error at its
+    end.
 
     Args:
         block: the name of the context manager that gives it, for the error.
@@ -63,8 +67,11 @@ class Promise:
                 "since then used the norms from before the change. Change weights outside the block"
             )
 
-    def value(self, layer: nn.Module, compute: Callable[[Any], Tensor]) -> Tensor | None:
-        """Return the layer's value, computed now or kept; None where nothing may be kept.
+    def value(
+        self, layer: nn.Module, compute: Callable[[Any], Tensor]
+    ) -> Tensor | None:
+        """Return the layer's value, computed now or kept; None where nothing may be
+        kept.
 
         Args:
             layer: whose value.
@@ -74,9 +81,12 @@ class Promise:
         if layer not in kept:
             return None
         sources = self._sources(layer)
-        trained = torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in sources)
+        trained = torch.is_grad_enabled() and any(
+            isinstance(s, Tensor) and s.requires_grad for s in sources
+        )
         if trained or (layer.training and not self._in_training):
-            # After a pass with gradients an optimizer may follow, and not every one is counted.
+            # After a pass with gradients an optimizer may follow, and not every one is
+            # counted.
             kept[layer] = None
             return None
         marks = _marks(sources)
@@ -92,13 +102,16 @@ class Promise:
         if entry.marks != _marks(self._sources(layer)):
             # Torch noticed this change, and the next forward pass would have, too.
             return False
-        # As exact as the sources are: a value of more digits than theirs holds their rounding.
+        # As exact as the sources are: a value of more digits than theirs holds their
+        # rounding.
         rtol = 64 * torch.finfo(layer.linear.weight.dtype).eps
         return not torch.allclose(entry.compute(layer), entry.value, rtol=rtol, atol=0)
 
 
 class _Kept(NamedTuple):
-    """A value, the marks of its sources when it was computed, and how to compute it again."""
+    """A value, the marks of its sources when it was computed, and how to compute it
+    again.
+    """
 
     value: Tensor
     marks: list[Any]
@@ -106,7 +119,9 @@ class _Kept(NamedTuple):
 
 
 def _marks(sources: tuple[Any, ...]) -> list[Any]:
-    """Return what differs after every change that torch notices: another tensor, dtype, place, version or number."""
+    """Return what differs after every change that torch notices: another tensor, dtype,
+    place, version or number.
+    """
     return [
         (id(s), s.dtype, s.data_ptr(), None if s.is_inference() else s._version)
         if isinstance(s, Tensor)
@@ -119,7 +134,13 @@ def _marks(sources: tuple[Any, ...]) -> list[Any]:
 SCALES = Promise(
     "constant_weights",
     # At each pass: a module looks its parts up slowly.
-    lambda layer: (layer.linear.weight, (lora := layer.lora).A, lora.B, layer.m, lora.alpha),
+    lambda layer: (
+        layer.linear.weight,
+        (lora := layer.lora).A,
+        lora.B,
+        layer.m,
+        lora.alpha,
+    ),
     in_training=False,
 )
 # ‖W‖² by rows, (out,).
@@ -132,13 +153,15 @@ SQUARES = Promise(
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer needs c = m/‖V‖ only once.
+    """Promise that the weights of ``model`` stay as they are, so that each DoRA layer
+    needs c = m/‖V‖ only once.
 
-    Inside the block, a layer in evaluation mode computes c in its first forward pass without gradients
-    and keeps it. A new one is computed after ``load_state_dict``, a conversion, another change that torch
-    counts, or a forward pass with gradients, which an optimizer needs before its step. Copies of the
-    model made in the block keep nothing. Some changes aren't counted (through ``.data``, by a
-    fused optimizer), so at the end of the block every kept c is compared with a new one::
+    Inside the block, a layer in evaluation mode computes c in its first forward pass
+    without gradients and keeps it. A new one is computed after ``load_state_dict``, a
+    conversion, another change that torch counts, or a forward pass with gradients,
+    which an optimizer needs before its step. Copies of the model made in the block keep
+    nothing. Some changes aren't counted (through ``.data``, by a fused optimizer), so
+    at the end of the block every kept c is compared with a new one::
 
         model.eval()
         with torch.no_grad(), constant_weights(model):
@@ -148,8 +171,8 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         model: a module with adapters in it.
 
     Raises:
-        RuntimeError: at the end of the block, if weights were changed unnoticed. The outputs
-            since that change were computed with an old c.
+        RuntimeError: at the end of the block, if weights were changed unnoticed. The
+            outputs since that change were computed with an old c.
     """
     with SCALES.given_for(model):
         yield
@@ -157,11 +180,13 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Promise that the pretrained weights of ``model`` stay as they are while its adapters are trained.
+    """Promise that the pretrained weights of ``model`` stay as they are while its
+    adapters are trained.
 
-    Inside the block, a DoRA layer whose W is frozen reads W once for ‖W‖² and keeps it, where it computes ‖V‖
-    by ``factored_row_norms``. A large layer then saves a pass over W in each step, and computes the same bits.
-    What is noticed of a change, and when, is as in ``constant_weights``::
+    Inside the block, a DoRA layer whose W is frozen reads W once for ‖W‖² and keeps it,
+    where it computes ‖V‖ by ``factored_row_norms``. A large layer then saves a pass
+    over W in each step, and computes the same bits. What is noticed of a change, and
+    when, is as in ``constant_weights``::
 
         with frozen_weights(model):
             ...  # train as usual
@@ -170,8 +195,8 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         model: a module with adapters in it.
 
     Raises:
-        RuntimeError: at the end of the block, if a pretrained weight was changed unnoticed. The outputs
-            since that change were computed with old norms.
+        RuntimeError: at the end of the block, if a pretrained weight was changed
+            unnoticed. The outputs since that change were computed with old norms.
     """
     with SQUARES.given_for(model):
         yield

@@ -1,4 +1,6 @@
-"""The multilayer perceptron, the training loop, accuracy, and the reproducible setting."""
+"""The multilayer perceptron, the training loop, accuracy, and the reproducible
+setting.
+"""
 
 import inspect
 import os
@@ -14,19 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_utils._arguments import check_finite_number, check_floating_dtype, check_seed, check_whole_number
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_floating_dtype,
+    check_seed,
+    check_whole_number,
+)
 from lowrank_utils.adapt import parameter_groups
 from lowrank_utils.data import Digits
 
 
 def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
-    """Make what follows come out the same on every processor and with any number of threads.
+    """Make what follows come out the same on every processor and with any number of
+    threads.
 
-    Seeds Python, NumPy and torch, lets torch use deterministic algorithms and one thread only,
-    and makes ``dtype`` torch's default. In float32 a training run ends differently on processors with
-    other vector units, because sums are taken in another order and each rounding is amplified
-    by all steps after it. In float64 the differences start at the sixteenth digit, and
-    the printed ones stay the same.
+    Seeds Python, NumPy and torch, lets torch use deterministic algorithms and one
+    thread only, and makes ``dtype`` torch's default. In float32 a training run ends
+    differently on processors with other vector units, because sums are taken in another
+    order and each rounding is amplified by all steps after it. In float64 the
+    differences start at the sixteenth digit, and the printed ones stay the same.
 
     Args:
         seed: 0 or more.
@@ -38,12 +46,15 @@ def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
     np.random.seed(seed)  # noqa: NPY002 (some libraries draw from this state)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
-    # The same as use_deterministic_algorithms(True), which loads torch's compiler to tell it as well.
+    # The same as use_deterministic_algorithms(True), which loads torch's compiler to
+    # tell it as well.
     torch.set_deterministic_debug_mode("error")
-    # Sums then don't depend on how many cores there are. For layers as small as these a second
-    # thread gains nothing, and on a busy machine threads that wait for each other cost tenfold.
+    # Sums then don't depend on how many cores there are. For layers as small as these a
+    # second thread gains nothing, and on a busy machine threads that wait for each
+    # other cost tenfold.
     torch.set_num_threads(1)
-    # CUDA's matrix products are deterministic only with this setting; the CPU ignores it.
+    # CUDA's matrix products are deterministic only with this setting; the CPU ignores
+    # it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -57,7 +68,9 @@ class MultilayerPerceptron(nn.Module):
         num_classes: number of outputs, 10 for MNIST.
     """
 
-    def __init__(self, num_features: int, num_hidden_1: int, num_hidden_2: int, num_classes: int) -> None:
+    def __init__(
+        self, num_features: int, num_hidden_1: int, num_hidden_2: int, num_classes: int
+    ) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(num_features, num_hidden_1),
@@ -75,8 +88,9 @@ class MultilayerPerceptron(nn.Module):
 class _EagerAdam(torch.optim.Adam):
     """torch's Adam for training without ``torch.compile``.
 
-    Torch keeps its compiler away from these two methods by decorators that load the compiler first. That is a second or
-    two at the first step of every process, as long as many a training here. Below the decorators are the same methods.
+    Torch keeps its compiler away from these two methods by decorators that load the
+    compiler first. That is a second or two at the first step of every process, as long
+    as many a training here. Below the decorators are the same methods.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
@@ -84,20 +98,24 @@ class _EagerAdam(torch.optim.Adam):
 
 
 def adam(parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
-    """Return Adam with all its steps in one kernel, which for small layers saves much of a training step.
+    """Return Adam with all its steps in one kernel, which for small layers saves much
+    of a training step.
 
     Args:
-        parameters: parameters, or groups of them as ``adapt.parameter_groups`` gives them.
+        parameters: parameters, or groups of them as ``adapt.parameter_groups`` gives
+            them.
         learning_rate: of those that have none of their own.
     """
     return _EagerAdam(parameters, learning_rate, fused=True)
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
-    """Return what the learning rate of a step is multiplied by: it rises for a tenth of the steps, then falls in a line.
+    """Return what the learning rate of a step is multiplied by: it rises for a tenth of
+    the steps, then falls in a line.
 
-    Adam's first steps are its least informed ones, since its averages hold a few gradients only; the warm-up
-    keeps them small. The decay lets a run come to rest: of n steps after the warm-up the last one has 1/n of the rate.
+    Adam's first steps are its least informed ones, since its averages hold a few
+    gradients only; the warm-up keeps them small. The decay lets a run come to rest: of
+    n steps after the warm-up the last one has 1/n of the rate.
 
     Args:
         step: which, from 0.
@@ -109,13 +127,15 @@ def warm_up_and_decay(step: int, steps: int) -> float:
 
 @dataclass
 class History:
-    """What a training run went through, one entry per epoch, for ``plots.plot_history``.
+    """What a training run went through, one entry per epoch, for
+    ``plots.plot_history``.
 
     Attributes:
         loss: mean cross-entropy over the epoch's examples, in nats.
-        train_accuracy: fraction of the training digits classified correctly after the epoch; empty if it
-            wasn't to be measured.
-        validation_accuracy: the same for the validation digits; empty if there were none.
+        train_accuracy: fraction of the training digits classified correctly after the
+            epoch; empty if it wasn't to be measured.
+        validation_accuracy: the same for the validation digits; empty if there were
+            none.
         steps: how many times the weights were updated, in all.
     """
 
@@ -143,10 +163,11 @@ def train(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> History:
-    """Train the trainable parameters of ``model`` to classify ``digits``, and return how it went.
+    """Train the trainable parameters of ``model`` to classify ``digits``, and return
+    how it went.
 
-    The digits are whole tensors in memory and each batch is an index into them: no process, no
-    file and no conversion stands between two steps.
+    The digits are whole tensors in memory and each batch is an index into them: no
+    process, no file and no conversion stands between two steps.
 
     Args:
         model: changed in place.
@@ -156,18 +177,23 @@ def train(
         batch_size: examples per step; the last batch of an epoch may be smaller.
         seed: of the generator that shuffles, which nothing else draws from.
         validation: digits to measure after each epoch, never to learn from.
-        factors: pattern of parameter names → factor of the learning rate, as in ``adapt.parameter_groups``.
-        schedule: called with a step, from 0, and the number of all steps, for what all rates are multiplied
-            by in that step; ``warm_up_and_decay`` is one. By default the rates stay.
-        optimizer: called with the trainable parameters, in groups if there are ``factors``, and the rate.
+        factors: pattern of parameter names → factor of the learning rate, as in
+            ``adapt.parameter_groups``.
+        schedule: called with a step, from 0, and the number of all steps, for what all
+            rates are multiplied by in that step; ``warm_up_and_decay`` is one. By
+            default the rates stay.
+        optimizer: called with the trainable parameters, in groups if there are
+            ``factors``, and the rate.
         after_epoch: called with the model after each epoch, to look at it.
-        measure_training: measure the accuracy on ``digits`` after each epoch, which takes a pass over them.
+        measure_training: measure the accuracy on ``digits`` after each epoch, which
+            takes a pass over them.
         device: where to train; by default, where the model is.
         dtype: in which precision to train; by default, the model's.
         progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
 
     Raises:
-        TypeError, ValueError: an argument isn't what is allowed, or nothing is trainable.
+        TypeError, ValueError: an argument isn't what is allowed, or nothing is
+            trainable.
         FloatingPointError: the loss is no longer finite.
     """
     check_whole_number("epochs", epochs, minimum=1)
@@ -178,7 +204,9 @@ def train(
         check_floating_dtype("dtype", dtype)
     for name, part in {"digits": digits, "validation": validation}.items():
         if part is not None and len(part.labels) == 0:
-            raise ValueError(f"{name} is empty; training needs at least one digit in it")
+            raise ValueError(
+                f"{name} is empty; training needs at least one digit in it"
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no trainable parameters: everything is frozen")
     if factors is not None:
@@ -190,8 +218,13 @@ def train(
     validation = None if validation is None else _beside(model, validation)
     images, labels = digits
 
-    # Frozen weights aren't even given to the optimizer: it keeps no state for them and can't decay them.
-    groups = parameters if factors is None else parameter_groups(model, learning_rate, factors)
+    # Frozen weights aren't even given to the optimizer: it keeps no state for them and
+    # can't decay them.
+    groups = (
+        parameters
+        if factors is None
+        else parameter_groups(model, learning_rate, factors)
+    )
     update = optimizer(groups, learning_rate)
     rates = [group["lr"] for group in update.param_groups]
     shuffle = torch.Generator().manual_seed(seed)
@@ -200,13 +233,22 @@ def train(
     silenced = {} if progress else {"disable": True}
     steps = epochs * -(-len(labels) // batch_size)
     model.train()
-    with tqdm(total=steps, unit="step", leave=False, file=sys.stdout, **silenced) as bar:
+    with tqdm(
+        total=steps, unit="step", leave=False, file=sys.stdout, **silenced
+    ) as bar:
         for epoch in range(epochs):
             losses = []
-            batches = torch.randperm(len(labels), generator=shuffle).to(labels.device).split(batch_size)
+            batches = (
+                torch.randperm(len(labels), generator=shuffle)
+                .to(labels.device)
+                .split(batch_size)
+            )
             for batch in batches:
-                loss = F.cross_entropy(model(images.index_select(0, batch)), labels.index_select(0, batch))
-                # What zero_grad() does, without its bookkeeping: for small layers that is a part of each step.
+                loss = F.cross_entropy(
+                    model(images.index_select(0, batch)), labels.index_select(0, batch)
+                )
+                # What zero_grad() does, without its bookkeeping: for small layers that
+                # is a part of each step.
                 for parameter in parameters:
                     parameter.grad = None
                 loss.backward()
@@ -220,7 +262,9 @@ def train(
                 bar.update()
             # Weighted, since the last batch may be smaller.
             sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
-            history.loss.append((torch.stack(losses).cpu().double() @ sizes).item() / len(labels))
+            history.loss.append(
+                (torch.stack(losses).cpu().double() @ sizes).item() / len(labels)
+            )
             if not np.isfinite(history.loss[-1]):
                 raise FloatingPointError(
                     f"the loss is {history.loss[-1]} in epoch {epoch + 1}; "
@@ -243,12 +287,15 @@ def _beside(model: nn.Module, digits: Digits) -> Digits:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits, batch_size: int = 2048) -> float:
-    """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to 1.
+    """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to
+    1.
 
     Args:
-        model: maps images (n, 784) to scores (n, classes); its training mode is left as it is.
+        model: maps images (n, 784) to scores (n, classes); its training mode is left as
+            it is.
         digits: at least one.
-        batch_size: examples per forward pass; it bounds the memory and doesn't change the result.
+        batch_size: examples per forward pass; it bounds the memory and doesn't change
+            the result.
     """
     check_whole_number("batch_size", batch_size, minimum=1)
     if len(digits.labels) == 0:
@@ -260,7 +307,9 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 2048) -> float:
         correct = sum(
             torch.sum(model(images).argmax(dim=1) == labels).item()
             for images, labels in zip(
-                digits.images.split(batch_size), digits.labels.split(batch_size), strict=True
+                digits.images.split(batch_size),
+                digits.labels.split(batch_size),
+                strict=True,
             )
         )
     finally:

@@ -1,4 +1,5 @@
-"""JupyterLab as a process of the tests: with folders of its own, closed to the network, and ended with them.
+"""JupyterLab as a process of the tests: with folders of its own, closed to the network,
+and ended with them.
 
 The functions at the end run in the server and in its kernels.
 """
@@ -17,7 +18,11 @@ from pathlib import Path
 
 import pytest
 
-CONFIGURATION_FILES = ("jupyter_server_config.py", "jupyter_config.py", "jupyter_lab_config.py")
+CONFIGURATION_FILES = (
+    "jupyter_server_config.py",
+    "jupyter_config.py",
+    "jupyter_lab_config.py",
+)
 
 
 class LabProcess:
@@ -25,7 +30,8 @@ class LabProcess:
 
     Args:
         process: its process.
-        folder: what it was started with: its configuration, data, kernels' start-up and output.
+        folder: what it was started with: its configuration, data, kernels' start-up and
+            output.
     """
 
     def __init__(self, process: subprocess.Popen, folder: Path):
@@ -37,19 +43,22 @@ class LabProcess:
         return (self.folder / "output").read_text(encoding="utf-8")
 
     def elsewhere(self) -> list[str]:
-        """Return the hosts that the server and its kernels tried to reach beyond this machine."""
+        """Return the hosts that the server and its kernels tried to reach beyond this
+        machine."""
         file = self.folder / "elsewhere"
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
     def information(self) -> dict | None:
-        """Return what the server wrote about itself, such as port and token; None if it hasn't yet."""
+        """Return what the server wrote about itself, such as port and token; None if it
+        hasn't yet."""
         for file in (self.folder / "RUNTIME").glob("jpserver-*.json"):
             with contextlib.suppress(ValueError):
                 return json.loads(file.read_text(encoding="utf-8"))
         return None
 
     def wait_for(self, condition, seconds: float = 60):
-        """Return what ``condition`` returns as soon as that is true; fail when the server ends before."""
+        """Return what ``condition`` returns as soon as that is true; fail when the
+        server ends before."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if result := condition():
@@ -61,9 +70,11 @@ class LabProcess:
 
 @contextlib.contextmanager
 def started_lab(command: list, folder: Path, configuration: str = ""):
-    """Run a command that starts JupyterLab, give its ``LabProcess``, and end it in any case.
+    """Run a command that starts JupyterLab, give its ``LabProcess``, and end it in any
+    case.
 
-    The server notices by itself when the tests are killed: its standard input closes then.
+    The server notices by itself when the tests are killed: its standard input closes
+    then.
 
     Args:
         command: the command; what it runs must take this process's place.
@@ -78,13 +89,19 @@ def started_lab(command: list, folder: Path, configuration: str = ""):
         (folder / kind).mkdir()
     for name in CONFIGURATION_FILES:
         (folder / "CONFIG" / name).write_text(
-            f"{guard}lab_process.end_with_the_tests()\n{configuration}", encoding="utf-8"
+            f"{guard}lab_process.end_with_the_tests()\n{configuration}",
+            encoding="utf-8",
         )
     startup = folder / "IPYTHON" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "guard.py").write_text(f"{guard}del lab_process\n", encoding="utf-8")
-    variables = {name: value for name, value in os.environ.items() if name != "JUPYTER_TOKEN"}
-    variables |= {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    variables = {
+        name: value for name, value in os.environ.items() if name != "JUPYTER_TOKEN"
+    }
+    variables |= {
+        f"JUPYTER_{kind}_DIR": str(folder / kind)
+        for kind in ("CONFIG", "DATA", "RUNTIME")
+    }
     variables["IPYTHONDIR"] = str(folder / "IPYTHON")
     with (
         (folder / "output").open("wb") as output,
@@ -121,12 +138,23 @@ def stay_on_this_machine(record: str) -> None:
     Args:
         record: the file that gets a line for each attempt.
     """
-    here = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
+    here = {
+        None,
+        "",
+        "localhost",
+        "127.0.0.1",
+        "::1",
+        "0.0.0.0",
+        "::",
+        socket.gethostname(),
+    }
 
     def refuse(event: str, arguments: tuple) -> None:
         if event in ("socket.getaddrinfo", "socket.gethostbyname"):
             host = arguments[0]
-        elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        elif event in ("socket.connect", "socket.sendto") and isinstance(
+            arguments[1], tuple
+        ):
             host = arguments[1][0]
         else:
             return

@@ -1,7 +1,8 @@
-"""Build the site: the notebooks as they are stored, the README, the results and the package as web pages.
+"""Build the site: the notebooks as they are stored, the README, the results and the
+package as web pages.
 
-    python tools/build_site.py                 into build/site
-    python tools/build_site.py --output FOLDER
+    python tools/build_site.py                 into build/site python
+    tools/build_site.py --output FOLDER
 
 Nothing is executed, and the pages load nothing from another host. Warnings are errors.
 """
@@ -13,7 +14,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 from sphinx.cmd.build import build_main
-from web_packages import BUILD, DOCS, ROOT, MissingPackages, copy_mathjax, install_packages
+from web_packages import (
+    BUILD,
+    DOCS,
+    ROOT,
+    MissingPackages,
+    copy_mathjax,
+    install_packages,
+)
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 
@@ -52,21 +60,28 @@ DOCUMENTS = {
 
 
 def modules() -> list[str]:
-    """Return the public modules by their names in the package, ``lora`` or ``comparison.tables``, in reading order.
+    """Return the public modules by their names in the package, ``lora`` or
+    ``comparison.tables``, in reading order.
 
-    That is the learner's floor, then the folders; within each, a module stands below those that it imports. The checks
-    of the exercises share a page.
+    That is the learner's floor, then the folders; within each, a module stands below
+    those that it imports. The checks of the exercises share a page.
     """
     order = []
     for house in ("", "adapters.", "comparison."):
         folder = ROOT / "lowrank_utils" / house.removesuffix(".")
-        imported = re.compile(rf"^from lowrank_utils\.{house}(\w+) import", re.MULTILINE)
+        imported = re.compile(
+            rf"^from lowrank_utils\.{house}(\w+) import", re.MULTILINE
+        )
         above = {
             path.stem: imported.findall(path.read_text(encoding="utf-8"))
             for path in sorted(folder.glob("*.py"))
             if not path.stem.startswith("_")
         }
-        order += [f"{house}{name}" for name in TopologicalSorter(above).static_order() if name in above]
+        order += [
+            f"{house}{name}"
+            for name in TopologicalSorter(above).static_order()
+            if name in above
+        ]
     return [*order, "checks"]
 
 
@@ -105,13 +120,16 @@ def with_links_to_pages(text: str, place: str) -> str:
 
 
 def toctree(caption: str, pages: list[str], hidden: bool = True) -> str:
-    """Return the directive that puts ``pages`` into the navigation under ``caption``."""
+    """Return the directive that puts ``pages`` into the navigation under
+    ``caption``.
+    """
     options = [f":caption: {caption}", *([":hidden:"] if hidden else [":maxdepth: 1"])]
     return "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
 
 
 def report_entry(path: Path) -> str:
-    """Return a report's line in the navigation, with what tells it from the other reports.
+    """Return a report's line in the navigation, with what tells it from the other
+    reports.
 
     Args:
         path: the report, whose second paragraph says what was run.
@@ -120,18 +138,27 @@ def report_entry(path: Path) -> str:
         r"^# Results on (\S+)\n\n[\d,]+ adaptations above (\d+) pretrained networks",
         path.read_text(encoding="utf-8"),
     )
-    named = f"Report on {found[1]}, {found[2]} networks" if found else f"Report {path.stem}"
+    named = (
+        f"Report on {found[1]}, {found[2]} networks" if found else f"Report {path.stem}"
+    )
     return f"{named} <{path.relative_to(ROOT).with_suffix('').as_posix()}>"
 
 
 def pages() -> dict[str, str]:
-    """Return the pages that are made from other files: the start page and the package."""
-    readme = with_links_to_pages((ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
+    """Return the pages that are made from other files: the start page and the
+    package.
+    """
+    readme = with_links_to_pages(
+        (ROOT / "README.md").read_text(encoding="utf-8"), "README.md"
+    )
     lessons = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     notebooks = [f"notebooks/{path.stem}" for path in lessons]
-    reports = [report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))]
+    reports = [
+        report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))
+    ]
     documents = [
-        toctree(caption, [name.removesuffix(".md") for name in names]) for caption, names in DOCUMENTS.items()
+        toctree(caption, [name.removesuffix(".md") for name in names])
+        for caption, names in DOCUMENTS.items()
     ]
     made = {
         "index.md": readme
@@ -141,18 +168,27 @@ def pages() -> dict[str, str]:
         + "".join(documents),
         "api/index.md": "# Reference\n\n"
         "What the modules of `lowrank_utils` hold, from their docstrings, in the order in which they can be read.\n"
-        + toctree("The package", modules(), hidden=False).replace(":caption: The package\n", ""),
+        + toctree("The package", modules(), hidden=False).replace(
+            ":caption: The package\n", ""
+        ),
     }
     for name in modules():
-        # The checks' page shows what their files hold; a module's page, what stands in it.
-        listed = "   :imported-members:\n" if name == "checks" else "   :ignore-module-all:\n"
+        # The checks' page shows what their files hold; a module's page, what stands in
+        # it.
+        listed = (
+            "   :imported-members:\n"
+            if name == "checks"
+            else "   :ignore-module-all:\n"
+        )
         directive = f".. automodule:: lowrank_utils.{name}\n   :members:\n{listed}"
         made[f"api/{name}.md"] = f"# {name}\n\n```{{eval-rst}}\n{directive}```\n"
     return made
 
 
 def copied_files() -> list[Path]:
-    """Return the files that go into the site as they are, apart from links to pages in Markdown."""
+    """Return the files that go into the site as they are, apart from links to pages in
+    Markdown.
+    """
     documents = [name for names in DOCUMENTS.values() for name in names]
     return sorted(
         path
@@ -162,14 +198,17 @@ def copied_files() -> list[Path]:
 
 
 def write_if_new(path: Path, content: bytes) -> None:
-    """Write a file unless it is so already, so that Sphinx reads again only what has changed."""
+    """Write a file unless it is so already, so that Sphinx reads again only what has
+    changed.
+    """
     if not path.is_file() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
 
 def assemble(folder: Path) -> None:
-    """Put all that Sphinx reads into ``folder``, and remove what an earlier run left there.
+    """Put all that Sphinx reads into ``folder``, and remove what an earlier run left
+    there.
 
     Args:
         folder: where the sources go.
@@ -194,13 +233,16 @@ def build(output: Path) -> int:
     """Build the site, and return Sphinx's exit status.
 
     Args:
-        output: the folder that is served afterwards. What Sphinx reads and what it remembers lie beside it.
+        output: the folder that is served afterwards. What Sphinx reads and what it
+            remembers lie beside it.
 
     Raises:
         MissingPackages: MathJax can't be had.
     """
     packages = install_packages()
-    source, memory = (output.with_name(output.name + end) for end in ("-source", "-memory"))
+    source, memory = (
+        output.with_name(output.name + end) for end in ("-source", "-memory")
+    )
     assemble(source)
     options = ["-W", "--keep-going", "-q", "-c", str(DOCS), "-d", str(memory)]
     status = build_main([*options, "-b", "html", str(source), str(output)])
@@ -213,7 +255,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=BUILD / "site", help="default: build/site")
+    parser.add_argument(
+        "--output", type=Path, default=BUILD / "site", help="default: build/site"
+    )
     output = parser.parse_args().output
     try:
         status = build(output)

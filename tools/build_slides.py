@@ -1,11 +1,12 @@
 """Build slides from the notebooks, for a screen of 1280 × 720 and larger.
 
-    python tools/build_slides.py                 into build/slides, with index.html to start from
-    python tools/build_slides.py --output FOLDER
+    python tools/build_slides.py                 into build/slides, with index.html to
+    start from python tools/build_slides.py --output FOLDER
 
-Each cell is shown as its slide type says (see ``slide_types.py``). So that the last row can read it, type and pictures
-are large, code that draws a plot is left out, and what doesn't fit goes to a further slide. The answers and the
-solutions stand in the notes for the speaker (key S). No page loads anything from another host.
+Each cell is shown as its slide type says (see ``slide_types.py``). So that the last row
+can read it, type and pictures are large, code that draws a plot is left out, and what
+doesn't fit goes to a further slide. The answers and the solutions stand in the notes
+for the speaker (key S). No page loads anything from another host.
 """
 
 import argparse
@@ -27,16 +28,25 @@ from nbconvert.exporters import SlidesExporter
 from nbformat import NotebookNode
 from slide_types import slide_type
 from traitlets.config import Config
-from web_packages import BUILD, DOCS, ROOT, MissingPackages, copy_mathjax, install_packages
+from web_packages import (
+    BUILD,
+    DOCS,
+    ROOT,
+    MissingPackages,
+    copy_mathjax,
+    install_packages,
+)
 
-# What a slide holds, in pixels, and the sizes that slides.css gives to what stands on it.
+# What a slide holds, in pixels, and the sizes that slides.css gives to what stands on
+# it.
 HEIGHT, WIDTH = 672, 1200
 LINE, GAP = 45, 14
 CHARACTERS = 76
 HEADINGS = {1: 88, 2: 70, 3: 62}
 FORMULA = 100
-# The least that type may have on a slide, and what the smallest in a picture has at the picture's own size: 10 points
-# at 100 dots per inch in a plot, 12 points at 96 in a drawing.
+# The least that type may have on a slide, and what the smallest in a picture has at the
+# picture's own size: 10 points at 100 dots per inch in a plot, 12 points at 96 in a
+# drawing.
 LETTERS = 18
 PLOT_LETTERS, DRAWING_LETTERS = 10 * 100 / 72, 12 * 96 / 72
 CODE_SIZES = (26, 22, 20, 18)
@@ -49,10 +59,12 @@ WRAPPING = {
     "break_on_hyphens": False,
     "break_long_words": False,
 }
-# Code stands below the words before it, if these are no more than a heading and seven lines.
+# Code stands below the words before it, if these are no more than a heading and seven
+# lines.
 INTRODUCTION = 420
 
-# The parts of reveal.js that the slides load. Its other themes ask another host for their fonts.
+# The parts of reveal.js that the slides load. Its other themes ask another host for
+# their fonts.
 REVEAL = (
     "dist/reveal.css",
     "dist/reveal.js",
@@ -70,7 +82,8 @@ class Block(NamedTuple):
     Attributes:
         cell: what nbconvert shows.
         height: how many pixels it takes at most.
-        start: ``"slide"`` or ``"subslide"`` if it opens one, ``"fragment"`` if it comes with a key, else ``""``.
+        start: ``"slide"`` or ``"subslide"`` if it opens one, ``"fragment"`` if it comes
+            with a key, else ``""``.
     """
 
     cell: NotebookNode
@@ -79,12 +92,16 @@ class Block(NamedTuple):
 
 
 def lines_of(text: str, characters: int) -> int:
-    """Return how many lines ``text`` takes when it is wrapped after so many characters."""
+    """Return how many lines ``text`` takes when it is wrapped after so many
+    characters.
+    """
     return sum(max(1, -(-len(line) // characters)) for line in text.splitlines())
 
 
 def shown_text(source: str) -> str:
-    """Return Markdown without what takes no room: the addresses of links, stars and backticks."""
+    """Return Markdown without what takes no room: the addresses of links, stars and
+    backticks.
+    """
     return re.sub(r"\]\([^)]*\)|[*`\[]", "", source)
 
 
@@ -94,7 +111,9 @@ def markdown_cell(source: str) -> NotebookNode:
 
 
 def text_block(source: str, start: str = "", height: float | None = None) -> Block:
-    """Return a block of Markdown that is as high as its lines, if nothing else is said."""
+    """Return a block of Markdown that is as high as its lines, if nothing else is
+    said.
+    """
     if height is None:
         height = lines_of(shown_text(source), CHARACTERS) * LINE + GAP
     return Block(markdown_cell(source), height, start)
@@ -107,7 +126,8 @@ def table_blocks(lines: list[str]) -> Iterator[Block]:
 
     def height(row: str) -> float:
         cells = [len(shown_text(cell.strip())) for cell in row.strip("| ").split("|")]
-        # A table is as wide as its words ask for, so a long cell takes what short ones leave.
+        # A table is as wide as its words ask for, so a long cell takes what short ones
+        # leave.
         taken = sum(min(length, 94 // columns) for length in cells)
         room = 94 // columns + max(0, 94 - taken) // columns
         return 35 * max(1, *(-(-length // room) for length in cells)) + 8
@@ -164,13 +184,20 @@ def list_blocks(lines: list[str]) -> Iterator[Block]:
     for point in points:
         mark, text = point.split(" ", 1)
         point = f"{mark} {text.strip()}"
-        yield text_block(point, height=lines_of(shown_text(point), CHARACTERS - 3) * LINE + 6)
+        yield text_block(
+            point, height=lines_of(shown_text(point), CHARACTERS - 3) * LINE + 6
+        )
 
 
 def code_size(text: str, largest: int = CODE_SIZES[0]) -> int:
-    """Return the largest font size at which the lines of ``text`` aren't broken and fit on a slide."""
+    """Return the largest font size at which the lines of ``text`` aren't broken and fit
+    on a slide.
+    """
     for size in CODE_SIZES[CODE_SIZES.index(largest) : -1]:
-        fits = max(map(len, text.splitlines()), default=0) * size * CODE_LETTER <= WIDTH - CODE_PADDING
+        fits = (
+            max(map(len, text.splitlines()), default=0) * size * CODE_LETTER
+            <= WIDTH - CODE_PADDING
+        )
         if fits and code_height(text, size) <= HEIGHT:
             return size
     return CODE_SIZES[-1]
@@ -189,7 +216,8 @@ def code_height(text: str, size: int) -> float:
 def wrapped(text: str) -> str:
     """Return code or printed text whose lines fit in the smallest font size.
 
-    What is longer goes on below, further to the right, and a comment behind code goes above it.
+    What is longer goes on below, further to the right, and a comment behind code goes
+    above it.
     """
     room, lines = characters_of(CODE_SIZES[-1]), []
     for line in text.split("\n"):
@@ -198,8 +226,12 @@ def wrapped(text: str) -> str:
         if len(line) > room and code.strip() and mark:
             lines.append(f"{indent}# {comment}")
             line = code
-        further = f"{indent}# " if line.startswith(f"{indent}# ") else f"{indent}        "
-        lines += textwrap.wrap(line, room, subsequent_indent=further, **WRAPPING) or [line]
+        further = (
+            f"{indent}# " if line.startswith(f"{indent}# ") else f"{indent}        "
+        )
+        lines += textwrap.wrap(line, room, subsequent_indent=further, **WRAPPING) or [
+            line
+        ]
     return "\n".join(lines)
 
 
@@ -211,19 +243,25 @@ def output_text(output: NotebookNode) -> str:
 
 
 def parts_of(text: str) -> list[str]:
-    """Return what was printed in parts that each fit on a slide, cut at its empty lines where that is possible."""
+    """Return what was printed in parts that each fit on a slide, cut at its empty lines
+    where that is possible.
+    """
     if code_height(text, CODE_SIZES[-1]) <= HEIGHT:
         return [text]
     lines = text.split("\n")
     rows = int((HEIGHT - CODE_PADDING) / (CODE_SIZES[-1] * CODE_LINE))
-    cut = max((place for place in range(1, rows) if not lines[place].strip()), default=rows)
+    cut = max(
+        (place for place in range(1, rows) if not lines[place].strip()), default=rows
+    )
     return ["\n".join(lines[:cut]), *parts_of("\n".join(lines[cut:]).strip("\n"))]
 
 
 def picture_block(output: NotebookNode, alt: NotebookNode) -> Block:
     """Return a plot, as large as its smallest type needs."""
     # A PNG's width and height stand at its beginning.
-    width, height = struct.unpack(">II", base64.b64decode(output.data["image/png"])[16:24])
+    width, height = struct.unpack(
+        ">II", base64.b64decode(output.data["image/png"])[16:24]
+    )
     cell = nbformat.v4.new_code_cell("", outputs=[output], metadata={"mystnb": alt})
     cell.metadata["transient"] = {"remove_source": True}
     return sized_block(cell, width, height, LETTERS / PLOT_LETTERS)
@@ -231,24 +269,34 @@ def picture_block(output: NotebookNode, alt: NotebookNode) -> Block:
 
 def drawing_block(source: str) -> Block:
     """Return a drawing that Markdown includes, as large as its smallest type needs."""
-    alt, name = re.findall(r"!\[([^]]*)\]\(\.\./figures/(\S+)\)", " ".join(source.split()))[0]
+    alt, name = re.findall(
+        r"!\[([^]]*)\]\(\.\./figures/(\S+)\)", " ".join(source.split())
+    )[0]
     svg = (ROOT / "figures" / name).read_text(encoding="utf-8")
     # An SVG's size is in points, of which 72 are 96 pixels.
     width, height = (
-        float(points) * 96 / 72 for points in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2]
+        float(points) * 96 / 72
+        for points in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2]
     )
     picture = f'<img src="figures/{name}" alt="{html.escape(alt)}">'
     return sized_block(markdown_cell(picture), width, height, LETTERS / DRAWING_LETTERS)
 
 
 def sized_block(cell: NotebookNode, width: float, height: float, scale: float) -> Block:
-    """Return a block for a picture that is to be shown at least ``scale`` times its own width and height."""
-    cell.metadata["picture"] = {"height": scale * height, "most": WIDTH / width * height}
+    """Return a block for a picture that is to be shown at least ``scale`` times its own
+    width and height.
+    """
+    cell.metadata["picture"] = {
+        "height": scale * height,
+        "most": WIDTH / width * height,
+    }
     return Block(cell, scale * height + GAP)
 
 
 def code_blocks(cell: NotebookNode, largest: int) -> Iterator[Block]:
-    """Yield a code cell's source, unless it draws, and its outputs, in type of ``largest`` pixels at most."""
+    """Yield a code cell's source, unless it draws, and its outputs, in type of
+    ``largest`` pixels at most.
+    """
     exercise = "exercise" in cell.metadata.get("tags", [])
     outputs = [] if exercise else cell.outputs
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
@@ -264,36 +312,56 @@ def code_blocks(cell: NotebookNode, largest: int) -> Iterator[Block]:
         for text in parts_of(wrapped(output_text(output).rstrip("\n"))):
             size = code_size(text, largest)
             printed = nbformat.v4.new_output("stream", name="stdout", text=text)
-            shown = nbformat.v4.new_code_cell("", outputs=[printed], metadata={"tags": [f"code-{size}"]})
+            shown = nbformat.v4.new_code_cell(
+                "", outputs=[printed], metadata={"tags": [f"code-{size}"]}
+            )
             shown.metadata["transient"] = {"remove_source": True}
             yield Block(shown, code_height(text, size))
 
 
 def note_cell(source: str) -> NotebookNode:
     """Return a cell that only the speaker sees."""
-    return nbformat.v4.new_markdown_cell(source, metadata={"slideshow": {"slide_type": "notes"}})
+    return nbformat.v4.new_markdown_cell(
+        source, metadata={"slideshow": {"slide_type": "notes"}}
+    )
 
 
 def without_pictures(source: str) -> str:
-    """Return Markdown for the speaker's notes: no pictures, and each link's words alone."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", source))
+    """Return Markdown for the speaker's notes: no pictures, and each link's words
+    alone.
+    """
+    return re.sub(
+        r"\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", source)
+    )
 
 
 def without_last_lead_in(cell: NotebookNode) -> NotebookNode:
-    """Return a cell without the sentence that announces a slider, which slides don't have."""
+    """Return a cell without the sentence that announces a slider, which slides don't
+    have.
+    """
     shorter = NotebookNode(cell)
-    shorter.source = re.sub(r"(?:^|(?<=[.?!)])\s)[^.?!]*:\Z", "", cell.source, flags=re.M).rstrip()
+    shorter.source = re.sub(
+        r"(?:^|(?<=[.?!)])\s)[^.?!]*:\Z", "", cell.source, flags=re.M
+    ).rstrip()
     return shorter
 
 
 def with_lead_ins(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield blocks of Markdown of which none ends with words that announce the next, which may be on another slide."""
+    """Yield blocks of Markdown of which none ends with words that announce the next,
+    which may be on another slide.
+    """
     waiting: Block | None = None
     for block in blocks:
         apart = block.start or "picture" in block.cell.metadata
-        if waiting is not None and not apart and waiting.height + block.height <= HEIGHT:
+        if (
+            waiting is not None
+            and not apart
+            and waiting.height + block.height <= HEIGHT
+        ):
             source = f"{waiting.cell.source}\n\n{block.cell.source}"
-            block = Block(markdown_cell(source), waiting.height + block.height, waiting.start)
+            block = Block(
+                markdown_cell(source), waiting.height + block.height, waiting.start
+            )
         elif waiting is not None:
             yield waiting
         leads = block.cell.source.endswith(":") or re.search(
@@ -306,8 +374,11 @@ def with_lead_ins(blocks: Iterable[Block]) -> Iterator[Block]:
         yield waiting
 
 
-def blocks_of(cell: NotebookNode, kind: str, largest: int = CODE_SIZES[0]) -> list[Block]:
-    """Return the blocks of a cell, the first of which begins as its slide type ``kind`` says.
+def blocks_of(
+    cell: NotebookNode, kind: str, largest: int = CODE_SIZES[0]
+) -> list[Block]:
+    """Return the blocks of a cell, the first of which begins as its slide type ``kind``
+    says.
 
     Args:
         cell: what is to be shown.
@@ -327,19 +398,31 @@ def blocks_of(cell: NotebookNode, kind: str, largest: int = CODE_SIZES[0]) -> li
 
 
 def slides_of(notebook: NotebookNode) -> NotebookNode:
-    """Return a notebook for nbconvert, in which each slide and subslide fits on the screen."""
+    """Return a notebook for nbconvert, in which each slide and subslide fits on the
+    screen.
+    """
     cells: list[NotebookNode] = []
     used, first, previous = 0.0, 0, None
-    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
-        kind = cell.metadata.get("slideshow", {}).get("slide_type") or slide_type(cell, previous)
+    for cell, following in zip(
+        notebook.cells, [*notebook.cells[1:], None], strict=True
+    ):
+        kind = cell.metadata.get("slideshow", {}).get("slide_type") or slide_type(
+            cell, previous
+        )
         previous = cell
         if kind == "skip":
             continue
         if kind == "notes":
-            text = cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
+            text = (
+                cell.source
+                if cell.cell_type == "markdown"
+                else f"```python\n{cell.source}\n```"
+            )
             cells.append(note_cell(text))
             continue
-        if following is not None and "interactive" in following.metadata.get("tags", []):
+        if following is not None and "interactive" in following.metadata.get(
+            "tags", []
+        ):
             cell = without_last_lead_in(cell)
         revealing = False
         blocks, goes_on = introduced(cells[first:], used, cell, kind)
@@ -355,14 +438,29 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
                 start = "fragment" if block.start == "fragment" else "-"
             used += block.height
             revealing = start == "fragment" or (revealing and start == "-")
-            join = start == "-" and cells and cells[-1].cell_type == block.cell.cell_type == "markdown"
-            pictures = any("picture" in part.metadata for part in (block.cell, *cells[-1:]))
-            if join and not pictures and cells[-1].metadata.slideshow.slide_type != "notes":
-                cells[-1].source += separator(cells[-1].source, block.cell.source) + block.cell.source
+            join = (
+                start == "-"
+                and cells
+                and cells[-1].cell_type == block.cell.cell_type == "markdown"
+            )
+            pictures = any(
+                "picture" in part.metadata for part in (block.cell, *cells[-1:])
+            )
+            if (
+                join
+                and not pictures
+                and cells[-1].metadata.slideshow.slide_type != "notes"
+            ):
+                cells[-1].source += (
+                    separator(cells[-1].source, block.cell.source) + block.cell.source
+                )
             else:
                 block.cell.metadata["slideshow"] = {"slide_type": start}
                 cells.append(block.cell)
-        if cell.cell_type == "markdown" and (whole := without_pictures(cell.source)) not in cells[-1].source:
+        if (
+            cell.cell_type == "markdown"
+            and (whole := without_pictures(cell.source)) not in cells[-1].source
+        ):
             cells.append(note_cell(whole))
     grow_picture(cells[first:], HEIGHT - used)
     return nbformat.v4.new_notebook(cells=with_links(cells), metadata=notebook.metadata)
@@ -371,7 +469,8 @@ def slides_of(notebook: NotebookNode) -> NotebookNode:
 def introduced(
     slide: list[NotebookNode], used: float, cell: NotebookNode, kind: str
 ) -> tuple[list[Block], bool]:
-    """Return a cell's blocks, and whether they stand on the slide before, which says little by itself.
+    """Return a cell's blocks, and whether they stand on the slide before, which says
+    little by itself.
 
     Args:
         slide: what is on the slide so far.
@@ -382,7 +481,9 @@ def introduced(
     blocks = blocks_of(cell, kind)
     shown = [part for part in slide if part.metadata.slideshow.slide_type != "notes"]
     words = "\n".join(part.source for part in shown)
-    if not words or any(part.cell_type == "code" or "picture" in part.metadata for part in shown):
+    if not words or any(
+        part.cell_type == "code" or "picture" in part.metadata for part in shown
+    ):
         return blocks, False
     heading_alone = words.startswith("#") and "\n" not in words
     # What was asked to be predicted isn't shown yet.
@@ -395,28 +496,40 @@ def introduced(
 
 
 def grow_picture(slide: list[NotebookNode], room: float) -> None:
-    """Give the pictures of a slide the room that is left: the larger, the farther they are read from."""
+    """Give the pictures of a slide the room that is left: the larger, the farther they
+    are read from.
+    """
     drawn = [cell for cell in slide if "picture" in cell.metadata]
     for cell in drawn:
         picture = cell.metadata.picture
-        picture.height = math.floor(min(picture.height + max(0, room) / len(drawn), picture.most))
+        picture.height = math.floor(
+            min(picture.height + max(0, room) / len(drawn), picture.most)
+        )
         if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("<img ", f'<img style="height: {picture.height}px" ')
+            cell.source = cell.source.replace(
+                "<img ", f'<img style="height: {picture.height}px" '
+            )
 
 
 def separator(above: str, below: str) -> str:
-    """Return what stands between two blocks of Markdown: the points of a list stay one list."""
+    """Return what stands between two blocks of Markdown: the points of a list stay one
+    list.
+    """
     last = above.rsplit("\n", 1)[-1]
     both = all(re.match(r"([-*]|\d+\.) ", text) for text in (last, below))
     return "\n" if both else "\n\n"
 
 
 def with_links(cells: list[NotebookNode]) -> list[NotebookNode]:
-    """Return the cells with links to notebooks that lead to their slides; other files' names stay without a link."""
+    """Return the cells with links to notebooks that lead to their slides; other files'
+    names stay without a link.
+    """
     for cell in cells:
         if cell.cell_type == "markdown":
             text = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.html)", cell.source)
-            text = text.replace("](../README.md)", "](index.html)").replace("](../figures/", "](figures/")
+            text = text.replace("](../README.md)", "](index.html)").replace(
+                "](../figures/", "](figures/"
+            )
             kept = r"(?<!!)\[([^]]*)\]\((?![a-z]+:|#|index\.html|\d\d_\w+\.html|figures/)[^)]*\)"
             cell.source = re.sub(kept, r"\1", text)
     return cells
@@ -430,7 +543,8 @@ def title_of(notebook: NotebookNode) -> str:
 def contents(titles: dict[str, str]) -> str:
     """Return the page from which the slides of all notebooks are opened."""
     points = "\n".join(
-        f'<li><a href="{name}">{html.escape(title)}</a></li>' for name, title in titles.items()
+        f'<li><a href="{name}">{html.escape(title)}</a></li>'
+        for name, title in titles.items()
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -509,7 +623,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=BUILD / "slides", help="default: build/slides")
+    parser.add_argument(
+        "--output", type=Path, default=BUILD / "slides", help="default: build/slides"
+    )
     output = parser.parse_args().output
     try:
         build(output)

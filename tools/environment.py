@@ -4,12 +4,12 @@
 
     python tools/environment.py [OPTIONS] COMMAND [ARGUMENTS]
 
-It makes a virtual environment in ``.venv``, installs the project there under ``constraints.txt``
-and runs the command in it. A finished environment is used again at once. One that was cut
-off, moved or lost its Python is made anew.
+It makes a virtual environment in ``.venv``, installs the project there under
+``constraints.txt`` and runs the command in it. A finished environment is used again at
+once. One that was cut off, moved or lost its Python is made anew.
 
-It runs before anything is installed, so it needs the standard library alone, and its syntax stays
-at Python 3.6, so that an old Python can say that it is too old.
+It runs before anything is installed, so it needs the standard library alone, and its
+syntax stays at Python 3.6, so that an old Python can say that it is too old.
 """
 
 # ruff: noqa: S603 (it runs Python and pip, by design, and never through a shell)
@@ -43,7 +43,8 @@ STAMP = "installed.json"
 UNFINISHED = "unfinished"
 
 TORCH_BUILDS = ("cpu", "default")
-# PyTorch's own index of builds without CUDA; pip's default torch for Linux brings CUDA along.
+# PyTorch's own index of builds without CUDA; pip's default torch for Linux brings CUDA
+# along.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CPU_INDEX_SECONDS = 5
 
@@ -56,15 +57,27 @@ UV_NAMES = {
     "cert": "SSL_CERT_FILE",
     "no-cache-dir": "UV_NO_CACHE",
 }
-# Whoever tells pip one of these wants it kept, and uv has no such setting or another one.
+# Whoever tells pip one of these wants it kept, and uv has no such setting or another
+# one.
 LEFT_TO_PIP = {"constraint", "no-binary", "no-index", "only-binary", "require-hashes"}
 
 # What each command needs; ``test`` in pyproject.toml builds on ``lab``.
-EXTRAS = {"lab": ("lab",), "check": ("lab",), "test": ("lab", "test"), "run": ("lab", "test")}
+EXTRAS = {
+    "lab": ("lab",),
+    "check": ("lab",),
+    "test": ("lab", "test"),
+    "run": ("lab", "test"),
+}
 
-# All tests take turns on all cores, file by file, for the tests of a file share what they set up. The order stays, since
-# the browser's tests must come last in their process. A selection (ARGUMENTS) runs as it is asked for.
-IN_PARALLEL = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
+# All tests take turns on all cores, file by file, for the tests of a file share what
+# they set up. The order stays, since the browser's tests must come last in their
+# process. A selection (ARGUMENTS) runs as it is asked for.
+IN_PARALLEL = [
+    "--numprocesses=logical",
+    "--maxprocesses=4",
+    "--dist=loadfile",
+    "--no-loadscope-reorder",
+]
 
 
 class Stop(Exception):
@@ -74,21 +87,39 @@ class Stop(Exception):
 def newer_python():
     """Return the name of a Python on this machine that is new enough, or None."""
     test = f"import sys; sys.exit(sys.version_info < {MINIMUM})"
-    for name in ("python3.13", "python3.12", "python3.11", "python3.14", "python3", "python"):
+    for name in (
+        "python3.13",
+        "python3.12",
+        "python3.11",
+        "python3.14",
+        "python3",
+        "python",
+    ):
         if shutil.which(name):
-            outcome = subprocess.run([name, "-c", test], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            outcome = subprocess.run(
+                [name, "-c", test], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             if outcome.returncode == 0:
                 return name
     return None
 
 
 def too_old_message(version, executable):
-    """Return what to say on a Python that is too old, with what to type on this machine."""
+    """Return what to say on a Python that is too old, with what to type on this
+    machine.
+    """
     name = newer_python()
     needed = ".".join(map(str, MINIMUM))
     python = name or f"python{needed}"
     if "MAKELEVEL" in os.environ:
-        target = next((word for word in sys.argv[1:] if word in ("lab", "test", "check", "clean")), "TARGET")
+        target = next(
+            (
+                word
+                for word in sys.argv[1:]
+                if word in ("lab", "test", "check", "clean")
+            ),
+            "TARGET",
+        )
         typed = f"make {target} PYTHON={python}"
     else:
         typed = " ".join([python, *sys.argv])
@@ -122,17 +153,23 @@ def venv_python() -> Path:
 
 
 def ask_python(code: str) -> str | None:
-    """Return what ``code`` prints in the environment's Python, or None if it fails or there is none."""
+    """Return what ``code`` prints in the environment's Python, or None if it fails or
+    there is none.
+    """
     command = [str(venv_python()), "-I", "-c", code]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
 
 
 def venv_version() -> str | None:
-    """Return the environment's Python version such as ``"3.11"``, or None if it doesn't start."""
+    """Return the environment's Python version such as ``"3.11"``, or None if it doesn't
+    start.
+    """
     return ask_python("import pip, sys; print('%d.%d' % sys.version_info[:2])")
 
 
@@ -150,7 +187,9 @@ def digest() -> str:
 
 
 def read_stamp() -> dict | None:
-    """Return what was noted after the last complete installation; None if there was none."""
+    """Return what was noted after the last complete installation; None if there was
+    none.
+    """
     try:
         stamp = json.loads((VENV / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,19 +204,24 @@ def note(extras: set) -> dict:
         "python": venv_version(),
         "digest": digest(),
         "extras": sorted(extras),
-        "torch": "cpu" if (installed_version("torch") or "").endswith("+cpu") else "default",
+        "torch": "cpu"
+        if (installed_version("torch") or "").endswith("+cpu")
+        else "default",
     }
 
 
 def write_stamp(stamp: dict | None) -> None:
-    """Note that the environment is whole again, and as ``stamp`` says if that is known."""
+    """Note that the environment is whole again, and as ``stamp`` says if that is
+    known.
+    """
     if stamp is not None:
         (VENV / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
     (VENV / UNFINISHED).unlink()
 
 
 def why_anew(stamp: dict | None, version: str | None, torch: str | None) -> str | None:
-    """Return why the environment in ``.venv`` has to be made anew, or None if it can stay.
+    """Return why the environment in ``.venv`` has to be made anew, or None if it can
+    stay.
 
     Args:
         stamp: what ``read_stamp`` returned.
@@ -191,7 +235,8 @@ def why_anew(stamp: dict | None, version: str | None, torch: str | None) -> str 
     if tuple(map(int, version.split("."))) < MINIMUM:
         return f"its Python is {version}"
     if stamp is None:
-        # Made by hand: pip can complete it, but can't tell one build of torch from the other.
+        # Made by hand: pip can complete it, but can't tell one build of torch from the
+        # other.
         return "which build of torch it holds isn't known" if torch else None
     if stamp.get("folder") != str(VENV):
         return f"it was made in {stamp.get('folder')}"
@@ -204,7 +249,11 @@ def why_anew(stamp: dict | None, version: str | None, torch: str | None) -> str 
 
 def is_ready(stamp: dict | None, extras: set) -> bool:
     """Tell whether an environment that can stay holds all that is wanted."""
-    return stamp is not None and stamp.get("digest") == digest() and extras <= set(stamp.get("extras", ()))
+    return (
+        stamp is not None
+        and stamp.get("digest") == digest()
+        and extras <= set(stamp.get("extras", ()))
+    )
 
 
 @contextlib.contextmanager
@@ -213,7 +262,8 @@ def one_at_a_time():
     try:
         import fcntl
     except ImportError:
-        # Windows doesn't remove files that another run has open, so nothing gets lost there.
+        # Windows doesn't remove files that another run has open, so nothing gets lost
+        # there.
         yield
         return
     with Path(__file__).open("rb") as lock:
@@ -228,11 +278,13 @@ def one_at_a_time():
 
 
 def ensure(extras: set, torch: str | None) -> Path:
-    """Return the environment's Python, after making or completing the environment where needed.
+    """Return the environment's Python, after making or completing the environment where
+    needed.
 
     Args:
         extras: the lists of ``[project.optional-dependencies]`` to install.
-        torch: one of ``TORCH_BUILDS``; None keeps what is there, and takes the default build at first.
+        torch: one of ``TORCH_BUILDS``; None keeps what is there, and takes the default
+            build at first.
 
     Raises:
         Stop: it can't be made.
@@ -256,7 +308,8 @@ def ensure(extras: set, torch: str | None) -> Path:
         try:
             install(extras, torch or had.get("torch", "default"))
         except Stop:
-            # Without a network, for one: pip gave up before it changed anything, so what was whole still is.
+            # Without a network, for one: pip gave up before it changed anything, so
+            # what was whole still is.
             if completing and free_gigabytes() >= 1:
                 write_stamp(stamp)
             raise
@@ -265,10 +318,14 @@ def ensure(extras: set, torch: str | None) -> Path:
 
 
 def venv_exists() -> bool:
-    """Tell whether there is an environment, whole or not; anything else in its place is left alone."""
+    """Tell whether there is an environment, whole or not; anything else in its place is
+    left alone.
+    """
     exists = VENV.is_dir() and any(VENV.iterdir())
     if exists and not ((VENV / "pyvenv.cfg").exists() or (VENV / UNFINISHED).exists()):
-        raise Stop(f"{VENV} is no virtual environment: move it away, then run this again")
+        raise Stop(
+            f"{VENV} is no virtual environment: move it away, then run this again"
+        )
     return exists
 
 
@@ -308,7 +365,9 @@ def remove(path: Path) -> None:
 
 
 def make_venv(reason: str | None) -> None:
-    """Make an empty virtual environment, in the place of an old one if there is a ``reason``."""
+    """Make an empty virtual environment, in the place of an old one if there is a
+    ``reason``.
+    """
     running = platform.python_version()
     if sys.maxsize < 2**32 or platform.python_implementation() != "CPython":
         kind = f"{platform.python_implementation()} with {sys.maxsize.bit_length() + 1} bits"
@@ -322,7 +381,9 @@ def make_venv(reason: str | None) -> None:
             "on Apple silicon install an arm64 Python from https://www.python.org/downloads/; "
             "on an Intel Mac the series can't run"
         )
-    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         package = "python{}.{}-venv".format(*sys.version_info)
         raise Stop(
@@ -334,9 +395,15 @@ def make_venv(reason: str | None) -> None:
         + (f"; the old one goes, because {reason}" if reason else "")
     )
     empty_venv()
-    # Run from inside an environment, perhaps the very one that goes, its base makes the new one.
+    # Run from inside an environment, perhaps the very one that goes, its base makes the
+    # new one.
     base = getattr(sys, "_base_executable", None) or sys.executable
-    if subprocess.run([base, "-m", "venv", str(VENV)], env=clean_environment()).returncode != 0:
+    if (
+        subprocess.run(
+            [base, "-m", "venv", str(VENV)], env=clean_environment()
+        ).returncode
+        != 0
+    ):
         raise Stop(
             f"{base} -m venv could not make {VENV}; its lines above say why. "
             f"Is there space on the disk ({free_gigabytes():.1f} GB are free)? May you write there?"
@@ -347,7 +414,9 @@ def make_venv(reason: str | None) -> None:
 
 
 def install(extras: set, torch: str) -> None:
-    """Install the project with ``extras`` into the environment, under the constraints."""
+    """Install the project with ``extras`` into the environment, under the
+    constraints.
+    """
     if installed_version("torch") is None:
         large = sys.platform == "linux" and torch == "default"
         download, disk = (3, 6.5) if large else (0.4, 2)
@@ -365,7 +434,11 @@ def install(extras: set, torch: str) -> None:
         )
     else:
         say("[2/3] Bringing the environment to the versions in constraints.txt")
-    pins = [f"{name}=={pinned(name)}" for name in ("torch", "torchvision")] if torch == "cpu" else []
+    pins = (
+        [f"{name}=={pinned(name)}" for name in ("torch", "torchvision")]
+        if torch == "cpu"
+        else []
+    )
     with tempfile.TemporaryDirectory() as folder:
         settings = pip_settings()
         uv = None if LEFT_TO_PIP & settings.keys() else bring_uv(folder)
@@ -388,13 +461,22 @@ def bring_uv(folder: str) -> str | None:
     command = [str(venv_python()), "-m", "pip", "install", "--no-input", *alone, UV]
     # Where there is no network, pip says so when it comes to the packages themselves.
     outcome = subprocess.run(
-        command, cwd=ROOT, env=pip_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env=pip_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    return shutil.which("uv", path=str(Path(folder, "bin"))) if outcome.returncode == 0 else None
+    return (
+        shutil.which("uv", path=str(Path(folder, "bin")))
+        if outcome.returncode == 0
+        else None
+    )
 
 
 def uv_install(uv: str, settings: dict, *arguments: str) -> bool:
-    """Run ``uv pip install`` for the environment, with its output shown; tell whether all is installed.
+    """Run ``uv pip install`` for the environment, with its output shown; tell whether
+    all is installed.
 
     Args:
         uv: the path of the program.
@@ -410,11 +492,20 @@ def uv_install(uv: str, settings: dict, *arguments: str) -> bool:
 
 
 def pip_settings() -> dict:
-    """Return what pip is told by its files and by environment variables, without the section's name."""
+    """Return what pip is told by its files and by environment variables, without the
+    section's name.
+    """
     command = [str(venv_python()), "-m", "pip", "config", "list"]
-    answer = subprocess.run(command, cwd=ROOT, env=pip_environment(), capture_output=True, text=True)
-    lines = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.+)$", answer.stdout or "", flags=re.MULTILINE)
-    # What is said for installing goes over what is said for all commands, and a variable over both.
+    answer = subprocess.run(
+        command, cwd=ROOT, env=pip_environment(), capture_output=True, text=True
+    )
+    lines = re.findall(
+        r"^(global|install|:env:)\.([\w-]+)=(.+)$",
+        answer.stdout or "",
+        flags=re.MULTILINE,
+    )
+    # What is said for installing goes over what is said for all commands, and a
+    # variable over both.
     order = ("global", "install", ":env:")
     lines.sort(key=lambda line: order.index(line[0]))
     # pip writes each value as a string of Python's.
@@ -422,17 +513,30 @@ def pip_settings() -> dict:
 
 
 def uv_settings(settings: dict) -> dict:
-    """Return the environment variables that have uv look where pip's ``settings`` say, in the way pip does."""
+    """Return the environment variables that have uv look where pip's ``settings`` say,
+    in the way pip does.
+    """
     variables = {
-        UV_NAMES[name]: " ".join(value.split()) for name, value in settings.items() if name in UV_NAMES
+        UV_NAMES[name]: " ".join(value.split())
+        for name, value in settings.items()
+        if name in UV_NAMES
     }
-    # pip takes the newest file of all indexes; uv would take that of the first index with the package.
+    # pip takes the newest file of all indexes; uv would take that of the first index
+    # with the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match", **variables}
 
 
 def pip_install(*arguments: str) -> None:
     """Run ``pip install`` in the environment, with its output shown."""
-    command = [str(venv_python()), "-m", "pip", "install", "--no-input", "--no-compile", *arguments]
+    command = [
+        str(venv_python()),
+        "-m",
+        "pip",
+        "install",
+        "--no-input",
+        "--no-compile",
+        *arguments,
+    ]
     status = subprocess.run(command, cwd=ROOT, env=pip_environment()).returncode
     if status == 0:
         return
@@ -443,14 +547,23 @@ def pip_install(*arguments: str) -> None:
     else:
         advice = "is there a network connection? Once there is, run this again: what came stays in the cache"
         if sys.version_info[:2] > (3, 13):
-            advice += ". If a version wasn't found: Python 3.11 to 3.13 are known to work"
-    raise Stop(f"pip ended with status {status}; its lines above say why. What to do: {advice}")
+            advice += (
+                ". If a version wasn't found: Python 3.11 to 3.13 are known to work"
+            )
+    raise Stop(
+        f"pip ended with status {status}; its lines above say why. What to do: {advice}"
+    )
 
 
 def pip_environment() -> dict:
     """Return the environment variables for pip."""
-    # Only a setting outside of the environment could ask for --user, and pip refuses it inside.
-    return {**clean_environment(), "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # Only a setting outside of the environment could ask for --user, and pip refuses it
+    # inside.
+    return {
+        **clean_environment(),
+        "PIP_USER": "0",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
 
 
 def pinned(name: str) -> str:
@@ -458,7 +571,9 @@ def pinned(name: str) -> str:
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     found = re.search(rf"^{re.escape(name)}==(\S+)", text, re.MULTILINE)
     if found is None:
-        raise Stop(f"constraints.txt has no line {name}==…: get the file anew, or run the command freeze")
+        raise Stop(
+            f"constraints.txt has no line {name}==…: get the file anew, or run the command freeze"
+        )
     return found[1]
 
 
@@ -473,11 +588,15 @@ def free_gigabytes() -> float:
 
 
 def choose_torch(torch: str | None, stamp: dict | None) -> str | None:
-    """Return the build that is asked for, or None where the CPU build can't be had or isn't another one."""
+    """Return the build that is asked for, or None where the CPU build can't be had or
+    isn't another one.
+    """
     if torch != "cpu" or (stamp or {}).get("torch") == "cpu":
         return torch
     if sys.platform != "linux":
-        say("pip's own torch is the CPU build on this system, so TORCH=cpu changes nothing.")
+        say(
+            "pip's own torch is the CPU build on this system, so TORCH=cpu changes nothing."
+        )
         return None
     reason = unreachable(CPU_INDEX + "/torch/")
     if reason is None:
@@ -490,7 +609,9 @@ def choose_torch(torch: str | None, stamp: dict | None) -> str | None:
 
 
 def unreachable(address: str) -> str | None:
-    """Return why ``address`` doesn't answer within ``CPU_INDEX_SECONDS``; None if it does."""
+    """Return why ``address`` doesn't answer within ``CPU_INDEX_SECONDS``; None if it
+    does.
+    """
     outcome = [f"no answer in {CPU_INDEX_SECONDS} seconds"]
 
     def ask() -> None:
@@ -501,7 +622,8 @@ def unreachable(address: str) -> str | None:
         except (OSError, ValueError) as error:
             outcome[:] = [str(getattr(error, "reason", error))]
 
-    # The time-out above leaves out the look-up of the name, so the whole is bounded by a thread.
+    # The time-out above leaves out the look-up of the name, so the whole is bounded by
+    # a thread.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(CPU_INDEX_SECONDS + 1)
@@ -512,20 +634,30 @@ def unreachable(address: str) -> str | None:
 
 
 def clean_environment() -> dict:
-    """Return this process's environment variables without those that lead Python elsewhere."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+    """Return this process's environment variables without those that lead Python
+    elsewhere.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONHOME", "PYTHONPATH")
+    }
 
 
 def environment_for(python: Path) -> dict:
     """Return the environment variables for what runs under ``python``."""
     variables = clean_environment()
     # So that a notebook's terminal and its !commands find what is installed here.
-    variables["PATH"] = os.pathsep.join([str(python.parent), variables.get("PATH", os.defpath)])
+    variables["PATH"] = os.pathsep.join(
+        [str(python.parent), variables.get("PATH", os.defpath)]
+    )
     if python == venv_python():
         variables["VIRTUAL_ENV"] = str(VENV)
-        # The installation compiles nothing; each module is compiled when it is first imported, and once.
+        # The installation compiles nothing; each module is compiled when it is first
+        # imported, and once.
         variables.pop("PYTHONDONTWRITEBYTECODE", None)
-    # A notebook's kernel runs in notebooks/, so a relative folder would be another one there.
+    # A notebook's kernel runs in notebooks/, so a relative folder would be another one
+    # there.
     folder = variables.get("LOWRANK_DATA_DIR")
     if folder:
         variables["LOWRANK_DATA_DIR"] = str(Path(folder).expanduser().absolute())
@@ -533,12 +665,15 @@ def environment_for(python: Path) -> dict:
 
 
 def become(python: Path, arguments: list, variables: dict) -> int:
-    """Run ``python`` with ``arguments`` in the project's folder, in the place of this process."""
+    """Run ``python`` with ``arguments`` in the project's folder, in the place of this
+    process.
+    """
     command = [str(python), *arguments]
     if os.name != "nt":
         os.chdir(ROOT)
         sys.stdout.flush()
-        # Ctrl-C and signals go straight to the command, and its exit status is this process's.
+        # Ctrl-C and signals go straight to the command, and its exit status is this
+        # process's.
         os.execve(command[0], command, variables)  # noqa: S606
     with subprocess.Popen(command, cwd=ROOT, env=variables) as process:
         while True:
@@ -551,15 +686,18 @@ def first_notebook() -> Path:
     """Return notebook 01, relative to the project's folder."""
     found = sorted((ROOT / "notebooks").glob("01_*.ipynb"))
     if not found:
-        raise Stop(f"{ROOT / 'notebooks'} has no notebook 01_*.ipynb: get the whole project anew")
+        raise Stop(
+            f"{ROOT / 'notebooks'} has no notebook 01_*.ipynb: get the whole project anew"
+        )
     return found[0].relative_to(ROOT)
 
 
 def lab_arguments(notebook: Path, arguments: list, superuser: bool) -> list:
     """Return what Python runs to open JupyterLab at ``notebook``.
 
-    An argument goes over every configuration file, and Jupyter refuses one that is given twice: so neither
-    a file nor ``arguments``, the user's, can open the server to other machines.
+    An argument goes over every configuration file, and Jupyter refuses one that is
+    given twice: so neither a file nor ``arguments``, the user's, can open the server to
+    other machines.
     """
     address = "/lab/tree/" + urllib.parse.quote(notebook.as_posix())
     return [
@@ -576,17 +714,31 @@ def lab_arguments(notebook: Path, arguments: list, superuser: bool) -> list:
 
 
 def lab(python: Path, arguments: list) -> int:
-    """Check the set-up and open JupyterLab at notebook 01, on this machine only and with a token."""
+    """Check the set-up and open JupyterLab at notebook 01, on this machine only and
+    with a token.
+    """
     notebook = first_notebook()
     variables = environment_for(python)
     say("[3/3] Checking the set-up")
-    if subprocess.run([str(python), "-m", "lowrank_utils"], cwd=ROOT, env=variables).returncode != 0:
-        raise Stop("JupyterLab was not opened: do what the lines with FIX say, then run this again")
+    if (
+        subprocess.run(
+            [str(python), "-m", "lowrank_utils"], cwd=ROOT, env=variables
+        ).returncode
+        != 0
+    ):
+        raise Stop(
+            "JupyterLab was not opened: do what the lines with FIX say, then run this again"
+        )
     superuser = hasattr(os, "geteuid") and os.geteuid() == 0
     if superuser:
-        say("You are root, which JupyterLab refuses by default; it is allowed here (allow_root).")
-    say(f"Opening JupyterLab at {shown(ROOT / notebook)}; Ctrl-C in this window ends it.")
-    # In the environment only its owner can read it; a command line can be read by everyone.
+        say(
+            "You are root, which JupyterLab refuses by default; it is allowed here (allow_root)."
+        )
+    say(
+        f"Opening JupyterLab at {shown(ROOT / notebook)}; Ctrl-C in this window ends it."
+    )
+    # In the environment only its owner can read it; a command line can be read by
+    # everyone.
     variables["JUPYTER_TOKEN"] = secrets.token_hex(24)
     return become(python, lab_arguments(notebook, arguments, superuser), variables)
 
@@ -609,11 +761,15 @@ def constraints_text(report: dict) -> str:
         if name not in ("lora-dora", "pip"):
             # A local label such as +cpu names a build, not a version.
             pins[name] = entry["metadata"]["version"].split("+")[0]
-    return header + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
+    return header + "".join(
+        f"{name}=={version}\n" for name, version in sorted(pins.items())
+    )
 
 
 def freeze() -> int:
-    """Resolve pyproject.toml in a fresh environment, without constraints, and write constraints.txt."""
+    """Resolve pyproject.toml in a fresh environment, without constraints, and write
+    constraints.txt.
+    """
     import tomllib
 
     if sys.version_info[:2] != MINIMUM:
@@ -622,14 +778,29 @@ def freeze() -> int:
             f"use Python {oldest}, the oldest that the project supports: newer versions may not have it"
         )
     with (ROOT / "pyproject.toml").open("rb") as file:
-        extras = ",".join(sorted(tomllib.load(file)["project"]["optional-dependencies"]))
+        extras = ",".join(
+            sorted(tomllib.load(file)["project"]["optional-dependencies"])
+        )
     say(f"Resolving the newest versions for the lists {extras}; nothing is installed …")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        subprocess.run([sys.executable, "-m", "venv", str(Path(folder, "venv"))], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", str(Path(folder, "venv"))], check=True
+        )
         python = Path(folder, "venv", venv_python().relative_to(VENV))
-        command = [str(python), "-m", "pip", "install", "--quiet", "--dry-run", "--report", str(report)]
-        if subprocess.run([*command, "-e", f".[{extras}]"], cwd=ROOT, env=clean_environment()).returncode:
+        command = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--report",
+            str(report),
+        ]
+        if subprocess.run(
+            [*command, "-e", f".[{extras}]"], cwd=ROOT, env=clean_environment()
+        ).returncode:
             raise Stop("pip could not resolve pyproject.toml; its lines above say why")
         text = constraints_text(json.loads(report.read_text(encoding="utf-8")))
     (ROOT / "constraints.txt").write_text(text, encoding="utf-8", newline="\n")
@@ -638,7 +809,9 @@ def freeze() -> int:
 
 
 def clean() -> int:
-    """Remove the environment and what tools left behind; the project's own files stay."""
+    """Remove the environment and what tools left behind; the project's own files
+    stay.
+    """
     with one_at_a_time():
         if venv_exists():
             say(f"Removing {shown(VENV)}")
@@ -654,7 +827,11 @@ def clean() -> int:
         "lora_dora.egg-info",
     )
     found = [ROOT / name for name in caches] + list(ROOT.glob(".coverage*"))
-    found += [path for name in ("__pycache__", ".ipynb_checkpoints") for path in ROOT.rglob(name)]
+    found += [
+        path
+        for name in ("__pycache__", ".ipynb_checkpoints")
+        for path in ROOT.rglob(name)
+    ]
     for path in found:
         if path.is_dir():
             say(f"Removing {shown(path)}")
@@ -671,7 +848,11 @@ def parse(arguments: list) -> argparse.Namespace:
         "tests; ARGUMENTS go to pytest), check (check the set-up), run (run Python with ARGUMENTS), "
         "freeze (write constraints.txt from the newest versions), clean (remove the environment)",
     )
-    parser.add_argument("--torch", metavar="BUILD", help="which build of torch: 'cpu' (small) or 'default'")
+    parser.add_argument(
+        "--torch",
+        metavar="BUILD",
+        help="which build of torch: 'cpu' (small) or 'default'",
+    )
     parser.add_argument(
         "--extras",
         metavar="NAMES",
@@ -679,9 +860,13 @@ def parse(arguments: list) -> argparse.Namespace:
         help="further lists of optional dependencies to install, separated by commas",
     )
     parser.add_argument(
-        "--here", action="store_true", help="use the running Python as it is, such as a conda environment"
+        "--here",
+        action="store_true",
+        help="use the running Python as it is, such as a conda environment",
     )
-    parser.add_argument("command", choices=[*EXTRAS, "freeze", "clean"], metavar="COMMAND")
+    parser.add_argument(
+        "command", choices=[*EXTRAS, "freeze", "clean"], metavar="COMMAND"
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS")
     return parser.parse_args(arguments)
 
@@ -696,7 +881,9 @@ def main(arguments: list) -> int:
     try:
         if options.torch not in (None, *TORCH_BUILDS):
             allowed = " and ".join(TORCH_BUILDS)
-            raise Stop(f"there is no build of torch {options.torch!r} (TORCH, --torch); there are {allowed}")
+            raise Stop(
+                f"there is no build of torch {options.torch!r} (TORCH, --torch); there are {allowed}"
+            )
         if options.command == "freeze":
             return freeze()
         if options.command == "clean":
@@ -705,7 +892,11 @@ def main(arguments: list) -> int:
         python = Path(sys.executable) if options.here else ensure(extras, options.torch)
         if options.command == "lab":
             return lab(python, options.arguments)
-        module = {"test": ["-m", "pytest"], "check": ["-m", "lowrank_utils"], "run": []}[options.command]
+        module = {
+            "test": ["-m", "pytest"],
+            "check": ["-m", "lowrank_utils"],
+            "run": [],
+        }[options.command]
         if options.command == "test" and not options.arguments:
             module += IN_PARALLEL
         return become(python, [*module, *options.arguments], environment_for(python))
@@ -713,10 +904,15 @@ def main(arguments: list) -> int:
         print(f"\n{stop}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"\n{error}: is the disk full, or the folder not writable?", file=sys.stderr)
+        print(
+            f"\n{error}: is the disk full, or the folder not writable?", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. Run it again: what was downloaded stays in the cache.", file=sys.stderr)
+        print(
+            "\nInterrupted. Run it again: what was downloaded stays in the cache.",
+            file=sys.stderr,
+        )
         return 130
 
 

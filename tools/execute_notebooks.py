@@ -1,12 +1,13 @@
 """Execute the notebooks in fresh kernels and write them back in one normal form.
 
-The executed .ipynb files are the only source of the series: edit one in JupyterLab, then run this script, look at
-the difference, and commit. Two runs write the same bytes.
+The executed .ipynb files are the only source of the series: edit one in JupyterLab,
+then run this script, look at the difference, and commit. Two runs write the same bytes.
 
-    python tools/execute_notebooks.py                       execute and normalise all notebooks
-    python tools/execute_notebooks.py notebooks/04_*.ipynb  the same for some
-    python tools/execute_notebooks.py --keep-outputs        execute nothing; write the normal form of what is stored
-    python tools/execute_notebooks.py --check               execute nothing; fail if a file isn't in normal form
+    python tools/execute_notebooks.py                       execute and normalise all
+    notebooks python tools/execute_notebooks.py notebooks/04_*.ipynb  the same for some
+    python tools/execute_notebooks.py --keep-outputs        execute nothing; write the
+    normal form of what is stored python tools/execute_notebooks.py --check
+    execute nothing; fail if a file isn't in normal form
 """
 
 import argparse
@@ -25,11 +26,16 @@ from lowrank_utils.comparison.kernels import kernel_environment
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
-# Metadata that says how a cell is used. All the rest (timings, scroll positions) is the editor's.
+# Metadata that says how a cell is used. All the rest (timings, scroll positions) is the
+# editor's.
 KEPT_CELL_METADATA = {"tags", "slideshow", "mystnb", "jupyter"}
 
 NOTEBOOK_METADATA = {
-    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
     "language_info": {
         "codemirror_mode": {"name": "ipython", "version": 3},
         "file_extension": ".py",
@@ -41,7 +47,12 @@ NOTEBOOK_METADATA = {
 }
 
 
-def execute(notebook: NotebookNode, folder: Path, timeout: int = 600, **hooks: Callable[..., Any]) -> None:
+def execute(
+    notebook: NotebookNode,
+    folder: Path,
+    timeout: int = 600,
+    **hooks: Callable[..., Any],
+) -> None:
     """Run all cells of ``notebook`` in a fresh kernel, in place.
 
     Args:
@@ -51,12 +62,16 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 600, **hooks: C
         hooks: what nbclient calls on the way, such as ``on_cell_executed``.
     """
     resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources, **hooks)
+    client = NotebookClient(
+        notebook, timeout=timeout, kernel_name="python3", resources=resources, **hooks
+    )
     client.execute(env=kernel_environment())
 
 
 def normalise(notebook: NotebookNode) -> str:
-    """Return the notebook's text with everything left out that isn't the author's or the code's doing."""
+    """Return the notebook's text with everything left out that isn't the author's or
+    the code's doing.
+    """
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     count = 0
@@ -65,19 +80,25 @@ def normalise(notebook: NotebookNode) -> str:
         cell.metadata = nbformat.from_dict(
             {k: v for k, v in cell.metadata.items() if k in KEPT_CELL_METADATA}
         )
-        cell.source = "\n".join(line.rstrip() for line in cell.source.strip("\n").split("\n"))
+        cell.source = "\n".join(
+            line.rstrip() for line in cell.source.strip("\n").split("\n")
+        )
         if cell.cell_type == "code":
             count += 1
             # A cell that never ran keeps its missing count, which the tests refuse.
             cell.execution_count = count if cell.execution_count is not None else None
-            cell.outputs = [_normal_output(output, count) for output in _merge_streams(cell.outputs)]
+            cell.outputs = [
+                _normal_output(output, count) for output in _merge_streams(cell.outputs)
+            ]
     assign_slide_types(notebook)
     nbformat.validate(notebook)
     return nbformat.writes(notebook).rstrip("\n") + "\n"
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Join what a cell printed in several pieces; where it was cut is a matter of timing."""
+    """Join what a cell printed in several pieces; where it was cut is a matter of
+    timing.
+    """
     merged: list[NotebookNode] = []
     for output in outputs:
         previous = merged[-1] if merged else None
@@ -93,7 +114,8 @@ def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _normal_output(output: NotebookNode, count: int) -> NotebookNode:
-    # The id of a widget is random, and worth nothing without its kernel; its text stays.
+    # The id of a widget is random, and worth nothing without its kernel; its text
+    # stays.
     output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     if output.output_type == "execute_result":
         output.execution_count = count
@@ -106,7 +128,9 @@ def _normal_output(output: NotebookNode, count: int) -> NotebookNode:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file in one step, so that a crash leaves the old one or the new one."""
+    """Replace the file in one step, so that a crash leaves the old one or the new
+    one.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)
@@ -117,10 +141,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
+    parser.add_argument(
+        "notebooks", nargs="*", type=Path, help="default: all in notebooks/"
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--keep-outputs", action="store_true", help="execute nothing; write the normal form")
-    mode.add_argument("--check", action="store_true", help="execute nothing; fail if not in normal form")
+    mode.add_argument(
+        "--keep-outputs",
+        action="store_true",
+        help="execute nothing; write the normal form",
+    )
+    mode.add_argument(
+        "--check",
+        action="store_true",
+        help="execute nothing; fail if not in normal form",
+    )
     arguments = parser.parse_args()
     paths = arguments.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
     failed = False

@@ -1,8 +1,10 @@
-"""Write docs/licences.md: under which licence everything stands that the series builds on.
+"""Write docs/licences.md: under which licence everything stands that the series builds
+on.
 
     python tools/licences.py
 
-The packages are those of requirements.lock, and their licences what each says about itself where it is installed.
+The packages are those of requirements.lock, and their licences what each says about
+itself where it is installed.
 """
 
 import json
@@ -14,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
 
-# What is installed on another system or Python only, as the packages of the locked versions say themselves.
+# What is installed on another system or Python only, as the packages of the locked
+# versions say themselves.
 ELSEWHERE = {
     "aiohappyeyeballs": "PSF-2.0",
     "aiohttp": "Apache-2.0 AND MIT",
@@ -57,21 +60,33 @@ Emacs alone, and text-unidecode, which may be used under the Artistic License in
 
 
 def locked() -> dict[str, tuple[str, str]]:
-    """Return version and marker of each package in requirements.lock by name; the marker is empty for everywhere."""
+    """Return version and marker of each package in requirements.lock by name; the
+    marker is empty for everywhere.
+    """
     text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    found = re.findall(r"^([a-z0-9-]+)==([^\s;]+)(?: ; ([^\\\n]+))?", text, flags=re.MULTILINE)
+    found = re.findall(
+        r"^([a-z0-9-]+)==([^\s;]+)(?: ; ([^\\\n]+))?", text, flags=re.MULTILINE
+    )
     return {name: (version, marker.strip()) for name, version, marker in found}
 
 
 def installed(names: list[str]) -> dict[str, str]:
     """Return the licences of those packages that are installed, by name."""
-    command = [sys.executable, "-m", "piplicenses", "--format=json", "--with-system", "--packages", *names]
+    command = [
+        sys.executable,
+        "-m",
+        "piplicenses",
+        "--format=json",
+        "--with-system",
+        "--packages",
+        *names,
+    ]
     # No shell, and names from the project's own file.
     answer = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     return {
-        re.sub(r"[-_.]+", "-", entry["Name"]).lower(): " ".join(entry["License"].split()).replace(
-            "UNKNOWN", "not stated"
-        )
+        re.sub(r"[-_.]+", "-", entry["Name"]).lower(): " ".join(
+            entry["License"].split()
+        ).replace("UNKNOWN", "not stated")
         for entry in json.loads(answer.stdout)
     }
 
@@ -80,12 +95,23 @@ def where(marker: str) -> str:
     """Say in words where a package is installed."""
     if marker == "" or "sys_platform != " in marker or "implementation" in marker:
         return "everywhere"
-    systems = {"linux": "Linux", "darwin": "macOS", "win32": "Windows", "emscripten": "browsers (Pyodide)"}
-    words = [name for key, name in systems.items() if f"sys_platform == '{key}'" in marker]
+    systems = {
+        "linux": "Linux",
+        "darwin": "macOS",
+        "win32": "Windows",
+        "emscripten": "browsers (Pyodide)",
+    }
+    words = [
+        name for key, name in systems.items() if f"sys_platform == '{key}'" in marker
+    ]
     if "os_name == 'nt'" in marker:
         words.append("Windows")
     if older := re.search(r"python_full_version (==|<) '([\d.]+)(?:\.\*)?'", marker):
-        words.append(f"Python {older[2]} alone" if older[1] == "==" else f"before Python {older[2]}")
+        words.append(
+            f"Python {older[2]} alone"
+            if older[1] == "=="
+            else f"before Python {older[2]}"
+        )
     return ", ".join(words) or "everywhere"
 
 

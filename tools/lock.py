@@ -1,10 +1,11 @@
-"""Write requirements.lock: every package that constraints.txt pins, for all systems, with the hashes of its files.
+"""Write requirements.lock: every package that constraints.txt pins, for all systems,
+with the hashes of its files.
 
-    python -m pip install uv
-    python tools/lock.py
+    python -m pip install uv python tools/lock.py
 
-uv resolves pyproject.toml under constraints.txt once for Linux, macOS and Windows and for every Python that the
-project supports; what only one of them needs carries a marker.
+uv resolves pyproject.toml under constraints.txt once for Linux, macOS and Windows and
+for every Python that the project supports; what only one of them needs carries a
+marker.
 """
 
 import subprocess
@@ -25,11 +26,33 @@ HEADER = """\
 
 def main() -> int:
     """Resolve, and write the file; return the exit status."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--all-extras", "--universal"]
-    options = ["--python-version=3.11", "--constraints=constraints.txt", "--generate-hashes", "--no-header"]
-    # No shell, and nothing but constants. What an index or a user's settings say about mirrors stays out of the file.
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+        "--all-extras",
+        "--universal",
+    ]
+    options = [
+        "--python-version=3.11",
+        "--constraints=constraints.txt",
+        "--generate-hashes",
+        "--no-header",
+    ]
+    # No shell, and nothing but constants. What an index or a user's settings say about
+    # mirrors stays out of the file.
     resolved = subprocess.run(  # noqa: S603
-        [*command, *options, "--no-annotate", "--no-emit-index-url", "--no-config", "--quiet"],
+        [
+            *command,
+            *options,
+            "--no-annotate",
+            "--no-emit-index-url",
+            "--no-config",
+            "--quiet",
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -41,7 +64,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    (ROOT / "requirements.lock").write_text(HEADER + resolved.stdout, encoding="utf-8", newline="\n")
+    (ROOT / "requirements.lock").write_text(
+        HEADER + resolved.stdout, encoding="utf-8", newline="\n"
+    )
     print(
         f"Wrote requirements.lock with {sum(line[:1].isalpha() for line in resolved.stdout.splitlines())} versions."
     )

@@ -1,12 +1,14 @@
-"""Run all notebooks under nbval in one setting after another: do the stored outputs come out again in each?
+"""Run all notebooks under nbval in one setting after another: do the stored outputs
+come out again in each?
 
-    python tools/matrix.py                     run every setting that this machine offers
-    python tools/matrix.py --list              say which those are
-    python tools/matrix.py SSE "no network"    run some
-    python tools/matrix.py --table             run nothing; after a change to a notebook, say so in the table
+    python tools/matrix.py                     run every setting that this machine
+    offers python tools/matrix.py --list              say which those are python
+    tools/matrix.py SSE "no network"    run some python tools/matrix.py --table
+    run nothing; after a change to a notebook, say so in the table
 
-Each outcome is written to notebooks/results/matrix.json and to the table in docs/reproducibility.md as soon as it is
-there. Settings that aren't run now keep their last outcome.
+Each outcome is written to notebooks/results/matrix.json and to the table in
+docs/reproducibility.md as soon as it is there. Settings that aren't run now keep their
+last outcome.
 """
 
 # ruff: noqa: S603 (it runs Python and the system's own tools, never through a shell of the caller's)
@@ -36,8 +38,9 @@ TABLE = ROOT / "docs" / "reproducibility.md"
 ENVIRONMENTS = ROOT / ".matrix"
 
 IS_X86_64 = platform.machine() in ("x86_64", "AMD64")
-# What each vector unit of such a processor is called by torch, twice by Intel's MKL, and by oneDNN. On AMD's processors
-# MKL heeds none of its own names but COMPATIBLE, which is SSE.
+# What each vector unit of such a processor is called by torch, twice by Intel's MKL,
+# and by oneDNN. On AMD's processors MKL heeds none of its own names but COMPATIBLE,
+# which is SSE.
 PROCESSORS = {
     "SSE": ("default", "SSE4_2", "COMPATIBLE", "SSE41"),
     "AVX2": ("avx2", "AVX2", None, "AVX2"),
@@ -55,10 +58,13 @@ class Setting:
     Attributes:
         name: in the table.
         variables: environment variables; None takes one away.
-        python: ``"pinned"``, the oldest versions that pyproject.toml allows (``"oldest"``), or a version such as ``3.12``.
-        place: ``"here"``, a copy in a path with a ``"space"``, or a ``"read-only"`` checkout.
+        python: ``"pinned"``, the oldest versions that pyproject.toml allows
+            (``"oldest"``), or a version such as ``3.12``.
+        place: ``"here"``, a copy in a path with a ``"space"``, or a ``"read-only"``
+            checkout.
         network: False leaves it the loopback device alone.
-        vectors: one of ``WIDTHS``, which the processor must have, if the setting asks for one.
+        vectors: one of ``WIDTHS``, which the processor must have, if the setting asks
+            for one.
     """
 
     name: str
@@ -70,7 +76,9 @@ class Setting:
 
 
 def processor(name: str, threads: int) -> Setting:
-    """Return the setting that uses one vector unit, although the processor may have wider ones."""
+    """Return the setting that uses one vector unit, although the processor may have
+    wider ones.
+    """
     torch, mkl, everywhere, onednn = PROCESSORS[name]
     variables = {
         "ATEN_CPU_CAPABILITY": torch,
@@ -80,15 +88,28 @@ def processor(name: str, threads: int) -> Setting:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
     }
-    return Setting(f"{name}, {threads} thread{'s' * (threads > 1)}", variables, vectors=torch.upper())
+    return Setting(
+        f"{name}, {threads} thread{'s' * (threads > 1)}",
+        variables,
+        vectors=torch.upper(),
+    )
 
 
 SETTINGS = [
     *(processor(name, threads) for name in PROCESSORS for threads in (1, 2)),
-    *(Setting(f"Python {version}", python=version) for version in ("3.11", "3.12", "3.13")),
+    *(
+        Setting(f"Python {version}", python=version)
+        for version in ("3.11", "3.12", "3.13")
+    ),
     Setting("oldest torch and matplotlib", python="oldest"),
-    Setting("German, UTC+14", {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Kiritimati"}),
-    Setting("Chinese, UTC−10", {"LC_ALL": "zh_CN.UTF-8", "LANG": "zh_CN.UTF-8", "TZ": "Pacific/Honolulu"}),
+    Setting(
+        "German, UTC+14",
+        {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Kiritimati"},
+    ),
+    Setting(
+        "Chinese, UTC−10",
+        {"LC_ALL": "zh_CN.UTF-8", "LANG": "zh_CN.UTF-8", "TZ": "Pacific/Honolulu"},
+    ),
     Setting("a path with a space and umlauts", place="space"),
     Setting("a checkout that can't be written", place="read-only"),
     Setting("without HOME", {"HOME": None, "XDG_CACHE_HOME": None}),
@@ -102,7 +123,9 @@ class NotOffered(Exception):
 
 def lowest(name: str) -> str:
     """Return the lowest version of a dependency that pyproject.toml allows."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     lines = project["dependencies"] + project["optional-dependencies"]["peft"]
     found = [re.fullmatch(rf"{name}>=([\d.]+)", line) for line in lines]
     return next(match[1] for match in found if match)
@@ -112,21 +135,33 @@ def interpreter(version: str) -> str:
     """Return a Python of this version, from the path or from pyenv."""
     if version == ".".join(platform.python_version_tuple()[:2]):
         return sys.executable
-    # What the path has may be pyenv's stand-in, which starts nothing where that version isn't chosen.
+    # What the path has may be pyenv's stand-in, which starts nothing where that version
+    # isn't chosen.
     candidates = [
         shutil.which(f"python{version}"),
         *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
     ]
     for found in filter(None, candidates):
-        if subprocess.run([found, "-c", ""], check=False, capture_output=True).returncode == 0:
+        if (
+            subprocess.run(
+                [found, "-c", ""], check=False, capture_output=True
+            ).returncode
+            == 0
+        ):
             return str(found)
     raise NotOffered(f"there is no Python {version}")
 
 
 def environment(name: str) -> str:
-    """Return the Python of an environment with everything installed, which is made if need be."""
+    """Return the Python of an environment with everything installed, which is made if
+    need be.
+    """
     # The oldest versions go with the oldest Python.
-    base = sys.executable if name == "pinned" else interpreter("3.11" if name == "oldest" else name)
+    base = (
+        sys.executable
+        if name == "pinned"
+        else interpreter("3.11" if name == "oldest" else name)
+    )
     if base == sys.executable and name != "oldest":
         return base
     folder = ENVIRONMENTS / name
@@ -139,8 +174,16 @@ def environment(name: str) -> str:
     constraints = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if name == "oldest":
-        # Newer releases of mlxtend and transformers ask for a newer matplotlib and a newer torch, which pins sympy and triton.
-        oldest = ("torch", "torchvision", "matplotlib", "mlxtend", "transformers", "peft")
+        # Newer releases of mlxtend and transformers ask for a newer matplotlib and a
+        # newer torch, which pins sympy and triton.
+        oldest = (
+            "torch",
+            "torchvision",
+            "matplotlib",
+            "mlxtend",
+            "transformers",
+            "peft",
+        )
         free = (
             *oldest,
             "sympy",
@@ -154,7 +197,18 @@ def environment(name: str) -> str:
         lines += [f"{package}=={lowest(package)}" for package in oldest]
     constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
     subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", "-c", str(constraints), "-e", f"{ROOT}[test]"], check=True
+        [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "-c",
+            str(constraints),
+            "-e",
+            f"{ROOT}[test]",
+        ],
+        check=True,
     )
     ready.touch()
     return str(python)
@@ -162,25 +216,43 @@ def environment(name: str) -> str:
 
 @contextmanager
 def prepared(setting: Setting) -> Iterator[tuple[list[str], Path, dict[str, str]]]:
-    """Yield what to put before a command, the folder to run it in, and the environment variables."""
+    """Yield what to put before a command, the folder to run it in, and the environment
+    variables.
+    """
     variables = {
-        name: value for name, value in os.environ.items() if setting.variables.get(name, "") is not None
+        name: value
+        for name, value in os.environ.items()
+        if setting.variables.get(name, "") is not None
     }
-    variables |= {name: value for name, value in setting.variables.items() if value is not None}
+    variables |= {
+        name: value for name, value in setting.variables.items() if value is not None
+    }
     before: list[str] = []
     with ExitStack() as stack:
         folder = ROOT
         if setting.place != "here":
             top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            folder = top / ("mein Übungs ordner" if setting.place == "space" else "checkout")
-            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".matrix", ".git", "build"))
+            folder = top / (
+                "mein Übungs ordner" if setting.place == "space" else "checkout"
+            )
+            shutil.copytree(
+                ROOT,
+                folder,
+                ignore=shutil.ignore_patterns(".venv", ".matrix", ".git", "build"),
+            )
         # The package of the folder that is run, whatever is installed.
         variables["PYTHONPATH"] = str(folder)
         if setting.place == "read-only":
             mount = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && cd "$1" && shift && exec "$@"'
             before = [*isolated("--mount"), "sh", "-c", mount, "sh", str(folder)]
         if not setting.network:
-            before = [*isolated("--net"), "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+            before = [
+                *isolated("--net"),
+                "sh",
+                "-c",
+                'ip link set lo up && exec "$@"',
+                "sh",
+            ]
         locale = setting.variables.get("LC_ALL")
         if locale:
             variables["LOCPATH"] = stack.enter_context(compiled_locale(locale))
@@ -188,11 +260,15 @@ def prepared(setting: Setting) -> Iterator[tuple[list[str], Path, dict[str, str]
 
 
 def isolated(kind: str) -> list[str]:
-    """Return the command that gives what follows a mount or network namespace of its own."""
+    """Return the command that gives what follows a mount or network namespace of its
+    own.
+    """
     command = ["unshare", kind, "--"]
     if (
         shutil.which("unshare") is None
-        or subprocess.run([*command, "true"], check=False, capture_output=True).returncode
+        or subprocess.run(
+            [*command, "true"], check=False, capture_output=True
+        ).returncode
     ):
         raise NotOffered(f"unshare {kind} isn't allowed here (Linux, as root)")
     return command
@@ -207,47 +283,70 @@ def compiled_locale(name: str) -> Iterator[str]:
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            raise NotOffered(f"localedef can't compile {name} (Debian's package locales)") from None
+            raise NotOffered(
+                f"localedef can't compile {name} (Debian's package locales)"
+            ) from None
         yield folder
 
 
 def check_vectors(wanted: str | None, python: str) -> None:
-    """Raise ``NotOffered`` if this processor lacks the vector unit that a setting asks for.
+    """Raise ``NotOffered`` if this processor lacks the vector unit that a setting asks
+    for.
 
-    Torch takes the unit that it is told to use, and fails at the first instruction that isn't there; by itself it takes
-    the widest that is.
+    Torch takes the unit that it is told to use, and fails at the first instruction that
+    isn't there; by itself it takes the widest that is.
     """
     if wanted is None:
         return
     if not IS_X86_64:
         raise NotOffered("this isn't an x86-64 processor")
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    variables = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    done = subprocess.run([python, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "ATEN_CPU_CAPABILITY"
+    }
+    done = subprocess.run(
+        [python, "-c", code], env=variables, capture_output=True, text=True, check=True
+    )
     widest = done.stdout.strip()
     if WIDTHS.index(wanted) > WIDTHS.index(widest):
         raise NotOffered(f"this processor has {widest} and not {wanted}")
 
 
 def digest() -> str:
-    """Return the SHA-256 of all code cells of the notebooks, with their stored outputs."""
+    """Return the SHA-256 of all code cells of the notebooks, with their stored
+    outputs.
+    """
     content = hashlib.sha256()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
-                content.update(json.dumps([cell["source"], cell["outputs"]], sort_keys=True).encode())
+                content.update(
+                    json.dumps(
+                        [cell["source"], cell["outputs"]], sort_keys=True
+                    ).encode()
+                )
     return content.hexdigest()
 
 
 def run(setting: Setting) -> dict[str, str]:
     """Run all notebooks in one setting, and return its row."""
-    row = {"setting": setting.name, "date": date.today().isoformat(), "notebooks": digest()}
+    row = {
+        "setting": setting.name,
+        "date": date.today().isoformat(),
+        "notebooks": digest(),
+    }
     try:
         python = environment(setting.python)
         check_vectors(setting.vectors, python)
         with prepared(setting) as (before, folder, variables):
             # Old packages call what newer ones deprecate; here the outputs count.
-            quiet = ["-W", "ignore::DeprecationWarning"] if setting.python == "oldest" else []
+            quiet = (
+                ["-W", "ignore::DeprecationWarning"]
+                if setting.python == "oldest"
+                else []
+            )
             done = subprocess.run(
                 [*before, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, "notebooks"],
                 cwd=folder, env=variables, capture_output=True, text=True, check=False,
@@ -259,10 +358,15 @@ def run(setting: Setting) -> dict[str, str]:
             )  # fmt: skip
     except NotOffered as reason:
         return row | {"outcome": f"not run: {reason}", "versions": ""}
-    counts = re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.splitlines()[-1] if done.stdout else "")
+    counts = re.findall(
+        r"(\d+) (passed|failed|errors?)",
+        done.stdout.splitlines()[-1] if done.stdout else "",
+    )
     cells = {word: int(number) for number, word in counts}
     python_version, torch_version, matplotlib_version = versions.stdout.split()
-    row["versions"] = f"Python {python_version}, torch {torch_version}, matplotlib {matplotlib_version}"
+    row["versions"] = (
+        f"Python {python_version}, torch {torch_version}, matplotlib {matplotlib_version}"
+    )
     if done.returncode == 0 and cells.get("passed"):
         return row | {"outcome": f"all {cells['passed']} cells the same"}
     print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
@@ -281,7 +385,11 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> str:
     now = digest()
     for setting in SETTINGS:
         row = rows.get(setting.name)
-        cells = [row["outcome"], row["versions"], row["date"]] if row else ["not run yet", "", ""]
+        cells = (
+            [row["outcome"], row["versions"], row["date"]]
+            if row
+            else ["not run yet", "", ""]
+        )
         if row and row["outcome"].startswith("all ") and row.get("notebooks") != now:
             cells[0] += ", of notebooks that have changed since"
         lines.append(f"| {setting.name} | {' | '.join(cells)} |")
@@ -316,18 +424,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "settings", nargs="*", metavar="SETTING", help="part of a setting's name; default: all"
+        "settings",
+        nargs="*",
+        metavar="SETTING",
+        help="part of a setting's name; default: all",
     )
     parser.add_argument("--list", action="store_true", help="only list the settings")
     parser.add_argument(
-        "--table", action="store_true", help="only write the table anew, for changed notebooks"
+        "--table",
+        action="store_true",
+        help="only write the table anew, for changed notebooks",
     )
     arguments = parser.parse_args()
     chosen = [
-        s for s in SETTINGS if not arguments.settings or any(part in s.name for part in arguments.settings)
+        s
+        for s in SETTINGS
+        if not arguments.settings or any(part in s.name for part in arguments.settings)
     ]
     if not chosen:
-        parser.error(f"no such setting; there are: {'; '.join(s.name for s in SETTINGS)}")
+        parser.error(
+            f"no such setting; there are: {'; '.join(s.name for s in SETTINGS)}"
+        )
     if arguments.list:
         print("\n".join(setting.name for setting in chosen))
         return 0
@@ -341,7 +458,8 @@ def main() -> int:
             row = run(setting)
             differing += row["outcome"].endswith("differ")
             bar.write(f"{setting.name}: {row['outcome']}")
-            # What another machine could run stays, with the date and the notebooks of that run.
+            # What another machine could run stays, with the date and the notebooks of
+            # that run.
             if not (row["outcome"].startswith("not run") and setting.name in rows):
                 rows[setting.name] = row
             save(rows)

@@ -1,11 +1,12 @@
 """Change the package in one small way after another: does a unit test fail each time?
 
-    python -m pip install mutmut==3.8.1        what plants the changes, beside the project's own environment
-    python tools/mutants.py                    all files below
+    python -m pip install mutmut==3.8.1        what plants the changes, beside the
+    project's own environment python tools/mutants.py                    all files below
     python tools/mutants.py lora.py dora.py    some
 
-How many changes were found is written to docs/mutants.md, and those that weren't to docs/survivors.md,
-where the reason why is kept from run to run. Files that aren't run now keep their rows.
+How many changes were found is written to docs/mutants.md, and those that weren't to
+docs/survivors.md, where the reason why is kept from run to run. Files that aren't run
+now keep their rows.
 """
 
 # ruff: noqa: S603 (it runs mutmut, never through a shell)
@@ -48,15 +49,19 @@ FILES = {
     "_arguments.py": ["arguments", "adapt", "decompose"],
 }
 
-# Left out is what takes seconds for each change, and what counts frames, among which mutmut puts its own.
+# Left out is what takes seconds for each change, and what counts frames, among which
+# mutmut puts its own.
 LEFT_OUT = "torch_compile or costs_the_bytes or every_flipped_bit or the_line_that_made"
 
-# What mutmut calls a change that a test found. A loop without an end and a crash of Python are found too.
+# What mutmut calls a change that a test found. A loop without an end and a crash of
+# Python are found too.
 FOUND = {"killed", "timeout", "segfault"}
 
 
 class Survivor(NamedTuple):
-    """A change that no test found: in which function, the line before, and the line after."""
+    """A change that no test found: in which function, the line before, and the line
+    after.
+    """
 
     file: str
     function: str
@@ -65,20 +70,37 @@ class Survivor(NamedTuple):
 
 
 def path_of(test: str) -> str:
-    """Return the path of a file of unit tests from its name in ``FILES``: ``adapters/bank`` → ``…/test_bank.py``."""
+    """Return the path of a file of unit tests from its name in ``FILES``:
+    ``adapters/bank`` → ``…/test_bank.py``.
+    """
     folder, _, name = test.rpartition("/")
     return str(PurePosixPath("tests/unit", folder, f"test_{name}.py"))
 
 
 def without_decorators(source: str) -> str:
-    """Return the source with ``@property`` and the like written as the assignments that they stand for.
+    """Return the source with ``@property`` and the like written as the assignments that
+    they stand for.
 
-    mutmut leaves decorated functions alone, which would be the weight of DoRA and half of the bank.
+    mutmut leaves decorated functions alone, which would be the weight of DoRA and half
+    of the bank.
     """
     lines = source.splitlines()
-    blocks = [node.body if isinstance(node, ast.ClassDef) else [node] for node in ast.parse(source).body]
-    for node in reversed([node for block in blocks for node in block if isinstance(node, ast.FunctionDef)]):
-        calls = [f"{ast.unparse(decorator)}({node.name})" for decorator in reversed(node.decorator_list)]
+    blocks = [
+        node.body if isinstance(node, ast.ClassDef) else [node]
+        for node in ast.parse(source).body
+    ]
+    for node in reversed(
+        [
+            node
+            for block in blocks
+            for node in block
+            if isinstance(node, ast.FunctionDef)
+        ]
+    ):
+        calls = [
+            f"{ast.unparse(decorator)}({node.name})"
+            for decorator in reversed(node.decorator_list)
+        ]
         lines[node.end_lineno : node.end_lineno] = [
             f"{' ' * node.col_offset}{node.name} = {call}" for call in calls
         ]
@@ -90,32 +112,57 @@ def without_decorators(source: str) -> str:
 def prepare(file: str) -> None:
     """Lay a copy of what mutmut needs into WORK."""
     shutil.rmtree(WORK, ignore_errors=True)
-    # Python remembers of a folder on its path that it isn't there, so mutmut's copy of the copy is made first.
+    # Python remembers of a folder on its path that it isn't there, so mutmut's copy of
+    # the copy is made first.
     (WORK / "mutants").mkdir(parents=True)
     for name in ("lowrank_utils", "tests/unit"):
-        shutil.copytree(ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "conftest.py", WORK)
     path = WORK / "lowrank_utils" / file
-    path.write_text(without_decorators(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path.write_text(
+        without_decorators(path.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     settings = {
         "source_paths": ["lowrank_utils"],
         "only_mutate": [f"lowrank_utils/{file}"],
         "also_copy": ["conftest.py"],
-        # Without unraisableexception, which collects garbage twice for each change, it takes half the time.
-        "pytest_add_cli_args": ["-pno:cacheprovider", "-pno:unraisableexception", f"-knot ({LEFT_OUT})"],
+        # Without unraisableexception, which collects garbage twice for each change, it
+        # takes half the time.
+        "pytest_add_cli_args": [
+            "-pno:cacheprovider",
+            "-pno:unraisableexception",
+            f"-knot ({LEFT_OUT})",
+        ],
         "pytest_add_cli_args_test_selection": [path_of(name) for name in FILES[file]],
         "process_isolation": "forkserver",  # torch is loaded once, and no test has run before a change is made
     }
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
-    lines = ["[tool.mutmut]", *lines, "[tool.pytest.ini_options]", 'filterwarnings = ["error"]']
+    lines = [
+        "[tool.mutmut]",
+        *lines,
+        "[tool.pytest.ini_options]",
+        'filterwarnings = ["error"]',
+    ]
     (WORK / "pyproject.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def mutmut(*arguments: str, **options: bool) -> str:
     """Run mutmut in WORK, and return what it prints if that is captured."""
-    variables = os.environ | {"PYTHONPATH": str(WORK / "mutants"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from mutmut.__main__ import cli; cli()", *arguments]
-    return subprocess.run(command, cwd=WORK, env=variables, check=True, text=True, **options).stdout
+    variables = os.environ | {
+        "PYTHONPATH": str(WORK / "mutants"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "from mutmut.__main__ import cli; cli()",
+        *arguments,
+    ]
+    return subprocess.run(
+        command, cwd=WORK, env=variables, check=True, text=True, **options
+    ).stdout
 
 
 def outcomes() -> dict[str, str]:
@@ -128,7 +175,11 @@ def survivor(name: str) -> Survivor:
     """Return what the change with this name does."""
     difference = mutmut("show", name, capture_output=True).splitlines()
     before, after = (
-        " ".join(line[1:].strip() for line in difference if re.match(rf"{sign}(?!{sign}{sign} )", line))
+        " ".join(
+            line[1:].strip()
+            for line in difference
+            if re.match(rf"{sign}(?!{sign}{sign} )", line)
+        )
         for sign in (r"\-", r"\+")
     )
     _, file, function = name.split("__mutmut_")[0].split(".")
@@ -142,21 +193,33 @@ def code(text: str) -> str:
 
 
 def rows(path: Path) -> list[list[str]]:
-    """Return the cells of the table in a page, without its heading and the marks of code."""
+    """Return the cells of the table in a page, without its heading and the marks of
+    code.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")][1:]
-    return [[cell.replace(r"\|", "|").strip().strip("`").strip() for cell in line] for line in table]
+    table = [
+        re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")
+    ][1:]
+    return [
+        [cell.replace(r"\|", "|").strip().strip("`").strip() for cell in line]
+        for line in table
+    ]
 
 
-def write(path: Path, introduction: str, heading: list[str], cells: Iterable[Iterable[str]]) -> None:
+def write(
+    path: Path, introduction: str, heading: list[str], cells: Iterable[Iterable[str]]
+) -> None:
     """Write a page with one table, in one step."""
     table = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in [heading, *cells]
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
+        for line in [heading, *cells]
     ]
     table.insert(1, "|" + "---|" * len(heading))
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(introduction + "\n".join(table) + "\n", encoding="utf-8", newline="\n")
+    temporary.write_text(
+        introduction + "\n".join(table) + "\n", encoding="utf-8", newline="\n"
+    )
     temporary.replace(path)
 
 
@@ -175,16 +238,24 @@ def save(file: str, found: Mapping[str, str]) -> None:
         RESULTS,
         RESULTS_INTRODUCTION,
         ["file", "changes", "found", "not found", "share", "date", "versions"],
-        [[code(row[0]), *row[1:]] for row in sorted(results, key=lambda row: order(row[0]))],
+        [
+            [code(row[0]), *row[1:]]
+            for row in sorted(results, key=lambda row: order(row[0]))
+        ],
     )
     stored = rows(SURVIVORS)
     reasons = {Survivor(*row[:4]): row[4] for row in stored}
-    explained = [row for row in stored if row[0] != file] + [[*key, reasons.get(key, "")] for key in alive]
+    explained = [row for row in stored if row[0] != file] + [
+        [*key, reasons.get(key, "")] for key in alive
+    ]
     write(
         SURVIVORS,
         SURVIVORS_INTRODUCTION,
         ["file", "function", "line", "becomes", "why no test finds it"],
-        [[*map(code, row[:4]), row[4]] for row in sorted(explained, key=lambda row: order(row[0]))],
+        [
+            [*map(code, row[:4]), row[4]]
+            for row in sorted(explained, key=lambda row: order(row[0]))
+        ],
     )
 
 
@@ -202,18 +273,27 @@ SURVIVORS_INTRODUCTION = """# Changes that no unit test finds
 
 
 def main() -> int:
-    """Run the command line, and return its exit status: 0 if every survivor has its reason."""
+    """Run the command line, and return its exit status: 0 if every survivor has its
+    reason.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="of lowrank_utils; default: all that the tool knows"
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="of lowrank_utils; default: all that the tool knows",
     )
     arguments = parser.parse_args()
     if unknown := [file for file in arguments.files if file not in FILES]:
-        parser.error(f"no such file: {', '.join(unknown)}; there are {', '.join(FILES)}")
+        parser.error(
+            f"no such file: {', '.join(unknown)}; there are {', '.join(FILES)}"
+        )
     if importlib.util.find_spec("mutmut") is None:
-        parser.error(f"mutmut is missing: {sys.executable} -m pip install mutmut=={MUTMUT}")
+        parser.error(
+            f"mutmut is missing: {sys.executable} -m pip install mutmut=={MUTMUT}"
+        )
     for file in arguments.files or FILES:
         print(f"--- {file}", flush=True)
         prepare(file)

@@ -1,7 +1,9 @@
-"""Say for every cell of a notebook what it is on a slide, from what it is in the notebook.
+"""Say for every cell of a notebook what it is on a slide, from what it is in the
+notebook.
 
-The type stands in a cell's metadata, as JupyterLab shows it (Property Inspector, "Slide Type") and nbconvert reads it.
-``execute_notebooks.py`` gives one to each cell that has none, so a choice made by hand stays.
+The type stands in a cell's metadata, as JupyterLab shows it (Property Inspector, "Slide
+Type") and nbconvert reads it. ``execute_notebooks.py`` gives one to each cell that has
+none, so a choice made by hand stays.
 """
 
 import ast
@@ -33,8 +35,9 @@ def is_set_up(cell: NotebookNode) -> bool:
 def slide_type(cell: NotebookNode, previous: NotebookNode | None) -> str:
     """Return one of ``SLIDE_TYPES`` for a cell.
 
-    A section opens a slide, and what follows in it stands below. Code has a slide of its own, and the words after
-    it come when you press the key: first the class says what it sees. A solution is for the teacher's eyes.
+    A section opens a slide, and what follows in it stands below. Code has a slide of
+    its own, and the words after it come when you press the key: first the class says
+    what it sees. A solution is for the teacher's eyes.
 
     Args:
         cell: the cell to show.
@@ -44,7 +47,11 @@ def slide_type(cell: NotebookNode, previous: NotebookNode | None) -> str:
         if cell.source.startswith(("# ", "## ")):
             return "slide"
         follows_code = previous is not None and previous.cell_type == "code"
-        return "fragment" if follows_code and not cell.source.startswith("#") else "subslide"
+        return (
+            "fragment"
+            if follows_code and not cell.source.startswith("#")
+            else "subslide"
+        )
     tags = cell.metadata.get("tags", [])
     # A slider moves in JupyterLab; on a slide it would be its code alone.
     if cell.cell_type != "code" or is_set_up(cell) or "interactive" in tags:

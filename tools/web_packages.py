@@ -1,6 +1,8 @@
-"""Fetch what the pages load in a browser: MathJax and reveal.js, in the versions that docs/package-lock.json pins.
+"""Fetch what the pages load in a browser: MathJax and reveal.js, in the versions that
+docs/package-lock.json pins.
 
-npm checks each package against the digest in the lock file. Afterwards the pages need no other host.
+npm checks each package against the digest in the lock file. Afterwards the pages need
+no other host.
 """
 
 import os
@@ -21,7 +23,8 @@ class MissingPackages(Exception):
 
 
 def install_packages() -> Path:
-    """Return the folder ``node_modules`` with the packages of docs/package-lock.json, fetched where needed.
+    """Return the folder ``node_modules`` with the packages of docs/package-lock.json,
+    fetched where needed.
 
     Raises:
         MissingPackages: npm is missing or could not fetch them.
@@ -42,9 +45,19 @@ def install_packages() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, wanted, strict=True):
         (folder / name).write_bytes(content)
-    # npm reads its settings from the environment too; none of the packages needs a script of its own.
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-    run = subprocess.run(command, cwd=folder, env=os.environ, stdout=sys.stderr, check=False)  # noqa: S603
+    # npm reads its settings from the environment too; none of the packages needs a
+    # script of its own.
+    command = [
+        npm,
+        "ci",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--loglevel=error",
+    ]
+    run = subprocess.run(  # noqa: S603
+        command, cwd=folder, env=os.environ, stdout=sys.stderr, check=False
+    )
     if run.returncode != 0:
         raise MissingPackages(
             f"npm ended with status {run.returncode}; its lines above say why. Is there a network connection? "

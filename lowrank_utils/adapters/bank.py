@@ -1,4 +1,6 @@
-"""Several adapters in one running model: switched, merged, or a different one for each row of a batch."""
+"""Several adapters in one running model: switched, merged, or a different one for each
+row of a batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from lowrank_utils.adapters.files import (
     read_adapter,
 )
 from lowrank_utils.decompose import row_norms
+from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import is_adapter
 from lowrank_utils.norms import row_scale
 
@@ -23,9 +26,10 @@ from lowrank_utils.norms import row_scale
 class AdapterBank:
     """Named adapters around one base model, which is kept as it is.
 
-    ``add`` puts a small module around each linear layer that an adapter belongs to, and ``remove`` takes
-    it away with the last one. The adapters are for use, not for training: they have no gradients. With nothing
-    active the layers are called as if there were no bank, so the outputs are the base model's to the last bit::
+    ``add`` puts a small module around each linear layer that an adapter belongs to, and
+    ``remove`` takes it away with the last one. The adapters are for use, not for
+    training: they have no gradients. With nothing active the layers are called as if
+    there were no bank, so the outputs are the base model's to the last bit::
 
         bank = AdapterBank(model.eval())
         bank.add("anna", "adapters/anna")
@@ -34,9 +38,10 @@ class AdapterBank:
         with bank.rows(["anna", None, "ben"]):  # a batch of three
             y = model(x)
 
-    Several active at once are defined on the base weight: with W′_i what adapter i alone would make of W, the weight
-    is W + Σ (W′_i − W). A DoRA adapter's norms are ‖W + ΔW_i‖ with the base's W, computed when it is
-    added, so the base weights must not change while it is in. One bank serves one batch at a time.
+    Several active at once are defined on the base weight: with W′_i what adapter i
+    alone would make of W, the weight is W + Σ (W′_i − W). A DoRA adapter's norms are ‖W
+    + ΔW_i‖ with the base's W, computed when it is added, so the base weights must not
+    change while it is in. One bank serves one batch at a time.
 
     Args:
         model: the base model, with plain linear layers. It is changed in place.
@@ -52,8 +57,12 @@ class AdapterBank:
             raise ValueError(
                 f"model is itself a {type(model).__name__}; a bank needs a module with layers inside"
             )
-        if taken := [name for name, module in self._modules.items() if is_adapter(module)]:
-            raise ValueError(f"already adapted: {', '.join(taken)}; a bank needs the plain base model")
+        if taken := [
+            name for name, module in self._modules.items() if is_adapter(module)
+        ]:
+            raise ValueError(
+                f"already adapted: {', '.join(taken)}; a bank needs the plain base model"
+            )
         self.model = model
         self._selection = Selection()
         self._banked: dict[str, BankedLinear] = {}
@@ -69,7 +78,9 @@ class AdapterBank:
     @property
     def active(self) -> list[str]:
         """The adapters that are applied to every row, in the order of ``names``."""
-        return [name for name, slot in self._slots.items() if slot in self._selection.active]
+        return [
+            name for name, slot in self._slots.items() if slot in self._selection.active
+        ]
 
     @property
     def is_merged(self) -> bool:
@@ -77,23 +88,29 @@ class AdapterBank:
         return any(layer.merged is not None for layer in self._banked.values())
 
     @torch.no_grad()
-    def add(self, name: str, source: str | Path | nn.Module, *, may_round: bool = False) -> None:
-        """Put an adapter in under ``name``, without activating it. If anything is wrong, nothing changes.
+    def add(
+        self, name: str, source: str | Path | nn.Module, *, may_round: bool = False
+    ) -> None:
+        """Put an adapter in under ``name``, without activating it. If anything is
+        wrong, nothing changes.
 
         Args:
             name: any text that isn't in use.
-            source: a folder as ``save_adapter`` or PEFT writes it, or a model with adapters in it, whose
-                A, B and m are copied.
+            source: a folder as ``save_adapter`` or PEFT writes it, or a model with
+                adapters in it, whose A, B and m are copied.
             may_round: see ``load_adapter``.
 
         Raises:
-            TypeError, ValueError: the name isn't usable, or the adapter doesn't fit the base model.
+            TypeError, ValueError: the name isn't usable, or the adapter doesn't fit the
+                base model.
             FileNotFoundError, AdapterFileError: see ``load_adapter``.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name must be a text of one letter or more; got {name!r}")
         if name in self._slots:
-            raise ValueError(f"{name!r} is in the bank already; remove it first or choose another name")
+            raise ValueError(
+                f"{name!r} is in the bank already; remove it first or choose another name"
+            )
         if isinstance(source, nn.Module):
             adapter = self._of_model(source, may_round)
         else:
@@ -109,11 +126,15 @@ class AdapterBank:
             self._banked[layer].lora[slot] = part.train(self._banked[layer].training)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; its memory is free again, and layers without adapters are plain again."""
+        """Take an adapter out; its memory is free again, and layers without adapters
+        are plain again.
+        """
         slot = self._slot(name)
         self._refuse_if_merged("remove")
         del self._slots[name]
-        self._selection.active = tuple(other for other in self._selection.active if other != slot)
+        self._selection.active = tuple(
+            other for other in self._selection.active if other != slot
+        )
         for layer, banked in list(self._banked.items()):
             if slot in banked.lora:
                 del banked.lora[slot]
@@ -135,16 +156,22 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside the block, apply to each row of a batch its own adapter, whatever is active outside.
+        """Inside the block, apply to each row of a batch its own adapter, whatever is
+        active outside.
 
         Args:
-            names: one per row, that is per index of the first dimension; None is the base model.
+            names: one per row, that is per index of the first dimension; None is the
+                base model.
         """
         if isinstance(names, str):
-            raise TypeError(f"names must be a list with one name per row; got the text {names!r}")
+            raise TypeError(
+                f"names must be a list with one name per row; got the text {names!r}"
+            )
         self._refuse_if_merged("rows")
         before = self._selection.rows
-        self._selection.rows = tuple(None if name is None else self._slot(name) for name in names)
+        self._selection.rows = tuple(
+            None if name is None else self._slot(name) for name in names
+        )
         try:
             yield
         finally:
@@ -152,15 +179,20 @@ class AdapterBank:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute the weights that the active adapters make, so that they cost no time in the forward pass.
+        """Compute the weights that the active adapters make, so that they cost no time
+        in the forward pass.
 
         The base weights are kept beside them, so ``restore`` brings back every bit.
         """
         self._refuse_if_merged("merge")
         if not self._selection.active:
-            raise ValueError("no adapter is active, so there is nothing to merge; call activate first")
+            raise ValueError(
+                "no adapter is active, so there is nothing to merge; call activate first"
+            )
         merged = {
-            layer: banked.weight.clone() for layer, banked in self._banked.items() if banked.active_adapters()
+            layer: banked.weight.clone()
+            for layer, banked in self._banked.items()
+            if banked.active_adapters()
         }
         for layer, weight in merged.items():
             self._banked[layer].merged = weight
@@ -173,7 +205,9 @@ class AdapterBank:
     def size(self, name: str) -> int:
         """Return how many bytes an adapter takes in memory: those of its A, B and c."""
         slot = self._slot(name)
-        parts = [banked.lora[slot] for banked in self._banked.values() if slot in banked.lora]
+        parts = [
+            banked.lora[slot] for banked in self._banked.values() if slot in banked.lora
+        ]
         return sum(buffer.nbytes for part in parts for buffer in part.buffers())
 
     def _slot(self, name: str) -> str:
@@ -198,7 +232,9 @@ class AdapterBank:
             shape = (part.B.shape[1], part.A.shape[0])
             linear = self._modules.get(layer)
             if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
-                kind = "no such layer" if linear is None else f"a {type(linear).__name__}"
+                kind = (
+                    "no such layer" if linear is None else f"a {type(linear).__name__}"
+                )
                 found = (
                     f"a linear layer of shape {tuple(linear.weight.shape)}"
                     if isinstance(linear, nn.Linear)
@@ -209,7 +245,8 @@ class AdapterBank:
                 )
             if (
                 not may_round
-                and torch.promote_types(part.A.dtype, linear.weight.dtype) != linear.weight.dtype
+                and torch.promote_types(part.A.dtype, linear.weight.dtype)
+                != linear.weight.dtype
             ):
                 raise ValueError(
                     f"{layer}: the adapter is {part.A.dtype} and would be rounded to the base model's "
@@ -224,6 +261,8 @@ class AdapterBank:
     def _part(self, layer: str, part: LayerAdapter) -> BankedAdapter:
         """Return copies of A and B, and c from the base weight as it is now."""
         adapted = adapted_layer(self._linear(layer), part)
-        c = None if part.m is None else row_scale(adapted.m, row_norms(adapted.updated_weight()))  # type: ignore[arg-type]
+        c = None
+        if isinstance(adapted, LinearWithDoRA):
+            c = row_scale(adapted.m, row_norms(adapted.updated_weight()))
         A, B = adapted.lora.A.detach(), adapted.lora.B.detach()
         return BankedAdapter(A, B, part.alpha, c)

@@ -1,4 +1,6 @@
-"""The settings of an adapter in PEFT's ``adapter_config.json``: which are understood, written, and refused."""
+"""The settings of an adapter in PEFT's ``adapter_config.json``: which are understood,
+written, and refused.
+"""
 
 import json
 import math
@@ -15,7 +17,9 @@ CONFIG = "adapter_config.json"
 
 
 class AdapterFileError(ValueError):
-    """An adapter's files can't be used as they are; the message names the file and says what to do."""
+    """An adapter's files can't be used as they are; the message names the file and says
+    what to do.
+    """
 
 
 def fail(file: str, what: str) -> NoReturn:
@@ -25,14 +29,30 @@ def fail(file: str, what: str) -> NoReturn:
 
 # Settings that say nothing about the numbers.
 INFORMATIVE = {
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *(
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 USED = {
-    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora"),
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "use_rslora",
+    ),
     *("target_modules", "exclude_modules", "init_lora_weights", "bias"),
 }
-# Initialisations that leave the base weight alone. The others (PiSSA, OLoRA, CorDA, LoftQ) change it.
+# Initialisations that leave the base weight alone. The others (PiSSA, OLoRA, CorDA,
+# LoftQ) change it.
 INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -70,19 +90,27 @@ class AdapterConfig:
 
     def scaling_of(self, name: str, rank: int) -> float:
         """Return the scaling s of a layer, which is our ``alpha``."""
-        return self._of(self.alphas, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self._of(self.alphas, name, self.alpha) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
 
     @staticmethod
     def _of(patterns: Mapping[str, Any], name: str, usual: Any) -> Any:
-        # As PEFT does: the first pattern that matches the whole name or its end after a dot.
-        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), usual)
+        # As PEFT does: the first pattern that matches the whole name or its end after a
+        # dot.
+        return next(
+            (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)),
+            usual,
+        )
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Read ``adapter_config.json``; whatever changes the numbers and isn't supported is refused by name.
+    """Read ``adapter_config.json``; whatever changes the numbers and isn't supported is
+    refused by name.
 
     Raises:
-        AdapterFileError: it is no JSON, from another tuner, or needs what isn't supported.
+        AdapterFileError: it is no JSON, from another tuner, or needs what isn't
+            supported.
     """
 
     def no_constant(word: str) -> NoReturn:
@@ -105,9 +133,13 @@ def read_config(path: Path) -> AdapterConfig:
         what = f"init_lora_weights={raw['init_lora_weights']!r} changes the base weight too"
         fail(CONFIG, f"{what}; let PEFT convert the adapter to plain LoRA")
     for key, value in raw.items():
-        # Also a setting that a later version of PEFT may bring: unknown is fine only if it is off.
+        # Also a setting that a later version of PEFT may bring: unknown is fine only if
+        # it is off.
         if key not in INFORMATIVE | USED and value not in (None, False, 0, "", [], {}):
-            fail(CONFIG, f"{key}={value!r} isn't supported; the adapter must be trained without it")
+            fail(
+                CONFIG,
+                f"{key}={value!r} isn't supported; the adapter must be trained without it",
+            )
     try:
         return _checked_config(raw)
     except (TypeError, ValueError) as error:
@@ -133,8 +165,12 @@ def _checked_config(raw: dict[str, Any]) -> AdapterConfig:
         value = raw.get(name) or []
         if isinstance(value, str):
             _check_pattern(name, value)
-        elif not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise TypeError(f"{name} must be a list of names or one pattern; got {value!r}")
+        elif not isinstance(value, list) or not all(
+            isinstance(word, str) for word in value
+        ):
+            raise TypeError(
+                f"{name} must be a list of names or one pattern; got {value!r}"
+            )
         return value
 
     return AdapterConfig(
@@ -163,16 +199,21 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 
 def is_target(name: str, targets: str | list[str]) -> bool:
-    """Tell whether PEFT adapts ``name``: a string is a pattern for the whole name, a list holds ends of names."""
+    """Tell whether PEFT adapts ``name``: a string is a pattern for the whole name, a
+    list holds ends of names.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def config_text(layers: Mapping[str, tuple[int, float]], dora: bool, all_names: Iterable[str]) -> str:
+def config_text(
+    layers: Mapping[str, tuple[int, float]], dora: bool, all_names: Iterable[str]
+) -> str:
     """Return the text of ``adapter_config.json`` for adapted layers.
 
-    The config holds the most frequent rank and scaling, and per layer what differs from them.
+    The config holds the most frequent rank and scaling, and per layer what differs from
+    them.
 
     Args:
         layers: name → rank and scaling s.
@@ -181,11 +222,18 @@ def config_text(layers: Mapping[str, tuple[int, float]], dora: bool, all_names: 
     """
     ranks = {name: rank for name, (rank, _) in layers.items()}
     alphas = {name: _lora_alpha(alpha, rank) for name, (rank, alpha) in layers.items()}
-    usual_rank, usual_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    usual_rank, usual_alpha = (
+        Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
+    )
 
     def exceptions(values: Mapping[str, float], usual: float) -> dict[str, float]:
-        # PEFT takes the keys as patterns for the end of a name; these match one name and no other.
-        return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+        # PEFT takes the keys as patterns for the end of a name; these match one name
+        # and no other.
+        return {
+            f"^{re.escape(name)}": value
+            for name, value in values.items()
+            if value != usual
+        }
 
     names = list(layers)
     listed = [name for name in all_names if is_target(name, names)]
@@ -203,15 +251,22 @@ def config_text(layers: Mapping[str, tuple[int, float]], dora: bool, all_names: 
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        # A list matches the ends of names too. Where that hits another layer, a pattern says what is meant.
+        # A list matches the ends of names too. Where that hits another layer, a pattern
+        # says what is meant.
         "target_modules": names if listed == names else "|".join(map(re.escape, names)),
     }
     return json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _lora_alpha(alpha: float, rank: int) -> float:
-    """Return the ``lora_alpha`` whose quotient by the rank is ``alpha``, if possible to the last bit."""
+    """Return the ``lora_alpha`` whose quotient by the rank is ``alpha``, if possible to
+    the last bit.
+    """
     product = alpha * rank
-    near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    near = (
+        product,
+        math.nextafter(product, math.inf),
+        math.nextafter(product, -math.inf),
+    )
     found = next((number for number in near if number / rank == alpha), product)
     return int(found) if found.is_integer() and abs(found) < 2**53 else found

@@ -1,11 +1,16 @@
-"""What the exercises call: each check takes the learner's function and says what is right, or gives a hint.
+"""What the exercises call: each check takes the learner's function and says what is
+right, or gives a hint.
 
-A check knows the mistakes that are often made and names the one it recognises. It never shows the answer. There is
-a file for each notebook.
+A check knows the mistakes that are often made and names the one it recognises. It never
+shows the answer. There is a file for each notebook.
 """
 
 from lowrank_utils.checks._shared import ExerciseError
-from lowrank_utils.checks.comparison import check_enough_networks, check_held_back, check_sign_flip
+from lowrank_utils.checks.comparison import (
+    check_enough_networks,
+    check_held_back,
+    check_sign_flip,
+)
 from lowrank_utils.checks.dora import (
     check_dora_output,
     check_dora_scale,
@@ -17,7 +22,11 @@ from lowrank_utils.checks.finetuning import (
     check_paired_difference,
     check_standard_error,
 )
-from lowrank_utils.checks.lora_layer import check_freeze_all_but_adapters, check_lora_output, check_scaling
+from lowrank_utils.checks.lora_layer import (
+    check_freeze_all_but_adapters,
+    check_lora_output,
+    check_scaling,
+)
 from lowrank_utils.checks.low_rank_updates import (
     check_adapter_parameters,
     check_apply_update,
@@ -28,5 +37,13 @@ from lowrank_utils.checks.magnitude_and_direction import (
     check_unit_vector,
     check_weight_norm_gradients,
 )
-from lowrank_utils.checks.merged_and_unmerged import check_merge, check_merged_weight, check_multiplications
-from lowrank_utils.checks.production import check_factored_squares, check_mixed_batch, check_to_peft
+from lowrank_utils.checks.merged_and_unmerged import (
+    check_merge,
+    check_merged_weight,
+    check_multiplications,
+)
+from lowrank_utils.checks.production import (
+    check_factored_squares,
+    check_mixed_batch,
+    check_to_peft,
+)

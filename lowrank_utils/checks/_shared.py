@@ -1,7 +1,8 @@
-"""What all checks are made of: the frame around a check, the call of the learner's function, the comparison.
+"""What all checks are made of: the frame around a check, the call of the learner's
+function, the comparison.
 
-Where the learner's function raises an error of its own, ``__tracebackhide__`` leaves the check's frames out of the
-traceback, so that it shows the learner's lines.
+Where the learner's function raises an error of its own, ``__tracebackhide__`` leaves
+the check's frames out of the traceback, so that it shows the learner's lines.
 """
 
 import copy
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# In float64 this number + 1 is this number again: what is added to it before the rest is lost, and shows the order.
+# In float64 this number + 1 is this number again: what is added to it before the rest
+# is lost, and shows the order.
 ONE_IS_LOST = 2.0**60
 
 
@@ -20,12 +22,16 @@ class ExerciseError(AssertionError):
     """The answer isn't right yet; the message is a hint."""
 
     def _render_traceback_(self) -> list[str]:
-        """Return the lines that Jupyter shows: the hint alone, for the last frame would show the check's code."""
+        """Return the lines that Jupyter shows: the hint alone, for the last frame would
+        show the check's code.
+        """
         return [f"{type(self).__name__}: {self}"]
 
 
 def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Make a check say what came out: right, or not begun. A wrong answer raises its hint."""
+    """Make a check say what came out: right, or not begun. A wrong answer raises its
+    hint.
+    """
 
     def decorate(check: Callable[[Any], None]) -> Callable[[Any], None]:
         @wraps(check)
@@ -34,7 +40,8 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
             try:
                 check(function)
             except NotImplementedError as untouched:
-                # No error, so that "Run All Cells" and papermill go through an untouched notebook.
+                # No error, so that "Run All Cells" and papermill go through an
+                # untouched notebook.
                 print(f"To do: {untouched}")
             else:
                 print(f"Exercise {number}: correct")
@@ -45,7 +52,8 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
 
 
 def ask(function: Callable[..., Any], **inputs: Any) -> Any:
-    """Return the learner's answer to copies of ``inputs``, which are passed in this order.
+    """Return the learner's answer to copies of ``inputs``, which are passed in this
+    order.
 
     Raises:
         ExerciseError: the function changed one of them.
@@ -54,20 +62,28 @@ def ask(function: Callable[..., Any], **inputs: Any) -> Any:
     given = copy.deepcopy(inputs)
     answer = function(*given.values())
     for name, value in inputs.items():
-        same = torch.equal(given[name], value) if isinstance(value, Tensor) else given[name] == value
+        same = (
+            torch.equal(given[name], value)
+            if isinstance(value, Tensor)
+            else given[name] == value
+        )
         if not same:
-            raise ExerciseError(f"{name} was changed in place; others still need it as it was")
+            raise ExerciseError(
+                f"{name} was changed in place; others still need it as it was"
+            )
     return answer
 
 
 def compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> None:
-    """Accept ``answer`` if it equals ``expected``, else raise the hint of the mistake that it equals.
+    """Accept ``answer`` if it equals ``expected``, else raise the hint of the mistake
+    that it equals.
 
     Args:
         name: what the answer is called in a hint.
         answer: what the learner's function returned.
         expected: a number, a tensor, or a tuple of them.
-        mistakes: hint → the value that this mistake gives. In a tuple, None stands for parts that it leaves alone.
+        mistakes: hint → the value that this mistake gives. In a tuple, None stands for
+            parts that it leaves alone.
 
     Raises:
         ExerciseError: the answer isn't the expected one.
@@ -77,9 +93,15 @@ def compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> 
         raise ExerciseError(f"{name} is None: is the `return` missing?")
     if isinstance(expected, tuple):
         if not isinstance(answer, tuple) or len(answer) != len(expected):
-            raise ExerciseError(f"{name} must be a tuple of {len(expected)}; got {type(answer).__name__}")
+            raise ExerciseError(
+                f"{name} must be a tuple of {len(expected)}; got {type(answer).__name__}"
+            )
         for place, part in enumerate(expected):
-            hints = {hint: wrong[place] for hint, wrong in mistakes.items() if wrong[place] is not None}
+            hints = {
+                hint: wrong[place]
+                for hint, wrong in mistakes.items()
+                if wrong[place] is not None
+            }
             compare(f"{name}[{place}]", answer[place], part, hints)
         return
     for hint, wrong in mistakes.items():
@@ -88,18 +110,24 @@ def compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> 
     if problem := _wrong_kind(answer, expected):
         raise ExerciseError(f"{name} {problem}")
     if not equal(answer, expected):
-        raise ExerciseError(f"{name} isn't right yet; try a small example by hand and compare each step")
+        raise ExerciseError(
+            f"{name} isn't right yet; try a small example by hand and compare each step"
+        )
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Return whether two numbers or tensors have the same shape and, up to rounding, the same values."""
+    """Return whether two numbers or tensors have the same shape and, up to rounding,
+    the same values.
+    """
     try:
         first, second = torch.as_tensor(first), torch.as_tensor(second)
     except (TypeError, ValueError, RuntimeError):
         return False
     if first.shape != second.shape:
         return False
-    return torch.allclose(first.double(), second.double(), rtol=1e-6, atol=1e-9, equal_nan=True)
+    return torch.allclose(
+        first.double(), second.double(), rtol=1e-6, atol=1e-9, equal_nan=True
+    )
 
 
 def _wrong_kind(answer: Any, expected: Any) -> str | None:
@@ -107,8 +135,12 @@ def _wrong_kind(answer: Any, expected: Any) -> str | None:
     # A single number may come as a tensor without dimensions or as Python's.
     numbers = isinstance(answer, (int, float)) or not isinstance(expected, Tensor)
     if numbers and torch.as_tensor(expected).ndim == 0:
-        if isinstance(answer, (list, tuple)) or (isinstance(answer, Tensor) and answer.ndim > 0):
-            shape = f" of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else ""
+        if isinstance(answer, (list, tuple)) or (
+            isinstance(answer, Tensor) and answer.ndim > 0
+        ):
+            shape = (
+                f" of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else ""
+            )
             return f"must be one number; got a {type(answer).__name__.lower()}{shape}"
         return None
     if not isinstance(answer, Tensor):
@@ -117,7 +149,9 @@ def _wrong_kind(answer: Any, expected: Any) -> str | None:
         shapes = f"{tuple(answer.shape)} instead of {tuple(expected.shape)}"
         if answer.ndim == 2 and equal(answer.T, expected):
             return f"has the right values, but is transposed: {shapes}"
-        if answer.numel() == expected.numel() and equal(answer.reshape(expected.shape), expected):
+        if answer.numel() == expected.numel() and equal(
+            answer.reshape(expected.shape), expected
+        ):
             return f"has the right values in the wrong shape: {shapes}"
         return f"has the wrong shape: {shapes}"
     if answer.dtype != expected.dtype:
@@ -152,7 +186,8 @@ class Parts(NamedTuple):
 
 
 def examples() -> Sequence[Parts]:
-    """Return two layers with in ≠ out, a bias, a moved m, a batch, and an alpha that isn't 1.
+    """Return two layers with in ≠ out, a bias, a moved m, a batch, and an alpha that
+    isn't 1.
 
     They agree in no size, so that an answer which fits one of them alone is noticed.
     """
@@ -162,11 +197,21 @@ def examples() -> Sequence[Parts]:
     ]
 
 
-def _draw(seed: int, *, batch: int, n_in: int, n_out: int, rank: int, alpha: float) -> Parts:
+def _draw(
+    seed: int, *, batch: int, n_in: int, n_out: int, rank: int, alpha: float
+) -> Parts:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     x, weight, bias = draw(batch, n_in), draw(n_out, n_in), draw(n_out)
-    return Parts(x, weight, bias, draw(n_in, rank), draw(rank, n_out), alpha, draw(n_out).abs() + 0.5)
+    return Parts(
+        x,
+        weight,
+        bias,
+        draw(n_in, rank),
+        draw(rank, n_out),
+        alpha,
+        draw(n_out).abs() + 0.5,
+    )

@@ -1,6 +1,8 @@
-"""Six layers that are meant to be DoRA, each with one bug: what notebook 5 sends you out to find.
+"""Six layers that are meant to be DoRA, each with one bug: what notebook 5 sends you
+out to find.
 
-Look for the bugs from outside first, with a test of your own. Each class says in its first comment what is wrong.
+Look for the bugs from outside first, with a test of your own. Each class says in its
+first comment what is wrong.
 """
 
 from typing import Any
@@ -27,9 +29,12 @@ class LayerA(LinearWithDoRAMerged):
 class LayerB(AdaptedLinear):
     """DoRA with a bug."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+    ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
-        # The bug: the norm is taken along the other axis of torch's weight, one magnitude per input.
+        # The bug: the norm is taken along the other axis of torch's weight, one
+        # magnitude per input.
         self.m = nn.Parameter(linear.weight.detach().norm(dim=0))
 
     @property
@@ -55,13 +60,16 @@ class LayerC(LinearWithDoRAMerged):
 class LayerD(AdaptedLinear):
     """DoRA with a bug."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+    ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
         self.m = nn.Parameter(linear.weight.new_ones(linear.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        # The bug: the adapter's output is normalised, example by example, in the place of the weight's rows.
+        # The bug: the adapter's output is normalised, example by example, in the place
+        # of the weight's rows.
         return self.linear(x) + self.m * F.normalize(self.lora(x), dim=-1)
 
 
@@ -72,7 +80,8 @@ class LayerE(LinearWithDoRAMerged):
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, (out, in)."""
         V = self.updated_weight()
-        # The bug: the axes are mixed; m has one entry per output, and the norm one per input.
+        # The bug: the axes are mixed; m has one entry per output, and the norm one per
+        # input.
         return self.m.unsqueeze(1) * V / V.detach().norm(dim=0)
 
 
@@ -83,7 +92,10 @@ class LayerF(LinearWithDoRAMerged):
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, (out, in)."""
         # The bug: the norms are those of W, and not of V = W + ΔW.
-        return row_scale(self.m, row_norms(self.linear.weight)).unsqueeze(1) * self.updated_weight()
+        return (
+            row_scale(self.m, row_norms(self.linear.weight)).unsqueeze(1)
+            * self.updated_weight()
+        )
 
 
 LAYERS = (LayerA, LayerB, LayerC, LayerD, LayerE, LayerF)

@@ -18,7 +18,9 @@ def check_standard_error(function: Callable[[float, int], float]) -> None:
     for p, n in [(0.85, 1000), (0.5, 25)]:
         mistakes = {
             "that is the variance: take the root": p * (1 - p) / n,
-            "that is the spread of one answer: divide by the number of digits under the root": (p * (1 - p))
+            "that is the spread of one answer: divide by the number of digits under the root": (
+                p * (1 - p)
+            )
             ** 0.5,
             "the root goes over n as well": (p * (1 - p)) ** 0.5 / n,
             "the root goes over p(1 − p) as well": p * (1 - p) / n**0.5,
@@ -29,7 +31,9 @@ def check_standard_error(function: Callable[[float, int], float]) -> None:
 
 
 @exercise("6.2")
-def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+def check_paired_difference(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> None:
     """Check exercise 6.2, mean and standard error of paired differences."""
     __tracebackhide__ = True
     cases = [
@@ -37,19 +41,30 @@ def check_paired_difference(function: Callable[[Tensor, Tensor], tuple[Tensor, T
         ([0.91, 0.93, 0.90, 0.94, 0.89, 0.92], [0.92, 0.93, 0.92, 0.92, 0.92, 0.92]),
     ]
     for values in cases:
-        first, second = (torch.tensor(accuracies, dtype=torch.float64) for accuracies in values)
+        first, second = (
+            torch.tensor(accuracies, dtype=torch.float64) for accuracies in values
+        )
         d, root = first - second, len(first) ** 0.5
         mistakes = {
             "the order is first − second": (-d.mean(), None),
-            "the sign tells which method is ahead: don't take absolute values": (d.abs().mean(), None),
+            "the sign tells which method is ahead: don't take absolute values": (
+                d.abs().mean(),
+                None,
+            ),
             "that treats the runs as unrelated; take the differences first": (
                 None,
                 (first.var() + second.var()).sqrt() / root,
             ),
-            "that is the spread of the differences; their mean is steadier, by √n": (None, d.std()),
+            "that is the spread of the differences; their mean is steadier, by √n": (
+                None,
+                d.std(),
+            ),
             "divide by √n, not by n": (None, d.std() / len(d)),
             "that is the square of it: take the root": (None, d.var() / len(d)),
-            "std() divides by n − 1 already; divide it by √n": (None, d.std() / (len(d) - 1) ** 0.5),
+            "std() divides by n − 1 already; divide it by √n": (
+                None,
+                d.std() / (len(d) - 1) ** 0.5,
+            ),
             "the mean was estimated from the same numbers: divide by n − 1": (
                 None,
                 d.std(correction=0) / root,
@@ -75,9 +90,13 @@ def check_magnitude_only(function: Callable[[nn.Module], int]) -> None:
         if any(".lora." in name for name in trainable):
             raise ExerciseError("A and B are still trainable")
         if trainable != {f"layers.{index}.m" for index in (0, 2, 4)}:
-            raise ExerciseError(f"trainable must be the three m and nothing else; got {sorted(trainable)}")
+            raise ExerciseError(
+                f"trainable must be the three m and nothing else; got {sorted(trainable)}"
+            )
         mistakes = {
             "count the numbers, not the tensors": 3,
-            "that counts frozen numbers too": sum(p.numel() for p in model.parameters()),
+            "that counts frozen numbers too": sum(
+                p.numel() for p in model.parameters()
+            ),
         }
         compare("magnitude_only", count, sum(sizes[1:]), mistakes)

@@ -19,9 +19,13 @@ def check_scaling(function: Callable[[float, int, bool], float]) -> None:
         mistakes = {
             "divide instead of multiplying: a larger rank means a smaller factor": alpha
             * (root if rslora else rank),
-            "that is the other rule: √r belongs to rsLoRA": alpha / (rank if rslora else root),
+            "that is the other rule: √r belongs to rsLoRA": alpha
+            / (rank if rslora else root),
             "that is the article's rule, alpha as it is": alpha,
-            "upside down: alpha stands above, the rank below": (root if rslora else rank) / alpha,
+            "upside down: alpha stands above, the rank below": (
+                root if rslora else rank
+            )
+            / alpha,
         }
         answer = ask(function, lora_alpha=alpha, rank=rank, use_rslora=rslora)
         compare("scaling", answer, alpha / (root if rslora else rank), mistakes)
@@ -38,17 +42,21 @@ def check_lora_output(function: Callable[..., Tensor]) -> None:
             "alpha is used as it is here, not divided by the rank": base
             + e.bias
             + e.alpha / len(e.B) * update,
-            "alpha scales the update alone, not the frozen layer": e.alpha * (base + e.bias + update),
+            "alpha scales the update alone, not the frozen layer": e.alpha
+            * (base + e.bias + update),
             "the bias is missing": base + e.alpha * update,
             "the frozen layer is missing": e.alpha * update,
-            "the bias is scaled; it belongs to the frozen layer": base + e.alpha * (update + e.bias),
+            "the bias is scaled; it belongs to the frozen layer": base
+            + e.alpha * (update + e.bias),
         }
         answer = ask(function, **e.take("x weight bias A B alpha"))
         compare("lora_output", answer, base + e.bias + e.alpha * update, mistakes)
 
 
 def _encoder_layer() -> nn.Module:
-    model = nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, batch_first=True)
+    model = nn.TransformerEncoderLayer(
+        d_model=8, nhead=2, dim_feedforward=16, batch_first=True
+    )
     replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1, targets="linear*")
     return model
 
@@ -72,9 +80,15 @@ def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None
         model.requires_grad_(before)
         function(model)
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        adapters = {name for name, _ in model.named_parameters() if name.endswith((".lora.A", ".lora.B"))}
+        adapters = {
+            name
+            for name, _ in model.named_parameters()
+            if name.endswith((".lora.A", ".lora.B"))
+        }
         if not before and not trainable:
-            raise ExerciseError("make A and B trainable also where they were frozen before")
+            raise ExerciseError(
+                "make A and B trainable also where they were frozen before"
+            )
         if not trainable:
             raise ExerciseError(
                 "everything is frozen, the adapters too: a module's requires_grad_ reaches all that is inside it "
@@ -91,4 +105,6 @@ def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None
                 "and inside a wrapper that is the pretrained layer as well"
             )
         if extra:
-            raise ExerciseError(f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear")
+            raise ExerciseError(
+                f"still trainable: {', '.join(extra)}; not every layer is an nn.Linear"
+            )

@@ -5,7 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_utils.checks._shared import ONE_IS_LOST, ExerciseError, ask, compare, equal, examples, exercise
+from lowrank_utils.checks._shared import (
+    ONE_IS_LOST,
+    ExerciseError,
+    ask,
+    compare,
+    equal,
+    examples,
+    exercise,
+)
 
 
 @exercise("1.1")
@@ -14,7 +22,8 @@ def check_adapter_parameters(function: Callable[[int, int, int], int]) -> None:
     __tracebackhide__ = True
     for n_in, n_out, r in [(784, 128, 4), (10, 2, 1), (30, 50, 7)]:
         mistakes = {
-            "A and B are stored, not their product: what are their shapes?": n_in * n_out,
+            "A and B are stored, not their product: what are their shapes?": n_in
+            * n_out,
             "that is A alone; B has numbers too": n_in * r,
             "that is B alone; A has numbers too": r * n_out,
             "A isn't as tall as B is wide: in and out may differ": 2 * n_in * r,
@@ -36,7 +45,12 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
         return int((kept >= share).nonzero()[0, 0]) + 1
 
     # In the first case all mistakes give different ranks.
-    cases = [([6, 3, 2, 2, 2, 2, 1], 0.75), ([1] * 16, 0.5), ([9, 1, 1, 1, 1], 0.95), ([4, 2, 2, 1], 1.0)]
+    cases = [
+        ([6, 3, 2, 2, 2, 2, 1], 0.75),
+        ([1] * 16, 0.5),
+        ([9, 1, 1, 1, 1], 0.95),
+        ([4, 2, 2, 1], 1.0),
+    ]
     for values, share in cases:
         sigma = torch.tensor(values, dtype=torch.float64)
         kept = sigma.square().cumsum(0) / sigma.square().sum()
@@ -52,9 +66,15 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
                 kept, 1 - (1 - share) ** 2
             ),
             "one too few: an index counts from 0, a rank from 1": expected - 1,
-            "one too many: the first rank that reaches the share is enough": expected + 1,
+            "one too many: the first rank that reaches the share is enough": expected
+            + 1,
         }
-        compare("smallest_rank", ask(function, singular_values=sigma, share=share), expected, mistakes)
+        compare(
+            "smallest_rank",
+            ask(function, singular_values=sigma, share=share),
+            expected,
+            mistakes,
+        )
     # Adding these squares one by one rounds each time, which torch.sum largely avoids.
     sigma = torch.tensor([1.0, *[1.75e-8] * 200], dtype=torch.float64)
     if function(sigma.clone(), 1.0) > len(sigma):
@@ -65,7 +85,9 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
 
 
 @exercise("1.3")
-def check_apply_update(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+def check_apply_update(
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> None:
     """Check exercise 1.3, x(W + AB) without the product A·B."""
     __tracebackhide__ = True
     for e in examples():
@@ -77,8 +99,14 @@ def check_apply_update(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tens
         }
         answer = ask(function, **e.take("x weight A B"))
         compare("apply_update", answer, base + update, mistakes)
-    # Both rows of A·B round to the same numbers, and x takes their difference. x·A still holds it.
+    # Both rows of A·B round to the same numbers, and x takes their difference. x·A
+    # still holds it.
     A = torch.tensor([[ONE_IS_LOST, 1.0], [ONE_IS_LOST, 0.0]], dtype=torch.float64)
-    answer = function(torch.tensor([[1.0, -1.0]]).to(A), torch.zeros(3, 2).to(A), A, torch.ones(2, 3).to(A))
+    answer = function(
+        torch.tensor([[1.0, -1.0]]).to(A),
+        torch.zeros(3, 2).to(A),
+        A,
+        torch.ones(2, 3).to(A),
+    )
     if not equal(answer, torch.ones(1, 3)):
         raise ExerciseError("right, but A·B was built in full: multiply x by A first")

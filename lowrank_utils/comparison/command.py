@@ -1,6 +1,8 @@
-"""``lowrank-compare``: run comparison.ipynb for every combination of settings, and put the results in one table.
+"""``lowrank-compare``: run comparison.ipynb for every combination of settings, and put
+the results in one table.
 
-A sweep keeps each run as soon as it ends. Started again with the same settings, it goes on where it stopped.
+A sweep keeps each run as soon as it ends. Started again with the same settings, it goes
+on where it stopped.
 """
 
 import argparse
@@ -79,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Return the plan of the file, with the command line's values in the place of the file's."""
+    """Return the plan of the file, with the command line's values in the place of the
+    file's."""
     given: dict[str, Any] = {}
     for name, *values in arguments.parameters:
         if not values:
@@ -116,7 +119,8 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def workers(arguments: argparse.Namespace, wanted: int) -> Iterator[tuple[Executor, int, int]]:
-    """Yield where the runs are executed, how many at a time, and with how many threads each."""
+    """Yield where the runs are executed, how many at a time, and with how many threads
+    each."""
     if arguments.scheduler:
         with dask_workers(arguments.scheduler) as (executor, slots):
             yield executor, slots, arguments.threads or 1
@@ -128,7 +132,8 @@ def workers(arguments: argparse.Namespace, wanted: int) -> Iterator[tuple[Execut
 
 
 def show(runs: Mapping[str, Settings], store: Store) -> None:
-    """Print each run's name, state and those of its parameters that differ between the runs."""
+    """Print each run's name, state and those of its parameters that differ between the
+    runs."""
     differing = [
         name
         for name in Settings.names()
@@ -191,7 +196,8 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def bar_for(total: int, slots: int) -> Iterator[Callable[[str, Outcome], None]]:
-    """Show a bar with the runs done, running and left and the time to go; yield what advances it."""
+    """Show a bar with the runs done, running and left and the time to go; yield what
+    advances it."""
     failures = 0
     with tqdm(total=total, bar_format="{desc} |{bar}| {elapsed}, about {remaining} to go") as bar:
 
@@ -213,7 +219,8 @@ def bar_for(total: int, slots: int) -> Iterator[Callable[[str, Outcome], None]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 if all runs are done, 1 if some failed, 2 if it can't begin, 130 if interrupted."""
+    """Run the command line: 0 if all runs are done, 1 if some failed, 2 if it can't
+    begin, 130 if interrupted."""
     arguments = parser().parse_args(argv)
     try:
         return sweep(arguments)

@@ -1,8 +1,10 @@
-"""Controls for DoRA: layers with as many numbers beside A and B as m has, and less of an idea behind them.
+"""Controls for DoRA: layers with as many numbers beside A and B as m has, and less of
+an idea behind them.
 
-What m does can be a matter of the norm that it replaces, of a factor for each neuron, or only of some numbers
-that reach every weight and learn fast. Each of these layers leaves one of the reasons out. Scaling by a trained factor
-stands in SSF (arXiv 2210.08823) and (IA)³ (arXiv 2205.05638), and in LHUC (Swietojanski and Renals 2014);
+What m does can be a matter of the norm that it replaces, of a factor for each neuron,
+or only of some numbers that reach every weight and learn fast. Each of these layers
+leaves one of the reasons out. Scaling by a trained factor stands in SSF (arXiv
+2210.08823) and (IA)³ (arXiv 2205.05638), and in LHUC (Swietojanski and Renals 2014);
 VeRA (arXiv 2310.11454) trains scales of frozen random matrices.
 """
 
@@ -17,7 +19,8 @@ from lowrank_utils.lora import AdaptedLinear
 
 
 class LinearWithGain(AdaptedLinear):
-    """LoRA and a factor for each output neuron, without a norm: y = g ⊙ (xWᵀ + s·xAB) + b.
+    """LoRA and a factor for each output neuron, without a norm: y = g ⊙ (xWᵀ + s·xAB) +
+    b.
 
     Args:
         linear: the pretrained layer. It is kept, not copied.
@@ -46,7 +49,8 @@ class LinearWithGain(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         y = F.linear(x, self.linear.weight) + self.lora(x)
-        # Under autocast y is narrower than the gain and the bias, and stays so, as with nn.Linear.
+        # Under autocast y is narrower than the gain and the bias, and stays so, as with
+        # nn.Linear.
         y = self.gain.to(y.dtype) * y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -70,10 +74,12 @@ class LinearWithPositiveGain(LinearWithGain):
 
 
 class LinearWithRandomRows(AdaptedLinear):
-    """LoRA and a multiple of a frozen random row for each output neuron: W′ = W + ΔW + diag(v)·R.
+    """LoRA and a multiple of a frozen random row for each output neuron: W′ = W + ΔW +
+    diag(v)·R.
 
-    There is no reason why these rows should help: they are drawn once, as long as W's rows, and never trained.
-    A method that beats LoRA by some numbers more has to beat this one, too.
+    There is no reason why these rows should help: they are drawn once, as long as W's
+    rows, and never trained. A method that beats LoRA by some numbers more has to beat
+    this one, too.
 
     Args:
         linear: the pretrained layer. It is kept, not copied.

@@ -1,4 +1,5 @@
-"""The primary tests of a comparison: written down before the runs, so that nobody can choose by the results."""
+"""The primary tests of a comparison: written down before the runs, so that nobody can
+choose by the results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,8 @@ APART = {"networks", "methods", "ranks", "steps"}
 
 
 class PrimaryTest(NamedTuple):
-    """One declared test: is the mean of first − second, over the declared shifts and these ranks, zero?
+    """One declared test: is the mean of first − second, over the declared shifts and
+    these ranks, zero?
 
     Attributes:
         first: a method with a rank.
@@ -71,8 +73,10 @@ class Declaration:
             runs: the settings of all runs of the sweep.
 
         Raises:
-            ValueError: the runs of a shift differ in more than networks, methods, ranks and steps, a method isn't run with a rank and a length on one of the shifts, or above fewer
-                networks than the smallest possible p-value needs.
+            ValueError: the runs of a shift differ in more than networks, methods, ranks
+                and steps, a method isn't run with a rank and a length on one of the
+                shifts, or above fewer networks than the smallest possible p-value
+                needs.
         """
         above: dict[tuple[str, int, str, int | None], set[int]] = {}
         tasks: dict[str, dict[str, Any]] = {}
@@ -111,7 +115,8 @@ class Declaration:
 
 
 def read_declaration(declared: Any) -> Declaration:
-    """Return what a grid's file declares: a mapping with shifts, steps, and tests with first, second and ranks.
+    """Return what a grid's file declares: a mapping with shifts, steps, and tests with
+    first, second and ranks.
 
     Raises:
         ValueError: it holds something else, an unknown name, or more than five tests.
@@ -148,17 +153,20 @@ def _list(name: str, values: Any) -> list[Any]:
 def judge(table: pd.DataFrame, declaration: Declaration) -> pd.DataFrame:
     """Return the declared tests' answers, for each length.
 
-    The unit is the network: its difference is the mean over the shifts and the ranks of the means over its seeds.
-    Only networks that have all of them count.
+    The unit is the network: its difference is the mean over the shifts and the ranks of
+    the means over its seeds. Only networks that have all of them count.
 
     Args:
         table: as ``tables.results_table`` gives it.
         declaration: what to decide.
 
     Returns:
-        A row for each length and test: steps, test, count (of networks), mean, low and high (Student's interval,
-        which holds together with those of the other tests of its length: Bonferroni), p (sign flips), p_holm
-        (corrected among the tests of its length), verdict (undecided if p_holm is above 0.05).
+        A row for each length and test: steps, test, count (of networks), mean, low and
+            high (Student's interval,
+        which holds together with those of the other tests of its length: Bonferroni), p
+            (sign flips), p_holm
+        (corrected among the tests of its length), verdict (undecided if p_holm is above
+        0.05).
 
     Raises:
         ValueError: fewer than two networks have all that a test needs.
@@ -195,7 +203,8 @@ def _answer(test: PrimaryTest, table: pd.DataFrame, declaration: Declaration, st
 def network_differences(
     test: PrimaryTest, table: pd.DataFrame, shifts: Sequence[str], steps: int
 ) -> "pd.Series[float]":
-    """Return network → the mean of first − second over the shifts and the ranks, for the networks with all of them."""
+    """Return network → the mean of first − second over the shifts and the ranks, for
+    the networks with all of them."""
     rows = table[table["shift"].isin(shifts) & (table["steps"] == steps) & table["rank"].isin(test.ranks)]
     networks = network_means(rows[rows["method"].isin([test.first, test.second])])
     wide = networks.pivot_table(index=["shift", "rank", "network"], columns="method", values="test")

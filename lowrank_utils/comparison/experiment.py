@@ -20,7 +20,8 @@ from lowrank_utils.comparison.shifts import SHIFTS, shifted_splits
 from lowrank_utils.training import MultilayerPerceptron, accuracy, train, warm_up_and_decay
 from lowrank_utils.comparison.tuning import Choice, Point, Range, Space, tune
 
-# Of each data set, how many images are held out to choose by. Of a thousand, half have an unseen class.
+# Of each data set, how many images are held out to choose by. Of a thousand, half have
+# an unseen class.
 VALIDATION = {"mnist-5k": 1_000, "mnist": 5_000}
 
 
@@ -32,8 +33,9 @@ class Task(NamedTuple):
         pretrained: the network before the adaptation.
         train: new digits to draw samples from.
         validation: new digits to choose by.
-        last_layer_rate: where the last layer is trained itself, its learning rate in every method that has adapters:
-            the one that suited it best when it was trained alone. Tied to that of A and B it would be too small.
+        last_layer_rate: where the last layer is trained itself, its learning rate in
+            every method that has adapters: the one that suited it best when it was
+            trained alone. Tied to that of A and B it would be too small.
     """
 
     network: int
@@ -44,15 +46,18 @@ class Task(NamedTuple):
 
 
 def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Task, Digits]:
-    """Pretrain a network, shift the digits, and return the task and, apart from it, the shifted test split.
+    """Pretrain a network, shift the digits, and return the task and, apart from it, the
+    shifted test split.
 
     Args:
         settings: of the experiment.
-        network: the seed of the splits, the initialisation and the order of the pretraining.
+        network: the seed of the splits, the initialisation and the order of the
+            pretraining.
         progress: show a bar.
 
     Raises:
-        ValueError: there are fewer digits than ``adaptation_examples``, or not enough for each class.
+        ValueError: there are fewer digits than ``adaptation_examples``, or not enough
+            for each class.
         DataError: the data set can't be used as it is.
     """
     dtype = DTYPES[settings.dtype]
@@ -99,13 +104,17 @@ class Run(NamedTuple):
         seed: of the sample, of A and of the order of the digits.
         trainable: how many parameters it trains.
         learning_rate: of Adam, or None if nothing is trained.
-        factor: what the learning rate of the method's part was multiplied by, if it has one.
-        training_loss: mean cross-entropy over the last epoch, in nats; None if nothing was trained or the run ended
-            in numbers that aren't finite.
-        dead: the loss isn't finite, or at the end no lower than that of guessing among the classes.
+        factor: what the learning rate of the method's part was multiplied by, if it has
+            one.
+        training_loss: mean cross-entropy over the last epoch, in nats; None if nothing
+            was trained or the run ended in numbers that aren't finite.
+        dead: the loss isn't finite, or at the end no lower than that of guessing among
+            the classes.
         validation: accuracy on the validation split at the end, from 0 to 1.
-        test: accuracy on the test split at the end, or None as long as nobody has looked.
-        negative: layer → the share of its m, or of its gain, that is below zero; empty if there is neither.
+        test: accuracy on the test split at the end, or None as long as nobody has
+            looked.
+        negative: layer → the share of its m, or of its gain, that is below zero; empty
+            if there is neither.
     """
 
     network: int
@@ -135,8 +144,9 @@ def adapt(
 ) -> tuple[nn.Module, Run]:
     """Adapt a copy of the pretrained network, and return it and how it went.
 
-    With the same seed all methods learn from the same digits in the same order, and those of one rank that adapt the
-    same layers start from the same A, so that their differences can be taken in pairs.
+    With the same seed all methods learn from the same digits in the same order, and
+    those of one rank that adapt the same layers start from the same A, so that their
+    differences can be taken in pairs.
 
     Args:
         task: what to learn from and to choose by.
@@ -144,7 +154,8 @@ def adapt(
         method: a name in ``METHODS``.
         rank: of A and B, or None.
         steps: whole epochs.
-        point: the learning rate, and the factor for the method's part; None if nothing is trained.
+        point: the learning rate, and the factor for the method's part; None if nothing
+            is trained.
         seed: of the sample, of A and of the order of the digits.
         progress: show a bar.
     """
@@ -194,7 +205,8 @@ def adapt(
 
 
 def _factors(task: Task, method: str, model: nn.Module, point: Point) -> dict[str, float]:
-    """Return what the learning rates of the method's part and of a trained last layer are multiplied by."""
+    """Return what the learning rates of the method's part and of a trained last layer
+    are multiplied by."""
     factors = {}
     part = METHODS[method].part
     if part is not None and point.factor is not None:
@@ -215,13 +227,15 @@ def _negative_shares(model: nn.Module) -> dict[str, float]:
 
 
 def space_of(method: str) -> Space:
-    """Return where the learning rates of a method are drawn from, and the factors of its part."""
+    """Return where the learning rates of a method are drawn from, and the factors of
+    its part."""
     rates, part = METHODS[method].rates, METHODS[method].part
     return Space(Range(*rates), None if part is None else Range(part.low, part.high))
 
 
 def choose(task: Task, settings: Settings, method: str, rank: int | None) -> list[Choice]:
-    """Choose a learning rate, and a factor where the method has a part, for each length on the validation split."""
+    """Choose a learning rate, and a factor where the method has a part, for each length
+    on the validation split."""
 
     def score(point: Point, steps: int, seed: int) -> float:
         run = adapt(task, settings, method, rank, steps, point, seed)[1]
@@ -252,7 +266,8 @@ class Tuned(NamedTuple):
 
 
 def run_experiment(settings: Settings, progress: bool = True) -> tuple[list[Tuned], list[Run]]:
-    """Pretrain each network, let each method choose its rates, adapt with each seed, and test each run once.
+    """Pretrain each network, let each method choose its rates, adapt with each seed,
+    and test each run once.
 
     Args:
         settings: of the experiment.
@@ -288,7 +303,8 @@ def run_experiment(settings: Settings, progress: bool = True) -> tuple[list[Tune
 def write_result(
     settings: Settings, tuned: list[Tuned], runs: list[Run], path: str | Path = ""
 ) -> dict[str, Any]:
-    """Return all of an experiment as JSON holds it and, given a ``path``, write it there in one step."""
+    """Return all of an experiment as JSON holds it and, given a ``path``, write it
+    there in one step."""
     result = {
         "settings": settings.as_dict(),
         "choices": [

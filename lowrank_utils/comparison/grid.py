@@ -32,7 +32,8 @@ class Plan(NamedTuple):
 
     Attributes:
         grids: each a mapping of parameter → values.
-        declared: what the runs are to decide, as the file has it; None if nothing is declared.
+        declared: what the runs are to decide, as the file has it; None if nothing is
+            declared.
     """
 
     grids: list[Grid]
@@ -40,7 +41,8 @@ class Plan(NamedTuple):
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a YAML file: a grid, a list of grids, or such a list as ``grids`` beside what is ``declared``.
+    """Read a YAML file: a grid, a list of grids, or such a list as ``grids`` beside
+    what is ``declared``.
 
     A grid is a mapping of parameter → the values to go through.
 
@@ -85,11 +87,13 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
 
 
 def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings"]:
-    """Return the settings of every run: each combination of the values in each grid, none of them twice.
+    """Return the settings of every run: each combination of the values in each grid,
+    none of them twice.
 
     Args:
-        grids: parameter → the values to go through. A single value stands for a list of it; for a
-            parameter that is itself a list (``ranks``), a value that is none stands for a list of one.
+        grids: parameter → the values to go through. A single value stands for a list of
+            it; for a parameter that is itself a list (``ranks``), a value that is none
+            stands for a list of one.
         defaults: of the notebook, for what a grid leaves out.
 
     Raises:
@@ -126,9 +130,11 @@ def _values(value: Any, of_lists: bool) -> list[Any]:
 
 
 def code_version(notebook: str) -> str:
-    """Return a short hash of the code that decides a result: the notebook's, the package's, and torch's version.
+    """Return a short hash of the code that decides a result: the notebook's, the
+    package's, and torch's version.
 
-    Comments and docstrings don't count, nor does what a notebook does after it has written its result.
+    Comments and docstrings don't count, nor does what a notebook does after it has
+    written its result.
 
     Args:
         notebook: its text.
@@ -145,7 +151,8 @@ def code_version(notebook: str) -> str:
 
 
 def code_of(module: str) -> dict[str, str]:
-    """Return name → source of a module and of all modules of this package that it imports, at any depth."""
+    """Return name → source of a module and of all modules of this package that it
+    imports, at any depth."""
     found: dict[str, str] = {}
     left = [module]
     while left:

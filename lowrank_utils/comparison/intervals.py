@@ -1,4 +1,5 @@
-"""Differences between methods, network by network, with intervals and tests that say how sure they are."""
+"""Differences between methods, network by network, with intervals and tests that say
+how sure they are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from scipy import stats
 from lowrank_utils._arguments import check_finite_number
 
 CONFIDENCE = 0.95
-# A difference of accuracies that is smaller than this is of no practical interest: one percentage point.
+# A difference of accuracies that is smaller than this is of no practical interest: one
+# percentage point.
 MARGIN = 0.01
 
 BETTER, WORSE, EQUAL, UNDECIDED = "better", "worse", "no difference worth having", "undecided"
@@ -32,14 +34,17 @@ class Interval:
     count: int
 
     def verdict(self, margin: float = MARGIN) -> str:
-        """Say what the interval of a difference, first − second, allows to say of the first.
+        """Say what the interval of a difference, first − second, allows to say of the
+        first.
 
         Args:
-            margin: a difference smaller than this is of no practical interest, in the unit of the values.
+            margin: a difference smaller than this is of no practical interest, in the
+                unit of the values.
 
         Returns:
-            ``"no difference worth having"`` if the interval lies within ± margin, ``"better"`` or ``"worse"`` if it
-            lies on one side of zero otherwise, and ``"undecided"`` if it is too wide to tell.
+            ``"no difference worth having"`` if the interval lies within ± margin,
+            ``"better"`` or ``"worse"`` if it lies on one side of zero otherwise, and
+            ``"undecided"`` if it is too wide to tell.
         """
         check_finite_number("margin", margin, above=0)
         if max(-self.low, self.high) < margin:
@@ -66,10 +71,12 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:
-    """Return how often chance alone gives a mean as far from zero as that of ``differences``.
+    """Return how often chance alone gives a mean as far from zero as that of
+    ``differences``.
 
-    If neither method is better, each difference could as well have had the other sign. All 2ⁿ choices of signs are
-    gone through where there are up to 9,999 of them, and as many random ones otherwise.
+    If neither method is better, each difference could as well have had the other sign.
+    All 2ⁿ choices of signs are gone through where there are up to 9,999 of them, and as
+    many random ones otherwise.
 
     Args:
         differences: one per network, at least two.
@@ -100,7 +107,8 @@ def _rounded_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number by Holm's method: the smallest times n, the next times n − 1, ….
+    """Return p-values corrected for their number by Holm's method: the smallest times
+    n, the next times n − 1, ….
 
     Args:
         p_values: of all tests that were declared together.
@@ -116,7 +124,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def networks_needed(tests: int, level: float = 1 - CONFIDENCE) -> int:
-    """Return how many networks it takes until the smallest p-value of as many tests can be below ``level``."""
+    """Return how many networks it takes until the smallest p-value of as many tests can
+    be below ``level``."""
     count = 2
     while tests * 2 / 2**count > level:
         count += 1

@@ -4,14 +4,16 @@ import os
 
 
 def kernel_environment(threads: int | None = None) -> dict[str, str]:
-    """Return this process's environment variables, made fit for a kernel whose outputs are kept.
+    """Return this process's environment variables, made fit for a kernel whose outputs
+    are kept.
 
-    Progress bars would store how fast this machine is. Under pytest two variables change what a kernel
-    captures: ``PYTEST_CURRENT_TEST`` makes ipykernel drop what C code prints, and ``MPLBACKEND`` may
-    switch the pictures off.
+    Progress bars would store how fast this machine is. Under pytest two variables
+    change what a kernel captures: ``PYTEST_CURRENT_TEST`` makes ipykernel drop what C
+    code prints, and ``MPLBACKEND`` may switch the pictures off.
 
     Args:
-        threads: how many threads numerical libraries may use; by default, what they take by themselves.
+        threads: how many threads numerical libraries may use; by default, what they
+            take by themselves.
     """
     left_out = {"PYTEST_CURRENT_TEST", "MPLBACKEND"}
     variables = {name: value for name, value in os.environ.items() if name not in left_out}

@@ -1,4 +1,5 @@
-"""The methods of the comparison: each makes what it trains trainable in a pretrained network, and freezes the rest."""
+"""The methods of the comparison: each makes what it trains trainable in a pretrained
+network, and freezes the rest."""
 
 import itertools
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class Adapter(NamedTuple):
         alpha: the numerator of the scaling.
         scaling: a name in ``SCALINGS``.
         init: initialisation of A.
-        targets: the names of the linear layers that get an adapter; None stands for all.
+        targets: the names of the linear layers that get an adapter; None stands for
+            all.
     """
 
     rank: int
@@ -38,13 +40,15 @@ class Adapter(NamedTuple):
     targets: tuple[str, ...] | None = None
 
     def put_in(self, model: nn.Module, layer_class: Callable[..., nn.Module], **options: Any) -> None:
-        """Replace the linear layers of ``model`` that are meant, and freeze everything but the adapters."""
+        """Replace the linear layers of ``model`` that are meant, and freeze everything
+        but the adapters."""
         model.requires_grad_(False)
         alpha = SCALINGS[self.scaling](self.alpha, self.rank)
         replace_linear_layers(model, layer_class, self.rank, alpha, self.targets, init=self.init, **options)
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
-        """Return name and module of the linear layers that are meant, in the model's order."""
+        """Return name and module of the linear layers that are meant, in the model's
+        order."""
         return [(n, layer) for n, layer in linear_layers(model) if self.targets is None or n in self.targets]
 
 
@@ -66,13 +70,15 @@ class Method(NamedTuple):
     """One way to adapt a network.
 
     Attributes:
-        prepare: changes the network in place, so that what the method trains is trainable and nothing else is.
+        prepare: changes the network in place, so that what the method trains is
+            trainable and nothing else is.
         has_rank: False if the adapter means nothing to it.
         rates: the smallest and the largest learning rate to try.
         part: what gets its own rate, if anything does.
         adapts: it puts something into the layers, and doesn't train them as they are.
-        contains: methods that are this one with some of its parameters left where they start, or with a factor
-            of 1. One that does clearly worse than what it contains is under-tuned.
+        contains: methods that are this one with some of its parameters left where they
+            start, or with a factor of 1. One that does clearly worse than what it
+            contains is under-tuned.
     """
 
     prepare: Callable[[nn.Module, Adapter], None]
@@ -100,7 +106,8 @@ def train_last_layer(model: nn.Module, _: Adapter) -> None:
 
 
 def train_magnitudes(model: nn.Module, adapter: Adapter) -> None:
-    """Train one number per output neuron: DoRA's m, with A and B frozen at their start, where A·B = 0."""
+    """Train one number per output neuron: DoRA's m, with A and B frozen at their start,
+    where A·B = 0."""
     adapter._replace(rank=1).put_in(model, LinearWithDoRA)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".m"))
@@ -112,7 +119,8 @@ def train_lora(model: nn.Module, adapter: Adapter) -> None:
 
 
 def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
-    """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains those alone)."""
+    """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains
+    those alone)."""
     biases = [layer.bias for _, layer in adapter.layers(model) if layer.bias is not None]
     adapter.put_in(model, LinearWithLoRA)
     for bias in biases:
@@ -120,12 +128,14 @@ def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
 
 
 def train_smaller_lora(model: nn.Module, adapter: Adapter) -> None:
-    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m has, or just fewer."""
+    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
+    has, or just fewer."""
     _train_matched_lora(model, adapter, below=True)
 
 
 def train_larger_lora(model: nn.Module, adapter: Adapter) -> None:
-    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m has, or just more."""
+    """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
+    has, or just more."""
     _train_matched_lora(model, adapter, below=False)
 
 
@@ -147,7 +157,8 @@ def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None
 
 
 def train_dora(model: nn.Module, adapter: Adapter) -> None:
-    """Train A, B and m, with the norm as a constant in the backward pass (arXiv 2402.09353, §4.3)."""
+    """Train A, B and m, with the norm as a constant in the backward pass (arXiv
+    2402.09353, §4.3)."""
     adapter.put_in(model, LinearWithDoRA, detach_norm=True)
 
 
@@ -168,7 +179,8 @@ def train_positive_gain(model: nn.Module, adapter: Adapter) -> None:
 
 def train_random_rows(model: nn.Module, adapter: Adapter) -> None:
     """Train A, B and how much each neuron takes of a random row that is frozen."""
-    # The rows come from a generator of their own, so that A is drawn as in the other methods.
+    # The rows come from a generator of their own, so that A is drawn as in the other
+    # methods.
     rows = torch.Generator().manual_seed(torch.initial_seed() + 1_000_000)
     adapter.put_in(model, LinearWithRandomRows, generator=rows)
 
@@ -199,7 +211,8 @@ METHODS: dict[str, Method] = {
     "LoRA with biases": Method(
         train_lora_and_biases, part=Part("*.linear.bias"), contains=("LoRA with one rate",)
     ),
-    # LoRA isn't among what DoRA contains: for W + ΔW its m would have to move with every step of A and B.
+    # LoRA isn't among what DoRA contains: for W + ΔW its m would have to move with
+    # every step of A and B.
     "DoRA with one rate": Method(train_dora, contains=("m alone",)),
     "DoRA with m's rate": Method(train_dora, part=OF_M, contains=("m alone", "DoRA with one rate")),
     "DoRA norm kept with one rate": Method(train_dora_norm_kept, contains=("m alone",)),
@@ -216,14 +229,15 @@ METHODS: dict[str, Method] = {
 
 
 def make_trainable(method: str, model: nn.Module, adapter: Adapter, trains_last_layer: bool = False) -> None:
-    """Change ``model`` in place, so that what the method trains is trainable and nothing else is.
+    """Change ``model`` in place, so that what the method trains is trainable and
+    nothing else is.
 
     Args:
         method: a name in ``METHODS``.
         model: a network of plain linear layers.
         adapter: for the methods that use one.
-        trains_last_layer: the last linear layer gets no adapter and is trained itself, in every method but
-            ``"frozen"``.
+        trains_last_layer: the last linear layer gets no adapter and is trained itself,
+            in every method but ``"frozen"``.
 
     Raises:
         ValueError: the method is unknown.

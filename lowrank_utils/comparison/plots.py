@@ -1,4 +1,5 @@
-"""The plots of the comparison: each method above each network, differences with their intervals, and longer runs."""
+"""The plots of the comparison: each method above each network, differences with their
+intervals, and longer runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from lowrank_utils.comparison.tables import means, network_means, task_name
 
 GAIN = Look(PALETTE["ink"], "--", "P", "")
 RANDOM_ROWS = Look("#7A6A00", (0, (5, 1)), "X", "")  # type: ignore[arg-type]
-# Variants of a method share its colour and are drawn hollow, each with a marker of its own.
+# Variants of a method share its colour and are drawn hollow, each with a marker of its
+# own.
 METHOD_LOOKS: dict[str, Look] = {
     "frozen": LOOKS["frozen"],
     "last layer": LOOKS["frozen"]._replace(marker="P"),
@@ -70,10 +72,12 @@ def _tasks(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def plot_networks(table: pd.DataFrame) -> Figure:
-    """Draw the test accuracy of each method above each network, and the mean, a panel for each task, length and rank.
+    """Draw the test accuracy of each method above each network, and the mean, a panel
+    for each task, length and rank.
 
     Args:
-        table: as ``tables.results_table`` gives it. A method without a rank stands in the panel of each rank.
+        table: as ``tables.results_table`` gives it. A method without a rank stands in
+            the panel of each rank.
     """
     networks = network_means(table)
     ranks = sorted(networks["rank"].dropna().unique()) or [None]
@@ -105,7 +109,8 @@ def plot_networks(table: pd.DataFrame) -> Figure:
 
 
 def plot_differences(rows: pd.DataFrame) -> Figure:
-    """Draw differences with their 95 % intervals, a panel for each task and a line for each length and rank.
+    """Draw differences with their 95 % intervals, a panel for each task and a line for
+    each length and rank.
 
     The shade is the margin within which a difference isn't worth having.
 
@@ -160,7 +165,8 @@ def plot_declared(answers: pd.DataFrame) -> Figure:
 
 
 def _interval(axes: Any, place: int, row: pd.Series, first: str, second: str) -> None:
-    """Draw one interval, in the colour of the method that is ahead; grey if neither certainly is."""
+    """Draw one interval, in the colour of the method that is ahead; grey if neither
+    certainly is."""
     if place == 0:
         axes.axvspan(-100 * MARGIN, 100 * MARGIN, color=PALETTE["muted"], alpha=0.18, lw=0, zorder=0)
         axes.axvline(0, color=PALETTE["ink"], lw=1)
@@ -176,7 +182,8 @@ def plot_accuracy_over_steps(table: pd.DataFrame, rank: int) -> Figure:
 
     Args:
         table: as ``tables.results_table`` gives it.
-        rank: which one to draw of the methods that have a rank. Of networks only those count that have all lengths.
+        rank: which one to draw of the methods that have a rank. Of networks only those
+            count that have all lengths.
     """
     chosen = table[(table["rank"] == rank) | table["rank"].isna()]
     lengths = chosen["steps"].nunique()

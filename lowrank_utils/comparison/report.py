@@ -1,4 +1,5 @@
-"""The report of a comparison: what was declared and decided, tables, plots, and all that only describes."""
+"""The report of a comparison: what was declared and decided, tables, plots, and all
+that only describes."""
 
 import contextlib
 import shutil
@@ -56,7 +57,8 @@ def write_report(
     stem: str,
     declaration: Declaration | None = None,
 ) -> Path:
-    """Write ``STEM.csv`` (all runs), ``STEM.md`` (the report) and its plots, each in one step.
+    """Write ``STEM.csv`` (all runs), ``STEM.md`` (the report) and its plots, each in
+    one step.
 
     Args:
         results: name and result of each run.
@@ -132,7 +134,8 @@ def _picture(name: str, stem: str) -> str:
 
 
 def _commit() -> str:
-    """Return the commit that the code is at, if git is there and the code in a repository."""
+    """Return the commit that the code is at, if git is there and the code in a
+    repository."""
     git = shutil.which("git")
     if git is None:
         return ""
@@ -152,7 +155,8 @@ def _signed(value: float) -> str:
 
 
 def declared_lines(answers: pd.DataFrame, declaration: Declaration) -> list[str]:
-    """Return the declared tests' answers as a Markdown table, and a sentence that says how to read it."""
+    """Return the declared tests' answers as a Markdown table, and a sentence that says
+    how to read it."""
     lines = [
         "| steps | first − second | networks | difference | interval | p (Holm) | the first is |",
         "|---|---|---|---|---|---|---|",
@@ -172,7 +176,8 @@ def declared_lines(answers: pd.DataFrame, declaration: Declaration) -> list[str]
 
 
 def without_one_task(table: pd.DataFrame, declaration: Declaration) -> str:
-    """Return how large each declared difference is if one task is left out, as a Markdown table."""
+    """Return how large each declared difference is if one task is left out, as a
+    Markdown table."""
     lines = [
         "| steps | first − second | " + " | ".join(f"without {name}" for name in declaration.shifts) + " |"
     ]
@@ -191,7 +196,8 @@ def without_one_task(table: pd.DataFrame, declaration: Declaration) -> str:
 
 
 def _accuracies(table: pd.DataFrame) -> list[str]:
-    """Return for each task and length a table of mean accuracies, a row per method and a column per rank."""
+    """Return for each task and length a table of mean accuracies, a row per method and
+    a column per rank."""
     suspects = under_tuned(table)
     parts = ["## Accuracy"]
     for values, group in means(table).groupby([*TASK, "steps"], sort=False):
@@ -270,7 +276,8 @@ def _negative_lines(table: pd.DataFrame) -> list[str]:
 
 
 def _rate_lines(table: pd.DataFrame) -> list[str]:
-    """Return the chosen rates and factors: medians over the networks, and how often a range grew."""
+    """Return the chosen rates and factors: medians over the networks, and how often a
+    range grew."""
     tuned = table.drop_duplicates([*TASK, "steps", "method", "rank", "network"])
     tuned = tuned[tuned["learning_rate"].notna()]
     lines = [
@@ -357,7 +364,8 @@ def _write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _in_one_step(path: Path) -> Iterator[Path]:
-    """Yield where to write what then takes the place of ``path``; if it can't be written, nothing of it stays."""
+    """Yield where to write what then takes the place of ``path``; if it can't be
+    written, nothing of it stays."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary

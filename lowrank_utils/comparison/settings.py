@@ -24,21 +24,26 @@ class Settings:
         data_set: ``"mnist-5k"`` or ``"mnist"``.
         shift: what is new when the network is adapted: a name in ``SHIFTS``.
         rotation: degrees counter-clockwise, for the shift of that name.
-        networks: seeds of pretrained networks. Each has its own splits, initialisation, pretraining and tuning.
+        networks: seeds of pretrained networks. Each has its own splits, initialisation,
+            pretraining and tuning.
         methods: names in ``METHODS``.
-        ranks: inner dimensions of A and B; each method that has a rank runs with each of them.
+        ranks: inner dimensions of A and B; each method that has a rank runs with each
+            of them.
         alpha: the numerator of the scaling.
         scaling: ``"alpha"``, ``"alpha/rank"`` or ``"alpha/sqrt(rank)"``.
         init: initialisation of A, ``"article"`` or ``"peft"``.
-        adaptation_examples: digits to learn from, another stratified sample for each seed.
+        adaptation_examples: digits to learn from, another stratified sample for each
+            seed.
         batch_size: digits per step.
-        steps: lengths of a run in steps, the shortest first; each is tuned and measured by itself.
-        tuning_points: learning rates, with factors where the method has one, that each method and rank tries: a
-            power of two.
+        steps: lengths of a run in steps, the shortest first; each is tuned and measured
+            by itself.
+        tuning_points: learning rates, with factors where the method has one, that each
+            method and rank tries: a power of two.
         tuning_seeds: those that the rates are chosen with; none of ``seeds``.
         seeds: each gives another sample, another A and another order of the digits.
         pretraining_epochs: passes over the training split before the shift.
-        dtype: ``"float64"`` gives the same decimals on every processor, ``"float32"`` is faster.
+        dtype: ``"float64"`` gives the same decimals on every processor, ``"float32"``
+            is faster.
         device: where to train, such as ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -117,7 +122,8 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
-        """Return the settings with the ``values``; an unknown or a missing name is an error."""
+        """Return the settings with the ``values``; an unknown or a missing name is an
+        error."""
         if unknown := [name for name in values if name not in cls.names()]:
             raise ValueError(f"unknown: {', '.join(unknown)}; the settings are {', '.join(cls.names())}")
         if missing := [name for name in cls.names() if name not in values]:
@@ -138,7 +144,8 @@ class Settings:
 
 
 def _check_each(name: str, values: Any, check: Callable[[Any], Any]) -> None:
-    """Refuse anything but a list, an empty one, one with a repetition, and one with a wrong entry."""
+    """Refuse anything but a list, an empty one, one with a repetition, and one with a
+    wrong entry."""
     if not isinstance(values, list):
         raise TypeError(f"{name} must be a list; got {values!r} ({type(values).__name__})")
     if not values:
@@ -152,14 +159,15 @@ def _check_each(name: str, values: Any, check: Callable[[Any], Any]) -> None:
 def settings_of_notebook(namespace: Mapping[str, Any]) -> Settings:
     """Return the settings that stand in a notebook's variables.
 
-    papermill only logs a parameter that the notebook doesn't have, and runs with the defaults. Here it is
-    an error.
+    papermill only logs a parameter that the notebook doesn't have, and runs with the
+    defaults. Here it is an error.
 
     Args:
         namespace: the notebook's ``globals()``.
 
     Raises:
-        TypeError, ValueError: a setting isn't what is allowed, or papermill was given an unknown one.
+        TypeError, ValueError: a setting isn't what is allowed, or papermill was given
+            an unknown one.
     """
     # papermill writes what it was given into a cell that begins with this comment.
     given = [source for source in namespace.get("In", ()) if source.startswith("# Parameters\n")]

@@ -1,4 +1,5 @@
-"""The shifts of the comparison: what a network is pretrained on, and what is new when it is adapted."""
+"""The shifts of the comparison: what a network is pretrained on, and what is new when
+it is adapted."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,12 +15,13 @@ class Shift(NamedTuple):
     """One kind of task.
 
     Attributes:
-        change: called with digits, an angle in degrees and a seed, for the digits that are new. Angle
-            and seed are the experiment's; most shifts need neither.
+        change: called with digits, an angle in degrees and a seed, for the digits that
+            are new. Angle and seed are the experiment's; most shifts need neither.
         pretrained_on: the labels that the network knows beforehand.
         adapted_to: the labels of the new digits.
         centred: subtract from all images the mean image of their own domain.
-        trains_last_layer: train the weight and the bias of the last layer too, in every method.
+        trains_last_layer: train the weight and the bias of the last layer too, in every
+            method.
     """
 
     change: Callable[[Digits, float, int], Digits]
@@ -34,21 +36,24 @@ SHIFTS: dict[str, Shift] = {
     "permutation": Shift(lambda digits, _, seed: permute_pixels(digits, seed)),
     "inversion": Shift(lambda digits, *_: invert(digits)),
     "blur": Shift(lambda digits, *_: blur(digits)),
-    # The last layer's rows of classes that the network has never seen hold nothing to build on.
+    # The last layer's rows of classes that the network has never seen hold nothing to
+    # build on.
     "unseen classes": Shift(
         lambda digits, *_: digits,
         pretrained_on=(0, 1, 2, 3, 4),
         adapted_to=(5, 6, 7, 8, 9),
         trains_last_layer=True,
     ),
-    # These two show what goes wrong without centred inputs, and with a last layer that stays.
+    # These two show what goes wrong without centred inputs, and with a last layer that
+    # stays.
     "raw inversion": Shift(lambda digits, *_: invert(digits), centred=False),
     "unseen classes, frozen head": Shift(
         lambda digits, *_: digits, pretrained_on=(0, 1, 2, 3, 4), adapted_to=(5, 6, 7, 8, 9)
     ),
 }
 
-# The last layer is trained as well, in every method: what is then left for an adapter to do?
+# The last layer is trained as well, in every method: what is then left for an adapter
+# to do?
 SHIFTS |= {
     f"{name}, trained last layer": SHIFTS[name]._replace(trains_last_layer=True)
     for name in ("rotation", "permutation", "inversion")
@@ -56,7 +61,8 @@ SHIFTS |= {
 
 
 def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tuple[Digits, Splits]:
-    """Return the digits to pretrain on, and the new ones to adapt to, to choose by and to report.
+    """Return the digits to pretrain on, and the new ones to adapt to, to choose by and
+    to report.
 
     Args:
         name: in ``SHIFTS``.
@@ -74,7 +80,8 @@ def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tupl
     new = Splits(*(shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits))
     if not shift.centred:
         return familiar, new
-    # The mean is the training images' in all three splits: a model never learns from the others.
+    # The mean is the training images' in all three splits: a model never learns from
+    # the others.
     mean = new.train.images.mean(dim=0)
     return _minus(familiar, familiar.images.mean(dim=0)), Splits(*(_minus(digits, mean) for digits in new))
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What a run left: its notebook as executed and, unless it failed, its result as JSON."""
+    """What a run left: its notebook as executed and, unless it failed, its result as
+    JSON."""
 
     notebook: str
     result: str | None
@@ -29,11 +30,13 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """A folder with what the runs of a sweep left, one folder for each, that appears in one step.
+    """A folder with what the runs of a sweep left, one folder for each, that appears in
+    one step.
 
     Attributes:
-        folder: holds ``runs/ID`` with ``notebook.ipynb`` and ``result.json``, and ``failed/ID`` with
-            ``notebook.ipynb``, ``parameters.json`` and ``error.txt``.
+        folder: holds ``runs/ID`` with ``notebook.ipynb`` and ``result.json``, and
+            ``failed/ID`` with ``notebook.ipynb``, ``parameters.json`` and
+            ``error.txt``.
     """
 
     folder: Path
@@ -57,7 +60,8 @@ class Store:
                 f"another sweep is at work in {self.folder}; wait for it or choose another --out"
             ) from None
         except OSError as error:
-            # A disk that is full is another matter: there what is done is kept, and the sweep goes on later.
+            # A disk that is full is another matter: there what is done is kept, and the
+            # sweep goes on later.
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise SweepError(
@@ -65,13 +69,15 @@ class Store:
             ) from None
 
     def declare(self, declared: dict[str, Any] | None) -> None:
-        """Write down what the runs are to decide, before the first of them; later it can't be changed.
+        """Write down what the runs are to decide, before the first of them; later it
+        can't be changed.
 
         Args:
             declared: as JSON holds it; None if nothing is declared.
 
         Raises:
-            SweepError: runs are there already, and something else was declared for them.
+            SweepError: runs are there already, and something else was declared for
+                them.
         """
         path = self.folder / "declared.json"
         text = json.dumps(declared, indent=1) + "\n"
@@ -111,7 +117,8 @@ class Store:
             ) from None
 
     def keep(self, run: str, settings: "Settings", outcome: Outcome) -> None:
-        """Write down what a run left. It is there whole or not at all, also if the machine stops."""
+        """Write down what a run left. It is there whole or not at all, also if the
+        machine stops."""
         if outcome.result is not None:
             files, place = {"result.json": outcome.result}, "runs"
         else:

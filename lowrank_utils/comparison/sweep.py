@@ -28,9 +28,11 @@ NEVER_STARTED = ("Kernel didn't respond in", "Kernel died before replying to ker
 
 
 def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: int) -> Outcome:
-    """Run the notebook with the settings in a process of its own, and return what it left.
+    """Run the notebook with the settings in a process of its own, and return what it
+    left.
 
-    It runs in a folder of its own and needs no file of the caller's, so that a worker may be another machine.
+    It runs in a folder of its own and needs no file of the caller's, so that a worker
+    may be another machine.
 
     Args:
         notebook: its text.
@@ -52,7 +54,8 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
             yaml.safe_dump({**settings, "result_path": str(files["result.json"])}), encoding="utf-8"
         )
         command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-f", "parameters.yaml"]
-        # Kernels that start at the same moment may pick the same port, and then one of them never answers, or dies.
+        # Kernels that start at the same moment may pick the same port, and then one of
+        # them never answers, or dies.
         for _ in range(3):
             # No shell, and the caller's own notebook.
             run = subprocess.run(  # noqa: S603
@@ -74,7 +77,8 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
 
 
 def _end_with_the_sweep(sweep: int) -> None:
-    """Let this worker, and all that it started, end when the sweep was killed; by itself it would wait forever."""
+    """Let this worker, and all that it started, end when the sweep was killed; by
+    itself it would wait forever."""
     parent = psutil.Process(sweep)
 
     def watch() -> None:
@@ -99,7 +103,8 @@ def local_workers(count: int) -> Iterator[Executor]:
     try:
         yield executor
     except BaseException:
-        # What ended the sweep is what its user must hear of, and not what the workers' end may bring up besides.
+        # What ended the sweep is what its user must hear of, and not what the workers'
+        # end may bring up besides.
         with contextlib.suppress(Exception):
             executor.shutdown(wait=True, kill_workers=True)
         raise
@@ -108,7 +113,8 @@ def local_workers(count: int) -> Iterator[Executor]:
 
 @contextlib.contextmanager
 def dask_workers(address: str) -> Iterator[tuple[Executor, int]]:
-    """Yield an executor on the workers of a dask scheduler, and how many runs they take at a time.
+    """Yield an executor on the workers of a dask scheduler, and how many runs they take
+    at a time.
 
     Raises:
         SweepError: dask isn't installed, nobody answers, or there are no workers.
@@ -131,7 +137,8 @@ def dask_workers(address: str) -> Iterator[tuple[Executor, int]]:
             raise SweepError(
                 f"the scheduler at {address} has no workers; start some with: dask worker {address}"
             )
-        # Not pure: the same call may give another notebook, with other times in its metadata.
+        # Not pure: the same call may give another notebook, with other times in its
+        # metadata.
         with client.get_executor(pure=False) as executor:
             yield executor, threads
 
@@ -162,7 +169,8 @@ def run_all(
     left = set(waiting)
     try:
         while left:
-            # For a second at a time: a Ctrl-C that comes just before a wait begins is noticed when it ends.
+            # For a second at a time: a Ctrl-C that comes just before a wait begins is
+            # noticed when it ends.
             done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
             # First what can be kept, then a worker's end, which is raised.
             for future in sorted(done, key=lambda each: each.exception() is not None):

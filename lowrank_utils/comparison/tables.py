@@ -1,4 +1,5 @@
-"""Results of experiments as tables: a row per run, means over networks with intervals, and differences in pairs."""
+"""Results of experiments as tables: a row per run, means over networks with intervals,
+and differences in pairs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,17 +24,20 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row for each adaptation in the results of some experiments.
 
     Args:
-        results: what ``experiment.write_result`` gives. An adaptation that stands in several of them (a method
-            without a rank, run beside several ranks) is taken once.
+        results: what ``experiment.write_result`` gives. An adaptation that stands in
+            several of them (a method without a rank, run beside several ranks) is taken
+            once.
 
     Returns:
-        The columns of ``TASK`` and network, steps, method, rank (missing if the method has none), seed, trainable,
-        learning_rate, factor, score (validation accuracy in the tuning), widened, at_edge, training_loss, dead,
-        validation and test (accuracies from 0 to 1), and for each layer ``negative_LAYER``, the share of its m or
-        gain that is below zero.
+        The columns of ``TASK`` and network, steps, method, rank (missing if the method
+        has none), seed, trainable, learning_rate, factor, score (validation accuracy in
+        the tuning), widened, at_edge, training_loss, dead, validation and test
+        (accuracies from 0 to 1), and for each layer ``negative_LAYER``, the share of
+        its m or gain that is below zero.
 
     Raises:
-        ValueError: the runs of one task differ in another setting, so that they aren't runs of one experiment.
+        ValueError: the runs of one task differ in another setting, so that they aren't
+            runs of one experiment.
     """
     rows = []
     common: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -71,7 +75,8 @@ def task_name(task: Mapping[str, Any]) -> str:
 
 
 def network_means(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each task, length, method, rank and network: means over its adaptation seeds."""
+    """Return a row for each task, length, method, rank and network: means over its
+    adaptation seeds."""
     columns = ["score", "training_loss", "validation", "test", "dead"]
     columns += [name for name in table.columns if name.startswith("negative_")]
     numbers = table.assign(**{name: table[name].astype("float64") for name in columns})
@@ -80,11 +85,13 @@ def network_means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean test accuracy over the networks with its 95 % interval, for each task, length, method and rank.
+    """Return the mean test accuracy over the networks with its 95 % interval, for each
+    task, length, method and rank.
 
     Returns:
-        A row each, with the columns of ``CELL``, trainable, count (of networks), mean, low, high (NaN with one network
-        alone), dead (the share of runs), and ``negative_LAYER``.
+        A row each, with the columns of ``CELL``, trainable, count (of networks), mean,
+        low, high (NaN with one network alone), dead (the share of runs), and
+        ``negative_LAYER``.
     """
     networks = network_means(table)
     negative = [name for name in networks.columns if name.startswith("negative_")]
@@ -101,20 +108,23 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Return by how much one method is ahead of another, for each task, length and rank.
+    """Return by how much one method is ahead of another, for each task, length and
+    rank.
 
-    The differences are taken network by network, over the networks that have both. These rows describe; what is tested
-    is declared beforehand (``declared.judge``).
+    The differences are taken network by network, over the networks that have both.
+    These rows describe; what is tested is declared beforehand (``declared.judge``).
 
     Args:
         table: as ``results_table`` gives it.
         first: the method whose accuracy is positive in the difference.
-        second: the other. A method without a rank is paired with each rank of the other one.
+        second: the other. A method without a rank is paired with each rank of the other
+            one.
 
     Returns:
-        A row each, with the columns of ``TASK``, steps, first, second, rank (if one of them has one), count, mean, low,
-        high, and a verdict: better, worse, no difference worth having or undecided for the first; "under-tuned"
-        where ``under_tuned`` lists one of them.
+        A row each, with the columns of ``TASK``, steps, first, second, rank (if one of
+        them has one), count, mean, low, high, and a verdict: better, worse, no
+        difference worth having or undecided for the first; "under-tuned" where
+        ``under_tuned`` lists one of them.
     """
     for name, method in {"first": first, "second": second}.items():
         check_one_of(name, method, METHODS)
@@ -138,7 +148,8 @@ def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
 def _pairs(
     networks: pd.DataFrame, first: str, second: str
 ) -> Iterable[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
-    """Yield task and length with the rows of both methods, for each pair of ranks that belong together."""
+    """Yield task and length with the rows of both methods, for each pair of ranks that
+    belong together."""
     for values, group in networks.groupby([*TASK, "steps"], sort=False):
         sides = [
             [rows for _, rows in group[group["method"] == method].groupby("rank", sort=False, dropna=False)]
@@ -157,15 +168,18 @@ def _cell(row: Any) -> tuple[str, ...]:
 
 
 def under_tuned(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the methods that do clearly worse than a method that they contain, or than themselves at a smaller rank.
+    """Return the methods that do clearly worse than a method that they contain, or than
+    themselves at a smaller rank.
 
-    A method can do all that its submodel can. Where both its training loss and its score in the tuning are clearly
-    worse, it was held back, and nothing may be concluded from it. Clearly means: by more than a point of
-    accuracy and 0.01 nats in the mean over the networks, with 95 % intervals that exclude zero if there are several.
+    A method can do all that its submodel can. Where both its training loss and its
+    score in the tuning are clearly worse, it was held back, and nothing may be
+    concluded from it. Clearly means: by more than a point of accuracy and 0.01 nats in
+    the mean over the networks, with 95 % intervals that exclude zero if there are
+    several.
 
     Returns:
-        A row for each such pair, with the columns of ``CELL``, submodel, submodel_rank, score and training_loss (the
-        method's minus the submodel's), count.
+        A row for each such pair, with the columns of ``CELL``, submodel, submodel_rank,
+        score and training_loss (the method's minus the submodel's), count.
     """
     networks = network_means(table)
     rows = []
@@ -206,12 +220,14 @@ def _clearly_above(interval: Interval, margin: float, sign: int = 1) -> bool:
 
 
 def spread_over_ranks(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Return how far apart the accuracies at the best and at the worst rank lie, for each task, length and network.
+    """Return how far apart the accuracies at the best and at the worst rank lie, for
+    each task, length and network.
 
     A method that is robust to the choice of the rank has a small spread.
 
     Returns:
-        A row each, with the columns of ``TASK``, steps, method, network, ranks (how many), spread.
+        A row each, with the columns of ``TASK``, steps, method, network, ranks (how
+        many), spread.
     """
     networks = network_means(table)
     chosen = networks[networks["method"].isin(methods) & networks["rank"].notna()]

@@ -1,4 +1,5 @@
-"""Learning rates: where to look, and what to keep. Every method gets as many tries as every other."""
+"""Learning rates: where to look, and what to keep. Every method gets as many tries as
+every other."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +10,8 @@ from scipy.stats import qmc
 
 # Within this share of a range's ends a choice says that a better one may lie outside.
 OUTER = 0.1
-# A choice there is clearly better than the best of the interior by more than this: one percentage point.
+# A choice there is clearly better than the best of the interior by more than this: one
+# percentage point.
 CLEARLY = 0.01
 # How often the ranges may grow, and by which share of their first width.
 WIDENINGS = 2
@@ -66,7 +68,8 @@ class Space:
     factor: Range | None = None
 
     def points(self, count: int, seed: int) -> list[Point]:
-        """Return the first points of a scrambled Sobol sequence, which covers the space evenly.
+        """Return the first points of a scrambled Sobol sequence, which covers the space
+        evenly.
 
         Args:
             count: how many; a power of two is covered best.
@@ -86,9 +89,11 @@ class Choice:
     """The points that were tried at one length, and the one that was taken.
 
     Attributes:
-        scores: point → mean validation accuracy for each tuning seed that it was tried with.
+        scores: point → mean validation accuracy for each tuning seed that it was tried
+            with.
         widened: how often the ranges grew.
-        at_edge: the chosen one lies in the outer tenth of its range, and is clearly better than the interior.
+        at_edge: the chosen one lies in the outer tenth of its range, and is clearly
+            better than the interior.
     """
 
     scores: dict[Point, list[float]] = field(default_factory=dict)
@@ -96,7 +101,8 @@ class Choice:
     at_edge: bool = False
 
     def ranked(self) -> list[Point]:
-        """Return the points, the best first: those with the most seeds, and among them by their mean."""
+        """Return the points, the best first: those with the most seeds, and among them
+        by their mean."""
         return sorted(self.scores, key=lambda p: (-len(self.scores[p]), -self.score(p), p.rate))
 
     def score(self, point: Point) -> float:
@@ -117,12 +123,14 @@ def tune(
     tuning_seeds: Sequence[int],
     score: Callable[[Point, int, int], float],
 ) -> list[Choice]:
-    """Choose a point for each length, by halving: what does well with one seed, or for a short time, goes on.
+    """Choose a point for each length, by halving: what does well with one seed, or for
+    a short time, goes on.
 
-    At the first length all points are tried with the first seed, the better half of them with the second, and so on.
-    Each further length begins with half as many points, the best of the length before, and with one seed fewer, as
-    long as there is one: its runs take longer. Where the best point lies in the outer tenth of a range and is
-    clearly better than the interior, the range grows by a third.
+    At the first length all points are tried with the first seed, the better half of
+    them with the second, and so on. Each further length begins with half as many
+    points, the best of the length before, and with one seed fewer, as long as there is
+    one: its runs take longer. Where the best point lies in the outer tenth of a range
+    and is clearly better than the interior, the range grows by a third.
 
     Args:
         space: of the method.
@@ -164,7 +172,8 @@ def _halve(
     score: Callable[[Point, int, int], float],
     at_least: int = 1,
 ) -> None:
-    """Try the candidates with one seed after the other, each time with the better half of them alone."""
+    """Try the candidates with one seed after the other, each time with the better half
+    of them alone."""
     left = list(candidates)
     for seed in tuning_seeds:
         for point in left:
@@ -173,7 +182,8 @@ def _halve(
 
 
 def _wider(space: Space, choice: Choice) -> tuple[Space, Space] | None:
-    """Return the space with a range grown, and what was added to it; None if no range has to."""
+    """Return the space with a range grown, and what was added to it; None if no range
+    has to."""
     best = choice.chosen
     for name in ("rate", "factor"):
         span: Range | None = getattr(space, name)

@@ -1,4 +1,5 @@
-"""A real browser: the fixtures of pytest-playwright (``page``, ``new_context``, …) with the system's Chromium.
+"""A real browser: the fixtures of pytest-playwright (``page``, ``new_context``, …) with
+the system's Chromium.
 
 Nothing but this machine can be reached, and a page that tries to is a failure.
 """
@@ -17,10 +18,12 @@ from playwright.sync_api import expect
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Milliseconds for whatever is waited for, which a slow machine with other work may take long to do.
+# Milliseconds for whatever is waited for, which a slow machine with other work may take
+# long to do.
 PATIENCE = 180_000
 
-# The first has the same engine and no window to draw, which saves a part of the processor's time.
+# The first has the same engine and no window to draw, which saves a part of the
+# processor's time.
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # Without them the browser itself asks its maker's servers now and then.
 FLAGS = (
@@ -40,9 +43,11 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Put these tests last: from the first of them on, Playwright's event loop holds this thread to the end.
+    """Put these tests last: from the first of them on, Playwright's event loop holds
+    this thread to the end.
 
-    Those that take minutes are the first of them, so that no core waits for one of them in the end.
+    Those that take minutes are the first of them, so that no core waits for one of them
+    in the end.
     """
 
     def place(item):
@@ -54,14 +59,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def base_url():
-    """No address to begin with. The plugin's own fixture is a method, of which pytest warns."""
+    """No address to begin with. The plugin's own fixture is a method, of which pytest
+    warns."""
     return
 
 
 @pytest.fixture(scope="session")
 def browser_type_launch_args(browser_type_launch_args, playwright):
-    """As the plugin's, with the system's Chromium, or else with the one that Playwright installs."""
-    program = next(filter(None, map(shutil.which, PROGRAMS)), playwright.chromium.executable_path)
+    """As the plugin's, with the system's Chromium, or else with the one that Playwright
+    installs."""
+    program = next(
+        filter(None, map(shutil.which, PROGRAMS)), playwright.chromium.executable_path
+    )
     if not Path(program).exists():
         pytest.skip(
             "there is no Chromium. On Debian and Ubuntu: sudo apt install chromium. "
@@ -72,13 +81,19 @@ def browser_type_launch_args(browser_type_launch_args, playwright):
 
 @pytest.fixture(scope="session")
 def browser_context_args(browser_context_args):
-    """As the plugin's, for the smallest screen that a learner's laptop is likely to have."""
-    return {**browser_context_args, "viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"}
+    """As the plugin's, for the smallest screen that a learner's laptop is likely to
+    have."""
+    return {
+        **browser_context_args,
+        "viewport": {"width": 1280, "height": 800},
+        "reduced_motion": "reduce",
+    }
 
 
 @pytest.fixture
 def requests_elsewhere():
-    """The addresses beyond this machine that pages ask for; the test fails if any is left at its end."""
+    """The addresses beyond this machine that pages ask for; the test fails if any is
+    left at its end."""
     addresses = []
     yield addresses
     assert not addresses, "a page asked another machine"
@@ -86,7 +101,8 @@ def requests_elsewhere():
 
 @pytest.fixture
 def new_context(new_context, requests_elsewhere):
-    """As the plugin's; requests that would leave this machine go nowhere and are recorded."""
+    """As the plugin's; requests that would leave this machine go nowhere and are
+    recorded."""
 
     def record(asked):
         # Pictures in the page itself (data:, blob:) have no host.
@@ -105,10 +121,12 @@ def new_context(new_context, requests_elsewhere):
 
 @pytest.fixture
 def screenshot(pytestconfig):
-    """A function that keeps a picture of a page under a name, where ``--screenshot=on`` asks for it.
+    """A function that keeps a picture of a page under a name, where ``--screenshot=on``
+    asks for it.
 
-    It goes into the folder that pytest's option ``--output`` names, where failing tests also leave theirs. A
-    notebook's page in full takes a second or two, which is why it isn't done where nobody looks.
+    It goes into the folder that pytest's option ``--output`` names, where failing tests
+    also leave theirs. A notebook's page in full takes a second or two, which is why it
+    isn't done where nobody looks.
     """
     folder = Path(pytestconfig.getoption("--output"))
 

@@ -1,11 +1,13 @@
-"""Read built pages as a browser would: their links, what they load, their headings and pictures."""
+"""Read built pages as a browser would: their links, what they load, their headings and
+pictures."""
 
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What makes a browser fetch something while it shows a page; a link is followed by the reader.
+# What makes a browser fetch something while it shows a page; a link is followed by the
+# reader.
 LOADED = {
     "script": "src",
     "img": "src",
@@ -18,7 +20,16 @@ LOADED = {
     "link": "href",
 }
 # Says something about other pages, and fetches nothing.
-ONLY_SAID = {"next", "prev", "index", "search", "canonical", "author", "copyright", "license"}
+ONLY_SAID = {
+    "next",
+    "prev",
+    "index",
+    "search",
+    "canonical",
+    "author",
+    "copyright",
+    "license",
+}
 
 
 class Page(HTMLParser):
@@ -50,9 +61,16 @@ class Page(HTMLParser):
             self.links.append(values["href"])
         if tag == "img":
             source = values.get("src", "")
-            self.pictures.append((source[:30] if source.startswith("data:") else source, values.get("alt")))
+            self.pictures.append(
+                (
+                    source[:30] if source.startswith("data:") else source,
+                    values.get("alt"),
+                )
+            )
         address = values.get(LOADED.get(tag, ""))
-        if address and not (tag == "link" and set((values.get("rel") or "").split()) & ONLY_SAID):
+        if address and not (
+            tag == "link" and set((values.get("rel") or "").split()) & ONLY_SAID
+        ):
             self.loaded.append(address)
         if tag == "article":
             self.in_article = True
@@ -66,7 +84,11 @@ class Page(HTMLParser):
 
 def pages_of(folder):
     """Return all pages of a folder by their path."""
-    return {path: Page(path) for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts}
+    return {
+        path: Page(path)
+        for path in sorted(folder.rglob("*.html"))
+        if "_static" not in path.parts
+    }
 
 
 def is_elsewhere(address):
@@ -78,11 +100,17 @@ def broken_links(pages):
     """Return the links and addresses of files that lead nowhere, each with its page."""
     broken = []
     for path, page in pages.items():
-        for address in [*page.links, *page.loaded, *(source for source, _ in page.pictures)]:
+        for address in [
+            *page.links,
+            *page.loaded,
+            *(source for source, _ in page.pictures),
+        ]:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = (
+                (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            )
             wanted = unquote(parts.fragment)
             found = target.is_file()
             if found and wanted and target in pages:
@@ -102,6 +130,8 @@ def loaded_from_elsewhere(folder, pages):
     ]
     for path in folder.rglob("*.css"):
         style = path.read_text(encoding="utf-8")
-        fetched = re.findall(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s]+)""", style)
+        fetched = re.findall(
+            r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')\s]+)""", style
+        )
         found += [(path.name, address) for address in fetched]
     return found

@@ -1,4 +1,5 @@
-"""The browser of the tests reaches this machine only, and what a page asks of others doesn't go unnoticed."""
+"""The browser of the tests reaches this machine only, and what a page asks of others
+doesn't go unnoticed."""
 
 import http.server
 import threading
@@ -41,9 +42,14 @@ def address():
         server.shutdown()
 
 
-def test_what_a_page_asks_of_other_machines_is_refused_and_recorded(page, address, requests_elsewhere):
+def test_what_a_page_asks_of_other_machines_is_refused_and_recorded(
+    page, address, requests_elsewhere
+):
     refused = {}
-    page.on("requestfailed", lambda asked: refused.setdefault(urlsplit(asked.url).hostname, asked.failure))
+    page.on(
+        "requestfailed",
+        lambda asked: refused.setdefault(urlsplit(asked.url).hostname, asked.failure),
+    )
     page.goto(address)
     first, second = page.evaluate("window.outcomes")
     assert (first["status"], second["status"]) == ("rejected", "fulfilled")
@@ -52,7 +58,9 @@ def test_what_a_page_asks_of_other_machines_is_refused_and_recorded(page, addres
         "192.0.2.1",
         "socket.example",
     }
-    assert refused == dict.fromkeys(("picture.example", "192.0.2.1"), "net::ERR_NAME_NOT_RESOLVED")
+    assert refused == dict.fromkeys(
+        ("picture.example", "192.0.2.1"), "net::ERR_NAME_NOT_RESOLVED"
+    )
     requests_elsewhere.clear()
 
 

@@ -1,4 +1,5 @@
-"""The site: complete, without dead ends, readable in light and dark, and without a request to another host."""
+"""The site: complete, without dead ends, readable in light and dark, and without a
+request to another host."""
 
 import ast
 import itertools
@@ -44,17 +45,24 @@ def address(site, serve):
 def axe(site):
     """The script that looks for what keeps people out."""
     del site  # its packages are there once it is built
-    return (ROOT / "build/npm/node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
+    return (ROOT / "build/npm/node_modules/axe-core/axe.min.js").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_there_is_a_page_for_everything(site):
     expected = {"index.html", "docs/results.html", "search.html", "api/index.html"}
     expected |= {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
-    expected |= {f"notebooks/results/{path.stem}.html" for path in (ROOT / "notebooks/results").glob("*.md")}
+    expected |= {
+        f"notebooks/results/{path.stem}.html"
+        for path in (ROOT / "notebooks/results").glob("*.md")
+    }
     expected |= {f"api/{name}.html" for name in MODULES}
     if (ROOT / "docs/teaching.md").is_file():
         expected.add("docs/teaching.html")
-    assert expected <= {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert expected <= {
+        path.relative_to(site).as_posix() for path in site.rglob("*.html")
+    }
 
 
 def test_all_links_within_the_site_lead_somewhere(pages):
@@ -66,7 +74,10 @@ def test_no_link_leads_to_a_file_that_only_the_project_has(pages):
     for path, page in pages.items():
         for link in page.links:
             # Sphinx keeps the sources of its pages, to be downloaded.
-            assert "_sources/" in link or not re.search(r"\.(py|md)(#|$)", link), (path.name, link)
+            assert "_sources/" in link or not re.search(r"\.(py|md)(#|$)", link), (
+                path.name,
+                link,
+            )
 
 
 def test_nothing_is_loaded_from_another_host(site, pages):
@@ -74,10 +85,16 @@ def test_nothing_is_loaded_from_another_host(site, pages):
 
 
 def test_every_picture_says_what_it_shows(pages):
-    pictures = [(path.name, *picture) for path, page in pages.items() for picture in page.pictures]
+    pictures = [
+        (path.name, *picture)
+        for path, page in pages.items()
+        for picture in page.pictures
+    ]
     assert len(pictures) >= 40
     # Sphinx puts the address in the place of a missing text.
-    mute = [picture for picture in pictures if not picture[2] or "_images" in picture[2]]
+    mute = [
+        picture for picture in pictures if not picture[2] or "_images" in picture[2]
+    ]
     assert mute == []
 
 
@@ -87,36 +104,57 @@ def test_no_level_of_heading_is_skipped(pages):
             continue
         levels = page.headings
         assert levels.count(1) == 1, path
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), path
+        assert all(
+            after <= before + 1 for before, after in itertools.pairwise(levels)
+        ), path
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_of_the_package_is_described(name, pages, site):
     described = pages[site / f"api/{name}.html"].ids
-    tree = ast.parse((ROOT / f"lowrank_utils/{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(
+        (ROOT / f"lowrank_utils/{name.replace('.', '/')}.py").read_text(
+            encoding="utf-8"
+        )
+    )
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(
+            node, (ast.FunctionDef, ast.ClassDef)
+        ) and not node.name.startswith("_"):
             assert f"lowrank_utils.{name}.{node.name}" in described
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_docstring_is_shown_with_its_marks(name, site):
-    text = re.sub(r"<[^>]+>", "", (site / f"api/{name}.html").read_text(encoding="utf-8"))
+    text = re.sub(
+        r"<[^>]+>", "", (site / f"api/{name}.html").read_text(encoding="utf-8")
+    )
     assert "``" not in text
     assert "Args:" not in text
 
 
 def errors_of(page):
-    """Return a list that gets each error of the page's scripts, each answer that is one, and each on its console."""
+    """Return a list that gets each error of the page's scripts, each answer that is
+    one, and each on its console."""
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("response", lambda answer: answer.status < 400 or errors.append(f"{answer.status} {answer.url}"))
-    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    page.on(
+        "response",
+        lambda answer: (
+            answer.status < 400 or errors.append(f"{answer.status} {answer.url}")
+        ),
+    )
+    page.on(
+        "console",
+        lambda message: message.type == "error" and errors.append(message.text),
+    )
     return errors
 
 
 @pytest.mark.parametrize("name", LOOKED_AT)
-def test_a_page_is_readable_in_light_and_dark(name, address, new_context, axe, screenshot):
+def test_a_page_is_readable_in_light_and_dark(
+    name, address, new_context, axe, screenshot
+):
     page = new_context(color_scheme="light").new_page()
     errors = errors_of(page)
     page.goto(f"{address}{name}.html")
@@ -129,14 +167,21 @@ def test_a_page_is_readable_in_light_and_dark(name, address, new_context, axe, s
         expect(page.locator("html")).to_have_attribute("data-theme", theme)
         # In the other theme only colours are others.
         rules = {} if theme == "light" else {"runOnly": ["color-contrast"]}
-        found = page.evaluate("rules => axe.run(document, {...rules, resultTypes: ['violations']})", rules)
+        found = page.evaluate(
+            "rules => axe.run(document, {...rules, resultTypes: ['violations']})", rules
+        )
         assert found["passes"], "axe looked at something"
-        grave = [rule for rule in found["violations"] if rule["impact"] in ("serious", "critical")]
+        grave = [
+            rule
+            for rule in found["violations"]
+            if rule["impact"] in ("serious", "critical")
+        ]
         assert grave == [], theme
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
             "the page is wider than its window"
         )
-        # In full where it is looked at for what it says; the other theme has other colours alone.
+        # In full where it is looked at for what it says; the other theme has other
+        # colours alone.
         screenshot(page, f"site-{picture}-{theme}", full_page=theme == "light")
     assert errors == []
 
@@ -153,15 +198,21 @@ def test_all_other_pages_load_without_an_error(address, site, new_context):
     errors = errors_of(page)
     for path in site.rglob("*.html"):
         name = path.relative_to(site)
-        if name.parts[0] not in ("_static", "_modules") and name.with_suffix("").as_posix() not in LOOKED_AT:
+        if (
+            name.parts[0] not in ("_static", "_modules")
+            and name.with_suffix("").as_posix() not in LOOKED_AT
+        ):
             page.goto(address + name.as_posix())
     assert errors == []
 
 
 def luminance(color):
-    """Return the relative luminance of a colour such as rgb(31, 35, 40), as WCAG defines it."""
+    """Return the relative luminance of a colour such as rgb(31, 35, 40), as WCAG
+    defines it."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    linear = [
+        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -177,7 +228,8 @@ def test_the_theme_is_switched_and_stays(address, new_context):
         "getComputedStyle(document.body).backgroundColor]"
     )
     assert luminance(paper) < 0.05
-    # Plots and drawings keep the white paper, and so the contrast, that they were drawn with.
+    # Plots and drawings keep the white paper, and so the contrast, that they were drawn
+    # with.
     picture = page.locator("article img").first
     assert picture.evaluate("picture => getComputedStyle(picture).filter") == "none"
     assert (luminance(ink) + 0.05) / (luminance(paper) + 0.05) > 7
@@ -212,14 +264,21 @@ def test_the_notebook_that_is_downloaded_is_the_stored_one(address, page):
         ).first.click()
     name = started.value.suggested_filename
     assert name == "05_dora.ipynb"
-    assert Path(started.value.path()).read_bytes() == (ROOT / "notebooks" / name).read_bytes()
+    assert (
+        Path(started.value.path()).read_bytes()
+        == (ROOT / "notebooks" / name).read_bytes()
+    )
 
 
 def test_solutions_are_folded_and_unfold(address, page):
     page.goto(f"{address}notebooks/03_merged_and_unmerged.html")
-    cells = nbformat.read(ROOT / "notebooks/03_merged_and_unmerged.ipynb", as_version=4).cells
+    cells = nbformat.read(
+        ROOT / "notebooks/03_merged_and_unmerged.ipynb", as_version=4
+    ).cells
     solutions = page.locator("details.hide")
-    expect(solutions).to_have_count(sum("solution" in cell.metadata.get("tags", []) for cell in cells))
+    expect(solutions).to_have_count(
+        sum("solution" in cell.metadata.get("tags", []) for cell in cells)
+    )
     for place in range(solutions.count()):
         code = solutions.nth(place).locator(".cell_input pre")
         # What a solution prints is a part of it.

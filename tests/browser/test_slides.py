@@ -1,4 +1,5 @@
-"""The slides: nothing is cut off at 1280 × 720, the last row can read it, and no other host is asked."""
+"""The slides: nothing is cut off at 1280 × 720, the last row can read it, and no other
+host is asked."""
 
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ from html_pages import Page, broken_links, loaded_from_elsewhere
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 WIDTH, HEIGHT = 1280, 720
-# Pixels that the last row reads. The points in pictures are what tests/project/test_type_sizes.py holds.
+# Pixels that the last row reads. The points in pictures are what
+# tests/project/test_type_sizes.py holds.
 LETTERS = 18
 SMALLEST_IN_PLOTS, SMALLEST_IN_DRAWINGS = 10, 12
 
@@ -68,8 +70,13 @@ def pages(slides):
 
 
 def test_every_notebook_has_slides_and_all_links_lead_somewhere(slides, pages):
-    assert [path.stem for path in pages] == [*(path.stem for path in NOTEBOOKS), "index"]
-    assert pages[slides / "index.html"].links == [f"{path.stem}.html" for path in NOTEBOOKS]
+    assert [path.stem for path in pages] == [
+        *(path.stem for path in NOTEBOOKS),
+        "index",
+    ]
+    assert pages[slides / "index.html"].links == [
+        f"{path.stem}.html" for path in NOTEBOOKS
+    ]
     assert broken_links(pages) == []
 
 
@@ -78,7 +85,11 @@ def test_nothing_is_loaded_from_another_host(slides, pages):
 
 
 def test_every_picture_says_what_it_shows(pages):
-    pictures = [(path.name, *picture) for path, page in pages.items() for picture in page.pictures]
+    pictures = [
+        (path.name, *picture)
+        for path, page in pages.items()
+        for picture in page.pictures
+    ]
     assert len(pictures) >= 30
     assert [picture for picture in pictures if not picture[2]] == []
 
@@ -98,11 +109,18 @@ def test_every_slide_fits_and_is_large(path, show, screenshot):
         for picture in slide["pictures"]:
             across, down = picture["scales"]
             assert across == pytest.approx(down, rel=0.01), slide
-            smallest = SMALLEST_IN_PLOTS * 100 / 72 if picture["plot"] else SMALLEST_IN_DRAWINGS * 96 / 72
+            smallest = (
+                SMALLEST_IN_PLOTS * 100 / 72
+                if picture["plot"]
+                else SMALLEST_IN_DRAWINGS * 96 / 72
+            )
             assert across * smallest >= LETTERS - 0.05, slide
     # Some to look at: the first, one with formulas or code, the last.
     for place in (0, len(found) // 3, 2 * len(found) // 3, len(found) - 1):
-        page.evaluate("([h, v]) => Reveal.slide(h, v, 99)", list(map(int, found[place]["place"].split("/"))))
+        page.evaluate(
+            "([h, v]) => Reveal.slide(h, v, 99)",
+            list(map(int, found[place]["place"].split("/"))),
+        )
         screenshot(page, f"slides-{path.stem}-{place + 1:02d}")
 
 

@@ -12,7 +12,8 @@ PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 sys.path.insert(0, str(ROOT / "figures"))
 
 
-# The tests that take minutes each come first, so that no core waits for one of them in the end.
+# The tests that take minutes each come first, so that no core waits for one of them in
+# the end.
 LONGEST = ("test_other_processor.py", "test_parameters.py")
 
 

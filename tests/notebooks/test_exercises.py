@@ -1,4 +1,5 @@
-"""The exercises as a reader meets them: the notebooks' own solutions, stubs and, in a real kernel, wrong answers."""
+"""The exercises as a reader meets them: the notebooks' own solutions, stubs and, in a
+real kernel, wrong answers."""
 
 import ast
 import builtins
@@ -13,11 +14,14 @@ from lowrank_utils import checks
 
 
 def tagged(notebook, tag):
-    return [cell.source for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+    return [
+        cell.source for cell in notebook.cells if tag in cell.metadata.get("tags", [])
+    ]
 
 
 def function_and_check(source):
-    """Return the function that an exercise's cell defines, as code, and the name of its check."""
+    """Return the function that an exercise's cell defines, as code, and the name of its
+    check."""
     tree = ast.parse(source)
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     return function, re.search(r"^(check_\w+)\(", source, flags=re.MULTILINE)[1]
@@ -43,7 +47,10 @@ def define_what_it_uses(function, notebook, names):
     for cell in notebook.cells:
         if cell.cell_type == "code" and missing:
             for node in ast.parse(cell.source).body:
-                targets = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+                targets = [
+                    getattr(target, "id", None)
+                    for target in getattr(node, "targets", [])
+                ]
                 if {getattr(node, "name", None), *targets} & missing:
                     exec(ast.unparse(node), names)
 
@@ -58,13 +65,19 @@ def test_stubs_ask_and_solutions_pass(tag, notebook, capsys):
         getattr(checks, check)(names[function.name])
         shown = capsys.readouterr().out
         number = re.search(r"(?:# Solution |\"Exercise )(\d\.\d)", source)[1]
-        expected = f"To do: Exercise {number}: " if tag == "exercise" else f"Exercise {number}: correct\n"
+        expected = (
+            f"To do: Exercise {number}: "
+            if tag == "exercise"
+            else f"Exercise {number}: correct\n"
+        )
         assert shown.startswith(expected)
 
 
 def test_each_check_belongs_to_one_exercise(notebook):
     used = [function_and_check(source)[1] for source in tagged(notebook, "exercise")]
-    assert used == [function_and_check(source)[1] for source in tagged(notebook, "solution")]
+    assert used == [
+        function_and_check(source)[1] for source in tagged(notebook, "solution")
+    ]
     assert len(used) == len(set(used)) >= 3
 
 
@@ -80,7 +93,9 @@ def tracebacks(tmp_path_factory):
     """What JupyterLab shows under each wrong answer to exercise 5.2."""
     cells = [new_code_cell("from lowrank_utils.checks import check_dora_output")]
     for answer in WRONG.values():
-        cell = new_code_cell(f"dora_output = {answer}\n\n\ncheck_dora_output(dora_output)")
+        cell = new_code_cell(
+            f"dora_output = {answer}\n\n\ncheck_dora_output(dora_output)"
+        )
         cell.metadata.tags = ["raises-exception"]
         cells.append(cell)
     notebook = new_notebook(cells=cells)
@@ -93,16 +108,31 @@ def tracebacks(tmp_path_factory):
 
 
 def test_a_wrong_answer_gets_its_hint_and_nothing_else(tracebacks):
-    assert tracebacks["a recognised mistake"] == "ExerciseError: that is LoRA: nothing is scaled by c"
-    assert tracebacks["values from elsewhere"] == "ExerciseError: dora_output must be a tensor; got int"
+    assert (
+        tracebacks["a recognised mistake"]
+        == "ExerciseError: that is LoRA: nothing is scaled by c"
+    )
+    assert (
+        tracebacks["values from elsewhere"]
+        == "ExerciseError: dora_output must be a tensor; got int"
+    )
 
 
-def test_an_error_in_the_reader_s_function_shows_the_reader_s_line_and_nothing_of_the_check(tracebacks):
+def test_an_error_in_the_reader_s_function_shows_the_reader_s_line_and_nothing_of_the_check(
+    tracebacks,
+):
     text = tracebacks["an error of its own"]
     assert "x @ weight\n" in text
     assert text.splitlines()[-1].startswith("RuntimeError: ")
     assert len(text.splitlines()) <= 20, text
-    for inside in ("checks/", "mistakes", "expected", "compare(", "e.take", "examples()"):
+    for inside in (
+        "checks/",
+        "mistakes",
+        "expected",
+        "compare(",
+        "e.take",
+        "examples()",
+    ):
         assert inside not in text, text
 
 

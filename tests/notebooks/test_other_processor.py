@@ -1,4 +1,5 @@
-"""The stored outputs on a processor without wide vector units, as torch, MKL and oneDNN are told to behave like one.
+"""The stored outputs on a processor without wide vector units, as torch, MKL and oneDNN
+are told to behave like one.
 
 ``make matrix`` goes through all of them, and more (docs/reproducibility.md).
 """
@@ -23,6 +24,13 @@ def test_all_stored_outputs_come_out_under_sse():
             "no:cacheprovider",
             ROOT / "notebooks",
         ]
-        run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            command,
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert run.returncode == 0, run.stdout
     assert " passed" in run.stdout

@@ -1,4 +1,5 @@
-"""Notebook 06 runs with other parameters, and on the whole MNIST where that is at hand."""
+"""Notebook 06 runs with other parameters, and on the whole MNIST where that is at
+hand."""
 
 import os
 import re
@@ -30,7 +31,12 @@ def run(root, tmp_path, monkeypatch):
             kernel_name="python3",
         )
         cells = nbformat.read(out, as_version=4).cells
-        return "".join(o.text for cell in cells for o in cell.get("outputs", []) if o.output_type == "stream")
+        return "".join(
+            o.text
+            for cell in cells
+            for o in cell.get("outputs", [])
+            if o.output_type == "stream"
+        )
 
     return run_with
 
@@ -52,7 +58,9 @@ def test_the_test_split_is_looked_at_in_one_cell(root):
     """Settings are chosen, and networks looked into, on the validation split."""
     cells = nbformat.read(root / "notebooks" / NOTEBOOK, as_version=4).cells
     looking = [
-        c.source for c in cells if c.cell_type == "code" and re.search(r"splits\.test|_test\b", c.source)
+        c.source
+        for c in cells
+        if c.cell_type == "code" and re.search(r"splits\.test|_test\b", c.source)
     ]
     assert len(looking) == 1
     assert "rotated test digits" in looking[0]
@@ -63,14 +71,17 @@ def test_the_test_split_is_looked_at_in_one_cell(root):
 # Exercise cells raise by design, and papermill says so for each of them.
 @pytest.mark.filterwarnings("ignore")
 def test_another_rank_and_seed_run_to_the_end(run):
-    printed = run(rank=2, alpha=4.0, seed=7, adaptation_epochs=2, adaptation_examples=500)
+    printed = run(
+        rank=2, alpha=4.0, seed=7, adaptation_epochs=2, adaptation_examples=500
+    )
     assert "3,518" in printed  # trainable numbers of DoRA at rank 2
     assert "Exercise 6.3: correct" in printed
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(
-    "LOWRANK_DATA_DIR" not in os.environ, reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST"
+    "LOWRANK_DATA_DIR" not in os.environ,
+    reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST",
 )
 def test_the_whole_mnist_runs_to_the_end(run):
     printed = run(data_set="mnist", epochs=1, adaptation_epochs=3)

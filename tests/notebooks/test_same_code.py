@@ -1,4 +1,5 @@
-"""A class or function that a notebook builds up and the package also has is the same code."""
+"""A class or function that a notebook builds up and the package also has is the same
+code."""
 
 import ast
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import lowrank_utils
 
 PACKAGE = Path(lowrank_utils.__file__).parent
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted(
+    (Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9]*.ipynb")
+)
 
 # What the series promises to build in front of the reader.
 BUILT = {
@@ -62,8 +65,14 @@ def comments_of(source, name):
 
 @pytest.fixture(scope="module")
 def package():
-    sources = [path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))]
-    return {name: (code, source) for source in sources for name, code in definitions(source).items()}
+    sources = [
+        path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))
+    ]
+    return {
+        name: (code, source)
+        for source in sources
+        for name, code in definitions(source).items()
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,7 +83,11 @@ def test_what_both_define_is_the_same(path, package):
             continue
         for name, code in definitions(cell.source).items():
             if name in package:
-                assert code == package[name][0], f"{name} in {path.name} differs from the package's"
-                assert comments_of(cell.source, name) == comments_of(package[name][1], name)
+                assert code == package[name][0], (
+                    f"{name} in {path.name} differs from the package's"
+                )
+                assert comments_of(cell.source, name) == comments_of(
+                    package[name][1], name
+                )
                 found.add(name)
     assert found == BUILT.get(path.stem, set())

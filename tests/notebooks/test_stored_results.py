@@ -10,13 +10,15 @@ from lowrank_utils.comparison.tables import CELL, TASK, read_table
 from lowrank_utils.comparison.tuning import Point
 from lowrank_utils.training import accuracy, reproducible
 
-# They were computed in float32. Another processor, or the file's six digits of a rate, moves the last bits, and all
-# steps after them make more of it. With the instructions of older processors, accuracies moved by up to 0.011 and
-# losses by 0.03, except for DoRA's with a high rate of its m, which moved by 0.046.
+# They were computed in float32. Another processor, or the file's six digits of a rate,
+# moves the last bits, and all steps after them make more of it. With the instructions
+# of older processors, accuracies moved by up to 0.011 and losses by 0.03, except for
+# DoRA's with a high rate of its m, which moved by 0.046.
 TOLERANCE = 0.02
 LOSS_TOLERANCE = 0.05
-# Short runs of methods that such a change doesn't move far; by their networks, so that each is pretrained once. Not
-# with unseen classes, where the last layer's rate is chosen first: another processor might choose another.
+# Short runs of methods that such a change doesn't move far; by their networks, so that
+# each is pretrained once. Not with unseen classes, where the last layer's rate is
+# chosen first: another processor might choose another.
 AGAIN = [
     ("permutation", 101, [("LoRA", 4), ("DoRA with one rate", 4), ("m alone", None)]),
     ("inversion", 102, [("LoRA matched above", 1), ("m alone", None)]),
@@ -28,7 +30,9 @@ DECLARED = ("rotation", "permutation", "inversion", "unseen classes")
 
 @pytest.fixture(scope="module")
 def stored(request):
-    return read_table(request.config.rootpath / "notebooks" / "results" / "comparison.csv")
+    return read_table(
+        request.config.rootpath / "notebooks" / "results" / "comparison.csv"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +57,21 @@ def rank_or_none(row):
 
 
 def as_text(value):
-    """Return a setting as a table has it: a number that is whole may have lost its point, and a list is text."""
+    """Return a setting as a table has it: a number that is whole may have lost its
+    point, and a list is text."""
     return str(float(value)) if isinstance(value, (int, float)) else str(value)
 
 
 def test_every_stored_run_is_one_of_the_grid_and_there_once(stored, settings):
     expected = {
-        (*(as_text(getattr(run, name)) for name in TASK), network, steps, method, rank, seed)
+        (
+            *(as_text(getattr(run, name)) for name in TASK),
+            network,
+            steps,
+            method,
+            rank,
+            seed,
+        )
         for run in settings
         for network in run.networks
         for steps in run.steps
@@ -69,16 +81,24 @@ def test_every_stored_run_is_one_of_the_grid_and_there_once(stored, settings):
     found = [
         (
             *(as_text(value) for value in row[TASK].tolist()),
-            *(row["network"], row["steps"], row["method"], rank_or_none(row), row["seed"]),
+            *(
+                row["network"],
+                row["steps"],
+                row["method"],
+                rank_or_none(row),
+                row["seed"],
+            ),
         )
         for _, row in stored.iterrows()
     ]
     assert set(found) <= expected
     assert len(found) == len(set(found))
     # What the declared tests are answered with is there whole.
-    assert {c for c in expected if c[1] in DECLARED and c[9] in settings[0].methods and c[10] in (1, 4)} - {
-        c for c in expected if c[8] == 5120
-    } <= set(found)
+    assert {
+        c
+        for c in expected
+        if c[1] in DECLARED and c[9] in settings[0].methods and c[10] in (1, 4)
+    } - {c for c in expected if c[8] == 5120} <= set(found)
     assert not stored.duplicated([*CELL, "network", "seed"]).any()
 
 
@@ -94,13 +114,23 @@ def test_some_of_them_are_computed_again(stored, settings, shift, network, metho
             & (stored["network"] == network)
             & (stored["steps"] == steps)
             & (stored["method"] == method)
-            & (stored["rank"].isna() if rank is None else stored["rank"].eq(rank).fillna(value=False))
+            & (
+                stored["rank"].isna()
+                if rank is None
+                else stored["rank"].eq(rank).fillna(value=False)
+            )
         ]
         assert sorted(rows["seed"]) == run.seeds
         row = rows.iloc[0]
-        point = Point(row["learning_rate"], None if row.isna()["factor"] else row["factor"])
-        model, again = adapt(task, run, method, rank, steps, point, seed=int(row["seed"]))
+        point = Point(
+            row["learning_rate"], None if row.isna()["factor"] else row["factor"]
+        )
+        model, again = adapt(
+            task, run, method, rank, steps, point, seed=int(row["seed"])
+        )
         assert again.trainable == row["trainable"]
         assert accuracy(model, test) == pytest.approx(row["test"], abs=TOLERANCE)
         assert again.validation == pytest.approx(row["validation"], abs=TOLERANCE)
-        assert again.training_loss == pytest.approx(row["training_loss"], abs=LOSS_TOLERANCE)
+        assert again.training_loss == pytest.approx(
+            row["training_loss"], abs=LOSS_TOLERANCE
+        )

@@ -1,4 +1,5 @@
-"""The comparison of stored outputs can fail: a spoilt copy of a notebook is caught, and an untouched one isn't."""
+"""The comparison of stored outputs can fail: a spoilt copy of a notebook is caught, and
+an untouched one isn't."""
 
 import base64
 import importlib.util
@@ -43,7 +44,9 @@ def spoil_text(cells):
 
 def spoil_picture(cells):
     data = cells[2].outputs[0].data
-    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(data["image/png"])), format="png")
+    pixels = matplotlib.image.imread(
+        io.BytesIO(base64.b64decode(data["image/png"])), format="png"
+    )
     out = io.BytesIO()
     matplotlib.image.imsave(out, np.ascontiguousarray(pixels[:, ::-1]), format="png")
     data["image/png"] = base64.b64encode(out.getvalue()).decode()
@@ -74,26 +77,43 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def caught(executed, tmp_path_factory):
-    """The exit status of nbval over one copy for each case, its output, and the cells that it caught by case."""
+    """The exit status of nbval over one copy for each case, its output, and the cells
+    that it caught by case."""
     folder = tmp_path_factory.mktemp("spoilt")
     for name, (spoil, _) in CASES.items():
         notebook = nbformat.reads(executed, as_version=4)
         spoil(notebook.cells)
-        (folder / f"{name}.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+        (folder / f"{name}.ipynb").write_text(
+            nbformat.writes(notebook), encoding="utf-8"
+        )
     for part in ("conftest.py", "constraints.txt"):
         shutil.copy(ROOT / part, folder)
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "execute_notebooks.py", folder / "tools")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "--color=no"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbval",
+            "--nbval-current-env",
+            "-q",
+            "--color=no",
+        ],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("PYTEST")
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     found = {name: set() for name in CASES}
-    for name, cell in re.findall(r"^FAILED (\w+)\.ipynb::(Cell \d+)", run.stdout, flags=re.MULTILINE):
+    for name, cell in re.findall(
+        r"^FAILED (\w+)\.ipynb::(Cell \d+)", run.stdout, flags=re.MULTILINE
+    ):
         found[name].add(cell)
     return run, found
 
@@ -116,7 +136,8 @@ def test_executing_a_notebook_again_gives_the_stored_bytes(root):
     execute(notebook, path.parent)
     again = nbformat.reads(normalise(notebook), as_version=4)
     stored = nbformat.read(path, as_version=4)
-    # Pictures may differ in their anti-aliasing elsewhere; nbval's comparison allows for that.
+    # Pictures may differ in their anti-aliasing elsewhere; nbval's comparison allows
+    # for that.
     for first, second in zip(again.cells, stored.cells, strict=True):
         for outputs in (first.get("outputs", []), second.get("outputs", [])):
             for output in outputs:
@@ -144,17 +165,31 @@ def test_a_picture_with_sliders_is_stored_as_one_sentence(tmp_path):
 @pytest.fixture
 def comparison(root):
     """The project's conftest.py; that name belongs to several files."""
-    spec = importlib.util.spec_from_file_location("the_projects_conftest", root / "conftest.py")
+    spec = importlib.util.spec_from_file_location(
+        "the_projects_conftest", root / "conftest.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_comparison_of_pictures_is_that_of_the_pinned_release_or_of_another(comparison, root):
+def test_the_comparison_of_pictures_is_that_of_the_pinned_release_or_of_another(
+    comparison, root
+):
     constraints = (root / "constraints.txt").read_text()
-    (pinned,) = [line.split("==")[1] for line in constraints.splitlines() if line.startswith("matplotlib==")]
-    assert comparison.comparison_of_pictures(pinned) == (comparison.picture_difference, 0.02)
-    assert comparison.comparison_of_pictures(pinned + ".1") == (comparison.coarse_difference, 0.5)
+    (pinned,) = [
+        line.split("==")[1]
+        for line in constraints.splitlines()
+        if line.startswith("matplotlib==")
+    ]
+    assert comparison.comparison_of_pictures(pinned) == (
+        comparison.picture_difference,
+        0.02,
+    )
+    assert comparison.comparison_of_pictures(pinned + ".1") == (
+        comparison.coarse_difference,
+        0.5,
+    )
 
 
 def stored_pictures(root):
@@ -173,14 +208,20 @@ def as_png(picture):
 
 def test_a_picture_of_another_release_may_be_moved_but_not_be_another(comparison, root):
     def refused(stored, new):
-        return comparison.coarse_difference(stored, as_png(new)) > comparison.COARSE_TOLERANCE
+        return (
+            comparison.coarse_difference(stored, as_png(new))
+            > comparison.COARSE_TOLERANCE
+        )
 
     pictures = list(stored_pictures(root))
     assert len(pictures) >= 25
     for stored in pictures:
         picture = comparison.opened(stored, "L")
         assert not refused(
-            stored, ImageChops.offset(picture, 4, 2).resize((picture.width, picture.height + 2))
+            stored,
+            ImageChops.offset(picture, 4, 2).resize(
+                (picture.width, picture.height + 2)
+            ),
         )
         assert refused(stored, ImageOps.mirror(picture))
         assert refused(stored, ImageOps.flip(picture))

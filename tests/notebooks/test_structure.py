@@ -16,11 +16,15 @@ from lowrank_utils.interactive import WITHOUT_A_KERNEL
 LINES_PER_CELL = 15
 # Longer cells, up to 20 lines, each with its reason.
 LONG_CELLS = {
-    ("02_lora_layer", "class LoRALayer(nn.Module):"): "the whole class, which is the package's",
+    (
+        "02_lora_layer",
+        "class LoRALayer(nn.Module):",
+    ): "the whole class, which is the package's",
     ("05_dora", "def properties(layer):"): "four properties that are read side by side",
 }
 
-# Exercises beyond the three, each a section of its own at the end of its notebook: heading → number.
+# Exercises beyond the three, each a section of its own at the end of its notebook:
+# heading → number.
 LARGER_EXERCISES = {"05_dora": {"Find the bug": 4}}
 
 # The notebooks whose questions have a folded answer each.
@@ -56,13 +60,18 @@ def text_of_outputs(cell):
 
 
 def has_picture(cell):
-    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+    return any(
+        "image/png" in output.get("data", {}) for output in cell.get("outputs", [])
+    )
 
 
 def test_it_is_in_normal_form(path, root):
     script = root / "tools" / "execute_notebooks.py"
     run = subprocess.run(
-        [sys.executable, script, "--check", path], capture_output=True, text=True, check=False
+        [sys.executable, script, "--check", path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
 
@@ -76,7 +85,9 @@ def test_errors_stand_only_where_a_tag_expects_them(notebook):
     for cell in code_cells(notebook):
         raised = any(output.output_type == "error" for output in cell.outputs)
         # An exercise may raise a hint, but not as it is stored.
-        assert raised == ("raises-exception" in tags(cell) and "exercise" not in tags(cell)), cell.source
+        assert raised == (
+            "raises-exception" in tags(cell) and "exercise" not in tags(cell)
+        ), cell.source
 
 
 def test_the_file_is_small(path):
@@ -97,16 +108,24 @@ def test_the_stated_minutes_are_those_of_its_text_and_exercises(notebook):
     words = lines = 0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            shown = re.sub(r"<details>.*?</details>|!\[[^]]*\]", "", cell.source, flags=re.DOTALL)
+            shown = re.sub(
+                r"<details>.*?</details>|!\[[^]]*\]", "", cell.source, flags=re.DOTALL
+            )
             words += len(shown.split())
         elif not {"exercise", "solution"} & set(tags(cell)):
             lines += sum(bool(line.strip()) for line in cell.source.splitlines())
     reading = words / WORDS_PER_MINUTE + lines * SECONDS_PER_CODE_LINE / 60
     everything = "\n".join(cell.source for cell in text_cells(notebook))
-    exercises = sum(map(int, re.findall(r"\((?:warm-up|core|stretch), (\d+) minutes\)", everything)))
-    stated = re.search(r"About (\d+) minutes to read and run, (\d+) for the exercises", everything)
+    exercises = sum(
+        map(int, re.findall(r"\((?:warm-up|core|stretch), (\d+) minutes\)", everything))
+    )
+    stated = re.search(
+        r"About (\d+) minutes to read and run, (\d+) for the exercises", everything
+    )
     assert stated is not None
-    assert abs(int(stated[1]) - reading) <= 3, f"{reading:.1f} minutes at {WORDS_PER_MINUTE} words a minute"
+    assert abs(int(stated[1]) - reading) <= 3, (
+        f"{reading:.1f} minutes at {WORDS_PER_MINUTE} words a minute"
+    )
     assert int(stated[2]) == exercises
 
 
@@ -144,7 +163,9 @@ def test_headings_are_in_order(notebook):
 
 def test_it_closes_with_exercises_and_with_what_was_learned(notebook, path):
     headings = re.findall(
-        r"^## (.+)$", "\n".join(cell.source for cell in text_cells(notebook)), flags=re.MULTILINE
+        r"^## (.+)$",
+        "\n".join(cell.source for cell in text_cells(notebook)),
+        flags=re.MULTILINE,
     )
     assert headings[headings.index("Exercises") :] == [
         "Exercises",
@@ -155,9 +176,15 @@ def test_it_closes_with_exercises_and_with_what_was_learned(notebook, path):
     assert "arXiv" in notebook.cells[-1].source
 
 
-def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(notebook, path):
+def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(
+    notebook, path
+):
     number = int(path.stem[:2])
-    titles = [cell.source for cell in text_cells(notebook) if cell.source.startswith("### Exercise")]
+    titles = [
+        cell.source
+        for cell in text_cells(notebook)
+        if cell.source.startswith("### Exercise")
+    ]
     assert [re.search(r"\((\S+), \d+ minutes\)", title)[1] for title in titles] == [
         "warm-up",
         "core",
@@ -167,7 +194,9 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(no
     assert all("<details><summary>Hint" in title for title in titles)
     stubs = [cell for cell in code_cells(notebook) if "exercise" in tags(cell)]
     solutions = [cell for cell in code_cells(notebook) if "solution" in tags(cell)]
-    for place, (stub, solution) in enumerate(zip(stubs, solutions, strict=True), start=1):
+    for place, (stub, solution) in enumerate(
+        zip(stubs, solutions, strict=True), start=1
+    ):
         name = f"Exercise {number}.{place}"
         assert titles[place - 1].startswith(f"### {name}: ")
         assert f'raise NotImplementedError("{name}: ' in stub.source
@@ -193,12 +222,19 @@ def test_a_larger_exercise_stands_in_its_section(notebook, path):
 def test_each_question_has_a_folded_answer_before_the_next_heading(notebook, path):
     if int(path.stem[:2]) not in ANSWERED:
         pytest.skip("its questions are answered in the text that follows them")
-    # Pieces between headings, and in each of them what follows a question up to the next one.
-    pieces = re.split(r"^#+ .*$", "\n".join(cell.source for cell in text_cells(notebook)), flags=re.MULTILINE)
+    # Pieces between headings, and in each of them what follows a question up to the
+    # next one.
+    pieces = re.split(
+        r"^#+ .*$",
+        "\n".join(cell.source for cell in text_cells(notebook)),
+        flags=re.MULTILINE,
+    )
     after = [text for piece in pieces for text in piece.split("**Predict.**")[1:]]
     assert len(after) >= 3
     for text in after:
-        found = re.findall(r"<details><summary>Answer</summary>(.+?)</details>", text, flags=re.DOTALL)
+        found = re.findall(
+            r"<details><summary>Answer</summary>(.+?)</details>", text, flags=re.DOTALL
+        )
         assert len(found) == 1, text
         assert len(found[0].split()) >= 5, found[0]
 
@@ -215,7 +251,8 @@ def test_a_picture_with_sliders_has_a_still_one_beside_it(notebook):
 
 
 def test_set_up_can_be_run_twice(notebook):
-    """The first code cell only imports and sets: nothing in it adds to what was there."""
+    """The first code cell only imports and sets: nothing in it adds to what was
+    there."""
     allowed = {"reproducible", "use_style"}
     for node in ast.parse(code_cells(notebook)[0].source).body:
         if isinstance(node, ast.Expr):
@@ -235,33 +272,45 @@ def test_code_cells_are_short(notebook, path):
     for cell in code_cells(notebook):
         lines = cell.source.splitlines()
         imports_only = all(
-            isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)) for node in ast.parse(cell.source).body
+            isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
+            for node in ast.parse(cell.source).body
         )
-        limit = 20 if imports_only or (path.stem, lines[0]) in LONG_CELLS else LINES_PER_CELL
+        limit = (
+            20
+            if imports_only or (path.stem, lines[0]) in LONG_CELLS
+            else LINES_PER_CELL
+        )
         assert len(lines) <= limit, f"{len(lines)} lines:\n{cell.source}"
         assert max(map(len, lines)) <= 120, max(lines, key=len)
 
 
 def test_no_output_is_a_by_product(notebook):
-    """Neither what matplotlib returns nor a wall time, which would differ in every run."""
+    """Neither what matplotlib returns nor a wall time, which would differ in every
+    run."""
     for cell in code_cells(notebook):
         shown = text_of_outputs(cell)
-        assert not re.search(r"<matplotlib|<Figure|Text\(|\[<|Line2D", shown.replace("<Figure size", "")), (
-            shown
-        )
+        assert not re.search(
+            r"<matplotlib|<Figure|Text\(|\[<|Line2D", shown.replace("<Figure size", "")
+        ), shown
         assert not re.search(r"\b\d+(\.\d+)? ?(s|ms|µs|seconds)\b", shown), shown
 
 
 def test_every_plot_is_followed_by_words(notebook):
     cells = notebook.cells
     for place, cell in enumerate(cells):
-        if cell.cell_type == "code" and has_picture(cell) and "solution" not in tags(cell):
+        if (
+            cell.cell_type == "code"
+            and has_picture(cell)
+            and "solution" not in tags(cell)
+        ):
             assert cells[place + 1].cell_type == "markdown", cell.source
 
 
 def test_drawings_carry_their_alt_text(notebook):
     for cell in text_cells(notebook):
-        for alt, name in re.findall(r"!\[([^]]*)\]\(\.\./figures/(\w+)\.svg\)", cell.source):
+        for alt, name in re.findall(
+            r"!\[([^]]*)\]\(\.\./figures/(\w+)\.svg\)", cell.source
+        ):
             assert alt == ALT_TEXTS[name].text
         assert len(re.findall(r"!\[", cell.source)) == len(
             re.findall(r"!\[[^]]+\]\(\.\./figures/", cell.source)
@@ -274,12 +323,16 @@ def test_plots_carry_an_alt_text_that_states_what_they_show(notebook):
             alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(alt) > 60, cell.source
             assert alt.endswith(".")
-            assert not re.match("(A |The )?(plot|figure|image|picture)", alt, flags=re.IGNORECASE), alt
+            assert not re.match(
+                "(A |The )?(plot|figure|image|picture)", alt, flags=re.IGNORECASE
+            ), alt
 
 
 def test_every_cell_has_a_slide_type_and_the_rule_changes_nothing(notebook):
     for cell in notebook.cells:
-        assert cell.metadata.get("slideshow", {}).get("slide_type") in SLIDE_TYPES, cell.source
+        assert cell.metadata.get("slideshow", {}).get("slide_type") in SLIDE_TYPES, (
+            cell.source
+        )
     before = nbformat.writes(notebook)
     assign_slide_types(notebook)
     assert nbformat.writes(notebook) == before
@@ -290,7 +343,8 @@ NUMBER = re.compile(r"(?<![\w.,/^])[+−-]?\d[\d,]*(?:\.\d+)?%?(?![\w/])")
 
 
 def test_measured_numbers_in_prose_come_from_an_output_above(notebook):
-    """A number with a decimal point or a percent sign stands in an output or in code above.
+    """A number with a decimal point or a percent sign stands in an output or in code
+    above.
 
     Numbers of a paper are left alone: their sentence says whose they are.
     """
@@ -299,13 +353,22 @@ def test_measured_numbers_in_prose_come_from_an_output_above(notebook):
         if cell.cell_type == "code":
             seen += "\n" + cell.source + "\n" + text_of_outputs(cell)
             continue
-        if cell.source.startswith("### Exercise") or "**Further reading**" in cell.source:
+        if (
+            cell.source.startswith("### Exercise")
+            or "**Further reading**" in cell.source
+        ):
             continue
         prose = re.sub(
-            r"\]\([^)]*\)|\$\$.*?\$\$|!\[[^]]*\]|`[^`]*`|^#+ .*$|^\|.*$", " ", cell.source, flags=re.S | re.M
+            r"\]\([^)]*\)|\$\$.*?\$\$|!\[[^]]*\]|`[^`]*`|^#+ .*$|^\|.*$",
+            " ",
+            cell.source,
+            flags=re.S | re.M,
         )
         for sentence in re.split(r"(?<=[.:?!])\s|\n\n", prose):
-            if re.search(r"\bpapers?\b|[Ii]t reports|arXiv|article's numbers|series starts", sentence):
+            if re.search(
+                r"\bpapers?\b|[Ii]t reports|arXiv|article's numbers|series starts",
+                sentence,
+            ):
                 continue
             for number in NUMBER.findall(sentence):
                 plain = number.lstrip("+").replace("−", "-")
@@ -322,4 +385,6 @@ def test_measured_numbers_in_alt_texts_come_from_code_or_an_output(notebook):
         values = [float(number) for number in re.findall(r"\d+\.\d+", seen)]
         for number in re.findall(r"\d+\.\d+", alt):
             digits = len(number.partition(".")[2])
-            assert any(round(value, digits) == float(number) for value in values), f"{number} in: {alt}"
+            assert any(round(value, digits) == float(number) for value in values), (
+                f"{number} in: {alt}"
+            )

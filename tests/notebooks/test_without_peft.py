@@ -1,4 +1,5 @@
-"""Notebook 08 runs without the extra peft, and so do the package's adapters: nothing but the comparison is missing."""
+"""Notebook 08 runs without the extra peft, and so do the package's adapters: nothing
+but the comparison is missing."""
 
 import os
 import re
@@ -11,7 +12,8 @@ from execute_notebooks import execute
 
 NOTEBOOK = "08_from_scratch_to_production.ipynb"
 
-# Python runs this file at its start if it finds it: from then on, these packages can't be imported.
+# Python runs this file at its start if it finds it: from then on, these packages can't
+# be imported.
 BLOCK = """
 import sys
 
@@ -31,7 +33,11 @@ def without_peft(tmp_path, monkeypatch):
 
 
 def printed(cell):
-    return "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
+    return "".join(
+        output.text
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    )
 
 
 @pytest.mark.usefixtures("without_peft")
@@ -50,7 +56,9 @@ def test_notebook_08_runs_and_says_how_to_install_it(root):
         assert "peft" in before.source, printed(before) + printed(now)
     assert 1 < len(differing) < 5
     for before, now in differing:
-        assert re.search(r'pip install -c constraints\.txt -e "\.\[peft\]"', printed(now))
+        assert re.search(
+            r'pip install -c constraints\.txt -e "\.\[peft\]"', printed(now)
+        )
         assert "pip install" not in printed(before)
 
 
@@ -62,6 +70,10 @@ def test_the_package_needs_no_peft():
         "try:\n    import peft\nexcept ImportError:\n    print('blocked')\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout == "blocked\n"

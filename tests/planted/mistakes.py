@@ -1,8 +1,9 @@
-"""Mistakes that are easily made in layers, protocol, statistics and tables, and the test that finds each.
+"""Mistakes that are easily made in layers, protocol, statistics and tables, and the
+test that finds each.
 
-``python tests/planted/mistakes.py`` plants one after the other into a copy of the package, runs the test
-against it, and ends with a table. A test that passes although its mistake is in the code is worth nothing,
-and the exit status says so.
+``python tests/planted/mistakes.py`` plants one after the other into a copy of the
+package, runs the test against it, and ends with a table. A test that passes although
+its mistake is in the code is worth nothing, and the exit status says so.
 """
 
 import os
@@ -190,15 +191,15 @@ MISTAKES = [
     Mistake(
         "the dtype of the layer is lost",
         "lora.py",
-        "device=W.device, dtype=W.dtype, **lora_options)",
-        "device=W.device, **lora_options)",
+        "device=W.device, dtype=W.dtype, **lora_options",
+        "device=W.device, **lora_options",
         "test_wrappers.py::test_the_adapter_takes_the_dtype_of_the_layer_and_not_torchs_default",
     ),
     Mistake(
         "the device of the layer is lost",
         "lora.py",
-        "device=W.device, dtype=W.dtype, **lora_options)",
-        "dtype=W.dtype, **lora_options)",
+        "device=W.device, dtype=W.dtype, **lora_options",
+        "dtype=W.dtype, **lora_options",
         "test_wrappers.py::test_a_wrapper_can_be_built_and_run_on_the_meta_device",
     ),
     Mistake(
@@ -468,8 +469,8 @@ MISTAKES = [
     Mistake(
         "PEFT's scaling α/r is read as α",
         "adapters/config.py",
-        " / (math.sqrt(rank) if self.rslora else rank)",
-        "",
+        "            math.sqrt(rank) if self.rslora else rank\n",
+        "            1\n",
         "adapters/test_files.py::test_the_scaling_comes_back",
     ),
     Mistake(
@@ -497,12 +498,20 @@ MISTAKES = [
 
 
 def planted(mistake: Mistake | None, folder: Path) -> Path:
-    """Copy the package and its tests into ``folder``, with the mistake in it, and return ``folder``."""
+    """Copy the package and its tests into ``folder``, with the mistake in it, and
+    return ``folder``."""
     for part in ("lowrank_utils", "tests", "tools"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     # The tests of sweeps take their settings' defaults from the notebook.
     (folder / "notebooks").mkdir()
-    for part in ("conftest.py", "constraints.txt", "pyproject.toml", "notebooks/comparison.ipynb"):
+    for part in (
+        "conftest.py",
+        "constraints.txt",
+        "pyproject.toml",
+        "notebooks/comparison.ipynb",
+    ):
         shutil.copy(ROOT / part, folder / part)
     if mistake is not None:
         file = folder / "lowrank_utils" / mistake.file
@@ -513,7 +522,17 @@ def planted(mistake: Mistake | None, folder: Path) -> Path:
 
 def failing(tests: list[str], folder: Path) -> bool:
     """Run the tests in a copy, and return whether one of them found something."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:nbval"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:nbval",
+    ]
     run = subprocess.run(
         [*command, "-o", "addopts=", *[f"tests/unit/{test}" for test in tests]],
         cwd=folder,
@@ -523,14 +542,18 @@ def failing(tests: list[str], folder: Path) -> bool:
         check=False,
     )
     if run.returncode not in (0, 1):
-        raise RuntimeError(f"pytest could not run {', '.join(tests)}:\n{run.stdout}{run.stderr}")
+        raise RuntimeError(
+            f"pytest could not run {', '.join(tests)}:\n{run.stdout}{run.stderr}"
+        )
     return run.returncode == 1
 
 
 def main() -> int:
     """Plant all mistakes, and return how many of them weren't found."""
     with tempfile.TemporaryDirectory() as folder:
-        if failing(sorted({mistake.test for mistake in MISTAKES}), planted(None, Path(folder))):
+        if failing(
+            sorted({mistake.test for mistake in MISTAKES}), planted(None, Path(folder))
+        ):
             print("Without a mistake a test fails already: mend that first.")
             return 1
     missed = []
@@ -538,7 +561,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             if not failing([mistake.test], planted(mistake, Path(folder))):
                 missed.append(mistake)
-    print(f"{len(MISTAKES) - len(missed)} of {len(MISTAKES)} planted mistakes were found.")
+    print(
+        f"{len(MISTAKES) - len(missed)} of {len(MISTAKES)} planted mistakes were found."
+    )
     for mistake in missed:
         print(f"NOT FOUND by {mistake.test}: {mistake.what} ({mistake.file})")
     return len(missed)

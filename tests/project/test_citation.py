@@ -1,4 +1,5 @@
-"""CITATION.cff has the form of CFF 1.2.0 and names the works that the series builds on."""
+"""CITATION.cff has the form of CFF 1.2.0 and names the works that the series builds
+on."""
 
 import datetime
 import re
@@ -27,7 +28,12 @@ ENTITY = {
     "required": ["name"],
     "properties": {"name": TEXT},
 }
-AUTHORS = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"oneOf": [PERSON, ENTITY]}}
+AUTHORS = {
+    "type": "array",
+    "minItems": 1,
+    "uniqueItems": True,
+    "items": {"oneOf": [PERSON, ENTITY]},
+}
 PAGE = {"type": ["integer", "string"]}
 REFERENCE = {
     "type": "object",
@@ -35,13 +41,25 @@ REFERENCE = {
     "required": ["authors", "title", "type"],
     "properties": {
         "type": {
-            "enum": ["article", "blog", "data", "software", "website", "book", "conference-paper", "report"]
+            "enum": [
+                "article",
+                "blog",
+                "data",
+                "software",
+                "website",
+                "book",
+                "conference-paper",
+                "report",
+            ]
         },
         "title": TEXT,
         "authors": AUTHORS,
         "year": {"type": "integer"},
         "url": WEB,
-        "doi": {"type": "string", "pattern": r"^10\.\d{4,9}(\.\d+)?/[A-Za-z0-9:/_;\-\.\(\)\[\]\\]+$"},
+        "doi": {
+            "type": "string",
+            "pattern": r"^10\.\d{4,9}(\.\d+)?/[A-Za-z0-9:/_;\-\.\(\)\[\]\\]+$",
+        },
         "journal": TEXT,
         "volume": PAGE,
         "issue": PAGE,
@@ -56,12 +74,16 @@ REFERENCE = {
                 "type": "object",
                 "additionalProperties": False,
                 "required": ["type", "value"],
-                "properties": {"type": {"enum": ["doi", "url", "swh", "other"]}, "value": TEXT},
+                "properties": {
+                    "type": {"enum": ["doi", "url", "swh", "other"]},
+                    "value": TEXT,
+                },
             },
         },
     },
 }
-# The part of CFF 1.2.0 that the file uses: the keys, which of them are required, and the form of their values.
+# The part of CFF 1.2.0 that the file uses: the keys, which of them are required, and
+# the form of their values.
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
@@ -75,8 +97,18 @@ SCHEMA = {
         "authors": AUTHORS,
         "version": {"type": ["string", "number"]},
         "license": {"const": "MIT"},
-        "keywords": {"type": "array", "minItems": 1, "uniqueItems": True, "items": TEXT},
-        "references": {"type": "array", "minItems": 1, "uniqueItems": True, "items": REFERENCE},
+        "keywords": {
+            "type": "array",
+            "minItems": 1,
+            "uniqueItems": True,
+            "items": TEXT,
+        },
+        "references": {
+            "type": "array",
+            "minItems": 1,
+            "uniqueItems": True,
+            "items": REFERENCE,
+        },
     },
 }
 
@@ -107,10 +139,14 @@ def test_another_form_is_noticed(citation, change):
 
 def test_it_names_this_version_and_who_the_licence_names(citation):
     assert str(citation["version"]) == __version__
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     assert citation["license"] == project["license"]
     (author,) = citation["authors"]
-    assert f"(c) 2026 {author['name']}\n" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert f"(c) 2026 {author['name']}\n" in (ROOT / "LICENSE").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_it_names_what_the_series_builds_on(citation):
@@ -118,7 +154,10 @@ def test_it_names_what_the_series_builds_on(citation):
         reference["url"] if "url" in reference else reference["doi"]: reference
         for reference in citation["references"]
     }
-    first_authors = {link: reference["authors"][0]["family-names"] for link, reference in by_link.items()}
+    first_authors = {
+        link: reference["authors"][0]["family-names"]
+        for link, reference in by_link.items()
+    }
     assert first_authors == {
         "https://sebastianraschka.com/blog/2024/lora-dora.html": "Raschka",
         "https://arxiv.org/abs/2106.09685": "Hu",
@@ -137,7 +176,9 @@ def test_it_names_what_the_series_builds_on(citation):
         assert 1990 < reference["year"] <= datetime.date.today().year
         if "arxiv" in link:
             number = link.rsplit("/", 1)[1]
-            assert reference["identifiers"] == [{"type": "other", "value": f"arXiv:{number}"}]
+            assert reference["identifiers"] == [
+                {"type": "other", "value": f"arXiv:{number}"}
+            ]
 
 
 def test_the_page_of_sources_names_the_same(citation):

@@ -22,7 +22,9 @@ def workflow(path):
 
 
 def steps(path):
-    return [step for job in workflow(path)["jobs"].values() for step in job.get("steps", [])]
+    return [
+        step for job in workflow(path)["jobs"].values() for step in job.get("steps", [])
+    ]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -47,23 +49,36 @@ def test_every_command_that_is_named_exists():
 
 def test_the_way_to_change_a_notebook_has_all_its_steps_in_order():
     way = CONTRIBUTING.split("## Change a notebook")[1].split("\n## ")[0]
-    words = ["**Edit**", "**Execute and normalise**", "**Look at the difference**", "**Test**", "**Commit**"]
+    words = [
+        "**Edit**",
+        "**Execute and normalise**",
+        "**Look at the difference**",
+        "**Test**",
+        "**Commit**",
+    ]
     places = [way.index(word) for word in words]
     assert places == sorted(places)
 
 
 def test_the_hooks_run_what_the_tests_run():
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = yaml.safe_load(
+        (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    )
     ruff, local = hooks["repos"]
     pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line[0] != "#"
     )
     assert ruff["rev"] == f"v{pins['ruff']}", "the same ruff as in the tests"
     assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
     (notebooks,) = local["hooks"]
     words = shlex.split(notebooks["entry"])
     assert words[-1] == "--check"
-    assert [(ROOT / word).is_file() for word in words if word.endswith(".py")] == [True, True]
+    assert [(ROOT / word).is_file() for word in words if word.endswith(".py")] == [
+        True,
+        True,
+    ]
     assert re.search(notebooks["files"], "notebooks/05_dora.ipynb")
     assert not re.search(notebooks["files"], "notebooks/comparison.yaml")
 
@@ -71,9 +86,15 @@ def test_the_hooks_run_what_the_tests_run():
 def test_the_tests_run_on_three_systems_and_three_pythons():
     content = workflow(ROOT / ".github" / "workflows" / "tests.yml")
     matrix = content["jobs"]["constrained"]["strategy"]["matrix"]
-    assert [system.split("-")[0] for system in matrix["system"]] == ["ubuntu", "macos", "windows"]
+    assert [system.split("-")[0] for system in matrix["system"]] == [
+        "ubuntu",
+        "macos",
+        "windows",
+    ]
     assert matrix["python"] == ["3.11", "3.12", "3.13"]
-    commands = [step["run"] for step in content["jobs"]["constrained"]["steps"] if "run" in step]
+    commands = [
+        step["run"] for step in content["jobs"]["constrained"]["steps"] if "run" in step
+    ]
     assert commands == ["python tools/environment.py --torch=cpu test"]
     assert content["on"]["schedule"]
     newest = [step.get("run", "") for step in content["jobs"]["newest"]["steps"]]
@@ -90,7 +111,9 @@ def test_the_tests_workflow_may_only_read():
     assert "secrets." not in text
     assert "pull_request_target" not in text
     checkouts = [
-        s for s in steps(ROOT / ".github" / "workflows" / "tests.yml") if "checkout" in s.get("uses", "")
+        s
+        for s in steps(ROOT / ".github" / "workflows" / "tests.yml")
+        if "checkout" in s.get("uses", "")
     ]
     assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
@@ -113,4 +136,11 @@ def test_the_changelog_tells_of_this_version():
     assert __version__ in text
     kinds = re.findall(r"^### (.*)$", text, flags=re.MULTILINE)
     assert kinds
-    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(kinds) <= {
+        "Added",
+        "Changed",
+        "Deprecated",
+        "Removed",
+        "Fixed",
+        "Security",
+    }

@@ -16,10 +16,19 @@ from lowrank_utils.data import DataError
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
 
-OWN_ERRORS = {error.__name__: error for error in (AdapterFileError, DataError, SweepError, environment.Stop)}
+OWN_ERRORS = {
+    error.__name__: error
+    for error in (AdapterFileError, DataError, SweepError, environment.Stop)
+}
 # What must be among the rows, by words of the fault and the result.
 SUBJECTS = [
-    *("disk is full", "killed", "two processes save to one folder", "two JupyterLab kernels", "read-only"),
+    *(
+        "disk is full",
+        "killed",
+        "two processes save to one folder",
+        "two JupyterLab kernels",
+        "read-only",
+    ),
     *(
         "data folder is missing, or is a file",
         "cut off",
@@ -27,8 +36,23 @@ SUBJECTS = [
         "counts lie",
         "mirror is slow",
     ),
-    *("breaks off", "403", "altered bytes", "falls silent", "NaN or infinity", "empty batch", "batch of one"),
-    *("rows of zeros", "tiny and huge weights", "bfloat16", "(fuzzed)", "papermill", "lowrank-compare"),
+    *(
+        "breaks off",
+        "403",
+        "altered bytes",
+        "falls silent",
+        "NaN or infinity",
+        "empty batch",
+        "batch of one",
+    ),
+    *(
+        "rows of zeros",
+        "tiny and huge weights",
+        "bfloat16",
+        "(fuzzed)",
+        "papermill",
+        "lowrank-compare",
+    ),
 ]
 
 
@@ -38,7 +62,10 @@ def rows():
     for section in PAGE.split("\n## ")[1:]:
         title, *lines = section.splitlines()
         table = [line for line in lines if line.startswith("| ")]
-        sections[title] = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[1:]]
+        sections[title] = [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in table[1:]
+        ]
     return sections
 
 
@@ -62,7 +89,8 @@ def test_it_has_a_row_about(subject):
 
 @functools.cache
 def functions(path):
-    """Return the source of each function of a file, with its decorators and what stands in the file above them."""
+    """Return the source of each function of a file, with its decorators and what stands
+    in the file above them."""
     text = path.read_text(encoding="utf-8")
     return {
         node.name: ast.get_source_segment(text, node)
@@ -77,9 +105,9 @@ def test_the_test_of_a_row_exists_and_holds_something(row):
     assert found, row[3]
     file, name = found.groups()
     source = functions(ROOT / file)[name]
-    assert re.search(r"\bassert|pytest\.raises|\b(?:refused|unchanged|check_adapter)\(", source), (
-        "it asserts nothing"
-    )
+    assert re.search(
+        r"\bassert|pytest\.raises|\b(?:refused|unchanged|check_adapter)\(", source
+    ), "it asserts nothing"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:60])

@@ -1,4 +1,5 @@
-"""The drawings are what their scripts draw, byte for byte, and can be read by whoever can't see them."""
+"""The drawings are what their scripts draw, byte for byte, and can be read by whoever
+can't see them."""
 
 import subprocess
 import sys
@@ -17,7 +18,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def redrawn(tmp_path_factory):
-    """The drawings, drawn again from a copy of the scripts, in another folder and locale."""
+    """The drawings, drawn again from a copy of the scripts, in another folder and
+    locale."""
     copy = tmp_path_factory.mktemp("figures") / "drawn anew"
     copy.mkdir()
     for script in FIGURES.glob("*.py"):
@@ -34,7 +36,9 @@ def redrawn(tmp_path_factory):
 @pytest.mark.parametrize("name", ALT_TEXTS)
 def test_a_drawing_is_what_its_script_draws(name, redrawn):
     assert (FIGURES / f"{name}.py").is_file()
-    assert (redrawn / f"{name}.svg").read_bytes() == (FIGURES / f"{name}.svg").read_bytes()
+    assert (redrawn / f"{name}.svg").read_bytes() == (
+        FIGURES / f"{name}.svg"
+    ).read_bytes()
 
 
 def test_every_drawing_has_a_text_and_a_script():

@@ -7,7 +7,16 @@ import sys
 import matrix
 import pytest
 import torch
-from matrix import IS_X86_64, RESULTS, SETTINGS, TABLE, NotOffered, lowest, prepared, table
+from matrix import (
+    IS_X86_64,
+    RESULTS,
+    SETTINGS,
+    TABLE,
+    NotOffered,
+    lowest,
+    prepared,
+    table,
+)
 
 PROJECT = matrix.ROOT
 
@@ -15,7 +24,9 @@ on_x86_64 = pytest.mark.skipif(not IS_X86_64, reason="this isn't an x86-64 proce
 
 
 def rows():
-    return {row["setting"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
+    return {
+        row["setting"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))
+    }
 
 
 def test_the_page_shows_the_rows(monkeypatch):
@@ -39,7 +50,12 @@ def test_a_row_of_other_notebooks_is_named_so(monkeypatch, tmp_path):
         notebook.write_text(json.dumps({"cells": cells}))
 
     write("words", "1 + 1", "2")
-    row = {"outcome": "all 1 cells the same", "versions": "", "date": "", "notebooks": matrix.digest()}
+    row = {
+        "outcome": "all 1 cells the same",
+        "versions": "",
+        "date": "",
+        "notebooks": matrix.digest(),
+    }
     changed = "all 1 cells the same, of notebooks that have changed since"
     assert changed not in table({"SSE, 1 thread": row})
     write("other words", "1 + 1", "2")
@@ -53,7 +69,9 @@ def test_a_row_of_other_notebooks_is_named_so(monkeypatch, tmp_path):
 def test_a_vector_unit_that_the_processor_lacks_is_not_offered(monkeypatch, told):
     def run(command, env, **_):
         # As torch does: what it is told to use, or else what the processor has.
-        return subprocess.CompletedProcess(command, 0, env.get("ATEN_CPU_CAPABILITY", "AVX2") + "\n")
+        return subprocess.CompletedProcess(
+            command, 0, env.get("ATEN_CPU_CAPABILITY", "AVX2") + "\n"
+        )
 
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", told)
     monkeypatch.setattr(matrix.subprocess, "run", run)
@@ -102,7 +120,9 @@ def test_what_another_machine_could_run_stays(monkeypatch, tmp_path):
     matrix.save({old["setting"]: old})
     monkeypatch.setattr(sys, "argv", ["matrix.py", "AVX-512"])
     monkeypatch.setattr(
-        matrix, "run", lambda setting: {**old, "setting": setting.name, "outcome": "not run: no"}
+        matrix,
+        "run",
+        lambda setting: {**old, "setting": setting.name, "outcome": "not run: no"},
     )
     assert matrix.main() == 0
     assert matrix.stored()["AVX-512, 1 thread"] == old
@@ -122,11 +142,17 @@ def named(name):
 
 
 def output_in(name, *command):
-    """Return what a command prints in a setting; skip where this machine doesn't offer it."""
+    """Return what a command prints in a setting; skip where this machine doesn't offer
+    it."""
     try:
         with prepared(named(name)) as (before, folder, variables):
             run = subprocess.run(
-                [*before, *command], cwd=folder, env=variables, capture_output=True, text=True, check=False
+                [*before, *command],
+                cwd=folder,
+                env=variables,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             return run.stdout.strip() + run.stderr.strip()
     except NotOffered as reason:
@@ -142,20 +168,31 @@ def small(monkeypatch, tmp_path):
 
 def test_without_home_there_is_none():
     assert (
-        output_in("without HOME", sys.executable, "-c", "import os; print('HOME' in os.environ)") == "False"
+        output_in(
+            "without HOME",
+            sys.executable,
+            "-c",
+            "import os; print('HOME' in os.environ)",
+        )
+        == "False"
     )
 
 
 def test_without_a_network_there_is_loopback_alone():
     code = "import socket; print([name for _, name in socket.if_nameindex()])"
-    assert "eth0" not in output_in("no network but loopback", sys.executable, "-c", code)
+    assert "eth0" not in output_in(
+        "no network but loopback", sys.executable, "-c", code
+    )
     code = "import socket; socket.create_server(('127.0.0.1', 0)); print('bound')"
     assert output_in("no network but loopback", sys.executable, "-c", code) == "bound"
 
 
 def test_the_copy_lies_in_a_path_with_a_space():
     place = output_in(
-        "a path with a space and umlauts", sys.executable, "-c", "import os; print(os.getcwd())"
+        "a path with a space and umlauts",
+        sys.executable,
+        "-c",
+        "import os; print(os.getcwd())",
     )
     assert " " in place
     assert not place.isascii()
@@ -175,4 +212,6 @@ def test_the_locale_is_there():
 
 def test_the_lowest_versions_are_those_of_pyproject(monkeypatch):
     monkeypatch.setattr(matrix, "ROOT", PROJECT)
-    assert f'"torch>={lowest("torch")}"' in (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={lowest("torch")}"' in (PROJECT / "pyproject.toml").read_text(
+        encoding="utf-8"
+    )

@@ -1,4 +1,5 @@
-"""Small changes of the layers are found by a unit test, and what isn't found has its reason."""
+"""Small changes of the layers are found by a unit test, and what isn't found has its
+reason."""
 
 from collections import Counter
 
@@ -17,7 +18,11 @@ def results():
 def test_nine_of_ten_changes_of_the_layers_are_found(file):
     _, changes, found, left, share, *_ = results()[file]
     assert int(changes) == int(found) + int(left) > 50
-    assert float(share.removesuffix(" %")) == round(100 * int(found) / int(changes), 1) >= 90
+    assert (
+        float(share.removesuffix(" %"))
+        == round(100 * int(found) / int(changes), 1)
+        >= 90
+    )
 
 
 def test_each_change_that_was_not_found_has_its_reason():
@@ -66,6 +71,12 @@ class Layer:
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    cells = [[mutants.code(text) for text in ("a | b", "`quoted`", "plain")], ["", "x", "1 %"]]
+    cells = [
+        [mutants.code(text) for text in ("a | b", "`quoted`", "plain")],
+        ["", "x", "1 %"],
+    ]
     mutants.write(tmp_path / "page.md", "# Title\n\n", ["one", "two", "three"], cells)
-    assert rows(tmp_path / "page.md") == [["a | b", "`quoted`", "plain"], ["", "x", "1 %"]]
+    assert rows(tmp_path / "page.md") == [
+        ["a | b", "`quoted`", "plain"],
+        ["", "x", "1 %"],
+    ]

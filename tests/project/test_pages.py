@@ -1,4 +1,5 @@
-"""What the site and the slides are made from: links that lead to pages, sentences that stay whole, locked packages."""
+"""What the site and the slides are made from: links that lead to pages, sentences that
+stay whole, locked packages."""
 
 import json
 
@@ -23,13 +24,20 @@ import web_packages
     ],
 )
 def test_links_lead_to_pages(place, link, expected):
-    assert build_site.with_links_to_pages(f"See [it]({link}).", place) == f"See [it]({expected})."
+    assert (
+        build_site.with_links_to_pages(f"See [it]({link}).", place)
+        == f"See [it]({expected})."
+    )
 
 
 def test_the_results_and_the_experiment_are_in_the_navigation(tmp_path):
     start = build_site.pages()["index.md"]
     build_site.assemble(tmp_path)
-    for name in ("docs/results", "notebooks/comparison", "notebooks/results/comparison"):
+    for name in (
+        "docs/results",
+        "notebooks/comparison",
+        "notebooks/results/comparison",
+    ):
         assert f"\n{name}\n" in start or f"<{name}>" in start
         assert list(tmp_path.glob(f"{name}.*"))
     assert "| full fine-tuning |" not in start
@@ -63,8 +71,13 @@ def test_long_lines_of_code_are_broken_at_spaces_and_stay_what_they_were():
     assert " ".join(map(str.strip, lines)) == call.strip()
     assert build_slides.wrapped("short = 1  # a remark") == "short = 1  # a remark"
     remark = "a remark that stands behind a line of code and makes it longer than a slide is wide, so it goes above"
-    assert build_slides.wrapped(f"    short = 1  # {remark}") == f"    # {remark}\n    short = 1"
-    first, second = build_slides.wrapped(f"  # {remark}, and on to a second line").splitlines()
+    assert (
+        build_slides.wrapped(f"    short = 1  # {remark}")
+        == f"    # {remark}\n    short = 1"
+    )
+    first, second = build_slides.wrapped(
+        f"  # {remark}, and on to a second line"
+    ).splitlines()
     assert (first[:4], second[:4]) == ("  # ", "  # ")
 
 
@@ -72,7 +85,10 @@ def test_a_slider_that_slides_do_not_have_is_not_announced():
     cell = build_slides.markdown_cell(
         "It is an arrow (a short one). Try it with two sliders, one for each part:"
     )
-    assert build_slides.without_last_lead_in(cell).source == "It is an arrow (a short one)."
+    assert (
+        build_slides.without_last_lead_in(cell).source
+        == "It is an arrow (a short one)."
+    )
     assert cell.source.endswith("part:"), "the notebook's own cell stays"
 
 
@@ -96,15 +112,27 @@ def test_a_long_output_is_cut_where_a_line_is_empty():
 
 
 def test_a_heading_within_a_cell_opens_a_slide():
-    cell = nbformat.v4.new_markdown_cell("Words.\n\n## Section\n\nMore.\n\n**Further reading**\n- A paper")
-    starts = [(block.cell.source, block.start) for block in build_slides.blocks_of(cell, "fragment")]
+    cell = nbformat.v4.new_markdown_cell(
+        "Words.\n\n## Section\n\nMore.\n\n**Further reading**\n- A paper"
+    )
+    starts = [
+        (block.cell.source, block.start)
+        for block in build_slides.blocks_of(cell, "fragment")
+    ]
     assert starts == [("Words.", "fragment"), ("## Section\n\nMore.", "slide")]
 
 
 def test_the_lock_holds_exact_versions_with_digests_and_no_host():
-    wanted = json.loads((web_packages.DOCS / "package.json").read_text(encoding="utf-8"))
-    lock = json.loads((web_packages.DOCS / "package-lock.json").read_text(encoding="utf-8"))["packages"]
-    for name, version in {**wanted["dependencies"], **wanted["devDependencies"]}.items():
+    wanted = json.loads(
+        (web_packages.DOCS / "package.json").read_text(encoding="utf-8")
+    )
+    lock = json.loads(
+        (web_packages.DOCS / "package-lock.json").read_text(encoding="utf-8")
+    )["packages"]
+    for name, version in {
+        **wanted["dependencies"],
+        **wanted["devDependencies"],
+    }.items():
         entry = lock[f"node_modules/{name}"]
         assert entry["version"] == version
         assert entry["integrity"].startswith("sha512-")
@@ -115,7 +143,9 @@ def test_the_lock_holds_exact_versions_with_digests_and_no_host():
 def test_without_npm_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(web_packages, "BUILD", tmp_path)
     monkeypatch.setattr(web_packages.shutil, "which", lambda _: None)
-    with pytest.raises(web_packages.MissingPackages, match=r"npm is missing.*install Node\.js 18"):
+    with pytest.raises(
+        web_packages.MissingPackages, match=r"npm is missing.*install Node\.js 18"
+    ):
         web_packages.install_packages()
 
 

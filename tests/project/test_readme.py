@@ -9,9 +9,24 @@ import nbformat
 import pytest
 import yaml
 
-from lowrank_utils.comparison.declared import judge, network_differences, read_declaration
-from lowrank_utils.comparison.report import declared_lines, difference_lines, judge_if_whole, without_one_task
-from lowrank_utils.comparison.tables import differences, means, read_table, spread_over_ranks, under_tuned
+from lowrank_utils.comparison.declared import (
+    judge,
+    network_differences,
+    read_declaration,
+)
+from lowrank_utils.comparison.report import (
+    declared_lines,
+    difference_lines,
+    judge_if_whole,
+    without_one_task,
+)
+from lowrank_utils.comparison.tables import (
+    differences,
+    means,
+    read_table,
+    spread_over_ranks,
+    under_tuned,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +53,9 @@ def test_accuracies_are_those_of_the_results(protocol):
     scores = {}
     for run in protocol["runs"]:
         scores.setdefault(run["method"], []).append(100 * run["test"])
-    rows = re.findall(r"^\| ([^|]+?) \| [^|]* \| ([\d.]+) ± ([\d.]+) \|$", PAGE, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+?) \| [^|]* \| ([\d.]+) ± ([\d.]+) \|$", PAGE, flags=re.MULTILINE
+    )
     assert [name for name, _, _ in rows] == list(scores)
     for name, mean, spread in rows:
         assert float(mean) == round(statistics.mean(scores[name]), 2)
@@ -66,7 +83,8 @@ def test_the_protocol_is_the_one_that_the_page_names(protocol):
 def test_the_training_loop_is_as_much_faster_as_the_page_says():
     results = json.loads((RESULTS / "training_loop.json").read_text(encoding="utf-8"))
     said = re.search(
-        r"\*\*([\d.]+) times\*\* as fast \(([\d.]+) to ([\d.]+) in (\d+) rounds\)", PAGE.replace("\n", " ")
+        r"\*\*([\d.]+) times\*\* as fast \(([\d.]+) to ([\d.]+) in (\d+) rounds\)",
+        PAGE.replace("\n", " "),
     )
     ratio = results["ratio"]
     assert [float(said[i]) for i in (1, 2, 3)] == [
@@ -94,7 +112,9 @@ OWN = "DoRA with m's rate"
 
 
 def test_what_was_declared_has_its_answers_or_none(comparison):
-    file = yaml.safe_load((ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load(
+        (ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8")
+    )
     declaration = read_declaration(file["declared"])
     section = PAGE.split("### What was declared\n")[1].split("\n### ")[0]
     answers = judge_if_whole(comparison, declaration)
@@ -103,7 +123,10 @@ def test_what_was_declared_has_its_answers_or_none(comparison):
         assert "| p (Holm) |" not in PAGE
         return
     assert "no answer" not in section
-    for part in [*declared_lines(answers, declaration), without_one_task(comparison, declaration)]:
+    for part in [
+        *declared_lines(answers, declaration),
+        without_one_task(comparison, declaration),
+    ]:
         assert part in PAGE
     for text in (README, PAGE):
         assert "notebooks/results/comparison_declared.png" in text
@@ -116,10 +139,16 @@ def test_the_pictures_and_the_report_are_there_and_the_report_names_its_commit()
         for words, target in pictures:
             assert len(words) > 40
             assert (folder / target).is_file(), target
-    for target in ("../notebooks/results/comparison.md", "../notebooks/results/comparison.csv"):
+    for target in (
+        "../notebooks/results/comparison.md",
+        "../notebooks/results/comparison.csv",
+    ):
         assert f"]({target})" in PAGE
     assert "`make compare`" in PAGE
-    assert re.search(r", commit [0-9a-f]{10}", (RESULTS / "comparison.md").read_text(encoding="utf-8"))
+    assert re.search(
+        r", commit [0-9a-f]{10}",
+        (RESULTS / "comparison.md").read_text(encoding="utf-8"),
+    )
 
 
 def test_the_tables_task_by_task_are_those_of_the_results(comparison):
@@ -145,13 +174,17 @@ def test_the_three_sentences_are_what_the_results_say(comparison):
 
     def rows(first, second, rank):
         found = differences(comparison[comparison["steps"] == 1280], first, second)
-        found = found[(found["rank"] == rank) & found["shift"].isin([*three, easy])].set_index("shift")
+        found = found[
+            (found["rank"] == rank) & found["shift"].isin([*three, easy])
+        ].set_index("shift")
         assert (found["count"] == 12).all()
         return found
 
     suspects = under_tuned(comparison[comparison["steps"] == 1280])
     suspects = suspects[(suspects["rank"] == 1) & (suspects["submodel"] == "m alone")]
-    assert suspects[suspects["method"] == "DoRA with one rate"]["shift"].tolist() == three
+    assert (
+        suspects[suspects["method"] == "DoRA with one rate"]["shift"].tolist() == three
+    )
     assert (rows("gain", "random rows", 1).loc["permutation", "high"]) < -0.05
     assert (rows(OWN, "DoRA with one rate", 1).loc[three, "low"] > 0.05).all()
     assert (rows(OWN, "LoRA", 1).loc[three, "low"] > 0.05).all()
@@ -160,38 +193,60 @@ def test_the_three_sentences_are_what_the_results_say(comparison):
     assert matched.drop(["inversion", easy])["mean"].between(0.01, 0.025).all()
     assert (rows(OWN, "LoRA matched above", 4).drop("inversion")["mean"] < 0.01).all()
     assert (rows(OWN, "gain", 1)["mean"] < 0.015).all()
-    for second in ("DoRA with one rate", "LoRA", "LoRA matched above", "gain", "random rows"):
+    for second in (
+        "DoRA with one rate",
+        "LoRA",
+        "LoRA matched above",
+        "gain",
+        "random rows",
+    ):
         assert abs(rows(OWN, second, 1).loc[easy, "mean"]) < 0.015
     assert (rows("gain", "random rows", 1).drop("inversion")["high"] < 0).all()
     assert rows("gain", "random rows", 1).loc["inversion", "low"] > 0
 
 
 def test_what_the_page_says_beside_the_declared_tests(comparison):
-    declared = yaml.safe_load((ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8"))[
-        "declared"
-    ]
+    declared = yaml.safe_load(
+        (ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8")
+    )["declared"]
     declaration = read_declaration(declared)
     others = [shift for shift in declaration.shifts if shift != "inversion"]
     assert "Without that task half a point or less is left" in PAGE
     assert "Without inversion the random rows are two points ahead" in PAGE
     at_rank_4, random_rows = declaration.tests[2], declaration.tests[4]
-    assert (at_rank_4.second, at_rank_4.ranks, random_rows.second) == ("LoRA", (4,), "random rows")
+    assert (at_rank_4.second, at_rank_4.ranks, random_rows.second) == (
+        "LoRA",
+        (4,),
+        "random rows",
+    )
     for steps in declaration.steps:
         assert network_differences(at_rank_4, comparison, others, steps).mean() < 0.0055
-        assert -0.025 < network_differences(random_rows, comparison, others, steps).mean() < -0.015
+        assert (
+            -0.025
+            < network_differences(random_rows, comparison, others, steps).mean()
+            < -0.015
+        )
 
 
 def test_what_ms_own_rate_is_worth_is_what_the_results_say(comparison):
     rows = means(comparison)
-    rows = rows[(rows["shift"] == "permutation") & (rows["rank"] == 1) & (rows["steps"] == 320)]
+    rows = rows[
+        (rows["shift"] == "permutation") & (rows["rank"] == 1) & (rows["steps"] == 320)
+    ]
     shared, own = (
-        f"{100 * rows[rows['method'] == m]['mean'].item():.1f} %" for m in ("DoRA with one rate", OWN)
+        f"{100 * rows[rows['method'] == m]['mean'].item():.1f} %"
+        for m in ("DoRA with one rate", OWN)
     )
-    assert f"DoRA reads {shared} of the images with one rate and {own} with m's own" in README
+    assert (
+        f"DoRA reads {shared} of the images with one rate and {own} with m's own"
+        in README
+    )
 
 
 def test_the_claim_on_the_rank_is_what_the_results_say(comparison):
-    spread = spread_over_ranks(comparison[comparison["rank"].isin([1, 4])], ["LoRA", OWN])
+    spread = spread_over_ranks(
+        comparison[comparison["rank"].isin([1, 4])], ["LoRA", OWN]
+    )
     wide = spread[spread["ranks"] == 2].pivot_table(
         index=["shift", "steps"], columns="method", values="spread"
     )
@@ -202,7 +257,9 @@ def test_the_claim_on_the_rank_is_what_the_results_say(comparison):
 
 def test_two_workers_are_as_much_faster_as_the_page_says():
     results = json.loads((RESULTS / "sweep_speed.json").read_text(encoding="utf-8"))
-    said = re.search(r"(\d+) runs with two workers takes \*\*1/([\d.]+)\*\* of the time", PAGE)
+    said = re.search(
+        r"(\d+) runs with two workers takes \*\*1/([\d.]+)\*\* of the time", PAGE
+    )
     assert int(said[1]) == results["runs"]
     assert float(said[2]) == round(results["ratio"]["median"], 2)
 
@@ -220,7 +277,10 @@ def test_the_map_of_the_series_is_that_of_the_notebooks():
         opening = nbformat.read(ROOT / path, as_version=4).cells[0].source
         assert opening.startswith(f"# {title}")
         assert f"*{question}*" in opening
-        assert f"About {reading} minutes to read and run, {exercises} for the exercises" in opening
+        assert (
+            f"About {reading} minutes to read and run, {exercises} for the exercises"
+            in opening
+        )
 
 
 def test_links_to_files_lead_somewhere():
@@ -236,13 +296,19 @@ def test_the_start_page_is_one_screen():
 
 
 def test_the_three_findings_are_the_declared_ones(comparison):
-    file = yaml.safe_load((ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load(
+        (ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8")
+    )
     answers = judge(comparison, read_declaration(file["declared"]))
     answers = answers[answers["steps"] == 1280].set_index("test")
     found = re.findall(r"^\d\. (.+): \*\*(.+)\*\*$", README, flags=re.MULTILINE)
     tests = [
         f"{OWN} − {other}"
-        for other in ("DoRA with one rate, rank 1 and 4", "LoRA, rank 1", "gain, rank 1 and 4")
+        for other in (
+            "DoRA with one rate, rank 1 and 4",
+            "LoRA, rank 1",
+            "gain, rank 1 and 4",
+        )
     ]
     for (words, number), test, verdict in zip(
         found, tests, ["better", "better", "no difference worth having"], strict=True
@@ -254,7 +320,12 @@ def test_the_three_findings_are_the_declared_ones(comparison):
 
 def test_the_time_to_the_first_cell_is_the_measured_one():
     page = (ROOT / "docs" / "setup.md").read_text(encoding="utf-8")
-    measured = json.loads((ROOT / "notebooks" / "results" / "first_cell.json").read_text(encoding="utf-8"))
+    measured = json.loads(
+        (ROOT / "notebooks" / "results" / "first_cell.json").read_text(encoding="utf-8")
+    )
     seconds, size = measured["seconds"], measured["megabytes"]["environment"] / 1000
     assert f"took {seconds['environment']:.0f} seconds and {size:.1f} GB" in page
-    assert f"first executed cell it is {seconds['kernel'] + seconds['first cell']:.1f} seconds" in page
+    assert (
+        f"first executed cell it is {seconds['kernel'] + seconds['first cell']:.1f} seconds"
+        in page
+    )

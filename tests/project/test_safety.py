@@ -1,4 +1,5 @@
-"""Nothing that is read can run code, nothing goes through a shell, and the server is for this machine alone."""
+"""Nothing that is read can run code, nothing goes through a shell, and the server is
+for this machine alone."""
 
 import ast
 import json
@@ -36,7 +37,13 @@ FORBIDDEN_CALLS = {
         "np.load",
         "pandas.read_pickle",
     ),
-    *("pd.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.hub.load", "input"),
+    *(
+        "pd.read_pickle",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "torch.hub.load",
+        "input",
+    ),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "commands"}
 FORBIDDEN_ARGUMENTS = {"shell", "trust_remote_code", "allow_pickle"}
@@ -50,17 +57,31 @@ def forbidden(source):
             name = ast.unparse(node.func)
             if name in FORBIDDEN_CALLS:
                 found.append(f"{node.lineno}: {name}")
-            found += [f"{node.lineno}: {k.arg}=" for k in node.keywords if k.arg in FORBIDDEN_ARGUMENTS]
+            found += [
+                f"{node.lineno}: {k.arg}="
+                for k in node.keywords
+                if k.arg in FORBIDDEN_ARGUMENTS
+            ]
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
             modules = names if isinstance(node, ast.Import) else [node.module or ""]
-            found += [f"{node.lineno}: {m}" for m in modules if m.split(".")[0] in FORBIDDEN_MODULES]
+            found += [
+                f"{node.lineno}: {m}"
+                for m in modules
+                if m.split(".")[0] in FORBIDDEN_MODULES
+            ]
             if isinstance(node, ast.ImportFrom):
-                found += [f"{node.lineno}: {n}" for n in names if f"{node.module}.{n}" in FORBIDDEN_CALLS]
+                found += [
+                    f"{node.lineno}: {n}"
+                    for n in names
+                    if f"{node.module}.{n}" in FORBIDDEN_CALLS
+                ]
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_a_script_has_no_way_to_run_what_it_reads(path):
     assert forbidden(path.read_text(encoding="utf-8")) == []
 
@@ -71,7 +92,9 @@ def test_a_notebook_has_no_way_to_run_what_it_reads(path):
     for cell in cells:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
-            assert not re.search(r"^\s*[!%]", source, flags=re.MULTILINE), "a shell command or a magic"
+            assert not re.search(r"^\s*[!%]", source, flags=re.MULTILINE), (
+                "a shell command or a magic"
+            )
             assert forbidden(source) == []
 
 
@@ -102,7 +125,18 @@ def test_models_and_adapters_are_never_asked_for_remote_code():
 
 def test_bandit_finds_nothing():
     run = subprocess.run(
-        [sys.executable, "-m", "bandit", "-c", "pyproject.toml", "-q", "-r", *FOLDERS, "-f", "json"],
+        [
+            sys.executable,
+            "-m",
+            "bandit",
+            "-c",
+            "pyproject.toml",
+            "-q",
+            "-r",
+            *FOLDERS,
+            "-f",
+            "json",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -110,7 +144,9 @@ def test_bandit_finds_nothing():
     )
     report = json.loads(run.stdout)
     assert report["errors"] == []
-    assert [f"{r['filename']}:{r['line_number']} {r['test_id']}" for r in report["results"]] == []
+    assert [
+        f"{r['filename']}:{r['line_number']} {r['test_id']}" for r in report["results"]
+    ] == []
     assert run.returncode == 0
     assert len(report["metrics"]) == len(SOURCES) + 1, "all files and their sum"
 
@@ -155,16 +191,22 @@ OPENINGS = [
 
 
 def openings(text):
-    return [pattern for pattern in OPENINGS if re.search(pattern, text, flags=re.MULTILINE)]
+    return [
+        pattern for pattern in OPENINGS if re.search(pattern, text, flags=re.MULTILINE)
+    ]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_documented_command_opens_the_server(path):
     text = path.read_text(encoding="utf-8")
     assert openings(text) == []
     # The one way to start it is the tool, which keeps it closed.
     typed = re.findall(
-        r"^\s*(?:\$ )?(?:python\S* -m )?jupyter[ -](?:lab|notebook|server)\b.*", text, re.MULTILINE
+        r"^\s*(?:\$ )?(?:python\S* -m )?jupyter[ -](?:lab|notebook|server)\b.*",
+        text,
+        re.MULTILINE,
     )
     assert typed == []
 

@@ -54,5 +54,9 @@ def test_a_choice_made_by_hand_stays_and_an_unknown_one_does_not():
     cells[0].metadata["slideshow"] = {"slide_type": "skip"}
     cells[1].metadata["slideshow"] = {"slide_type": ""}
     assign_slide_types(nbformat.v4.new_notebook(cells=cells))
-    assert [cell.metadata.slideshow.slide_type for cell in cells] == ["skip", "slide", "slide"]
+    assert [cell.metadata.slideshow.slide_type for cell in cells] == [
+        "skip",
+        "slide",
+        "slide",
+    ]
     assert all(cell.metadata.slideshow.slide_type in SLIDE_TYPES for cell in cells)

@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_finds_nothing(command, tmp_path):
     words = [word.format(cache=tmp_path) for word in command]
     run = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

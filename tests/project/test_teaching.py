@@ -1,4 +1,5 @@
-"""The teaching guide's times are those of the notebooks and of the measurement, and its plans add up."""
+"""The teaching guide's times are those of the notebooks and of the measurement, and its
+plans add up."""
 
 import json
 import re
@@ -14,12 +15,16 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 def text_of(path):
     return "\n".join(
-        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
     )
 
 
 def stated_minutes(path):
-    found = re.search(r"About (\d+) minutes to read and run, (\d+) for the exercises", text_of(path))
+    found = re.search(
+        r"About (\d+) minutes to read and run, (\d+) for the exercises", text_of(path)
+    )
     return int(found[1]), int(found[2])
 
 
@@ -27,18 +32,25 @@ READING = {int(path.name[:2]): stated_minutes(path)[0] for path in NOTEBOOKS}
 EXERCISES = {
     number: int(minutes)
     for path in NOTEBOOKS
-    for number, minutes in re.findall(r"### Exercise (\d+\.\d+): .*\(\S+, (\d+) minutes\)", text_of(path))
+    for number, minutes in re.findall(
+        r"### Exercise (\d+\.\d+): .*\(\S+, (\d+) minutes\)", text_of(path)
+    )
 }
 HEADINGS = {
-    int(path.name[:2]): re.findall(r"^#+ (.+)$", text_of(path), flags=re.MULTILINE) for path in NOTEBOOKS
+    int(path.name[:2]): re.findall(r"^#+ (.+)$", text_of(path), flags=re.MULTILINE)
+    for path in NOTEBOOKS
 }
 
 
 def test_each_notebook_has_its_minutes_and_its_measured_seconds():
-    measured = json.loads((ROOT / "notebooks" / "results" / "running_times.json").read_text())["median"]
+    measured = json.loads(
+        (ROOT / "notebooks" / "results" / "running_times.json").read_text()
+    )["median"]
     for path in NOTEBOOKS:
         (row,) = re.findall(
-            rf"^\| \[.+\]\(\.\./notebooks/{path.name}\) \| (\d+) \| (\d+) \| (\S+) \|$", GUIDE, re.MULTILINE
+            rf"^\| \[.+\]\(\.\./notebooks/{path.name}\) \| (\d+) \| (\d+) \| (\S+) \|$",
+            GUIDE,
+            re.MULTILINE,
         )
         assert (int(row[0]), int(row[1])) == stated_minutes(path), path.name
         assert float(row[2]) == measured[path.stem], path.name
@@ -52,7 +64,9 @@ PLANS = {"90 minutes": 90, "Half a day": 4 * 60, "A day": 7 * 60}
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_adds_up_and_gives_each_part_its_minutes(name):
     section = GUIDE.split(f"### {name}: ")[1].split("\n#")[0]
-    rows = re.findall(r"^\| (\d+):(\d\d) \| ?(\d*) \| (.+) \|$", section, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+):(\d\d) \| ?(\d*) \| (.+) \|$", section, flags=re.MULTILINE
+    )
     now = 0
     for hours, minutes, length, what in rows:
         assert 60 * int(hours) + int(minutes) == now, what
@@ -68,16 +82,30 @@ def test_a_plan_adds_up_and_gives_each_part_its_minutes(name):
 def test_the_headings_that_it_names_are_there():
     # "heading" in the same row or line as the notebook that has it
     for line in GUIDE.splitlines():
-        numbers = [int(n) for n in re.findall(r"notebooks? (\d)", line, flags=re.IGNORECASE)]
-        for heading in re.findall(r"(?:before|after|under|notebook \d,) [\"“]([^\"”]+)[\"”]", line):
-            plain = [h.replace("?", "").strip(" .,") for number in numbers for h in HEADINGS[number]]
+        numbers = [
+            int(n) for n in re.findall(r"notebooks? (\d)", line, flags=re.IGNORECASE)
+        ]
+        for heading in re.findall(
+            r"(?:before|after|under|notebook \d,) [\"“]([^\"”]+)[\"”]", line
+        ):
+            plain = [
+                h.replace("?", "").strip(" .,")
+                for number in numbers
+                for h in HEADINGS[number]
+            ]
             assert heading.replace("?", "").strip(" .,") in plain, (line, heading)
 
 
 def test_the_questions_that_a_plan_names_exist():
     questions = re.findall(
-        r"^(\d+)\. ", GUIDE.split("## Questions to discuss")[1].split("\n## ")[0], re.MULTILINE
+        r"^(\d+)\. ",
+        GUIDE.split("## Questions to discuss")[1].split("\n## ")[0],
+        re.MULTILINE,
     )
     assert questions == [str(n + 1) for n in range(len(questions))]
-    for named in re.findall(r"questions? ([\d, toand]+)", GUIDE.split("## Where to stop")[0]):
-        assert all(1 <= int(number) <= len(questions) for number in re.findall(r"\d+", named))
+    for named in re.findall(
+        r"questions? ([\d, toand]+)", GUIDE.split("## Where to stop")[0]
+    ):
+        assert all(
+            1 <= int(number) <= len(questions) for number in re.findall(r"\d+", named)
+        )

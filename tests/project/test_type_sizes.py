@@ -1,4 +1,5 @@
-"""No type in a plot or a drawing is smaller than the slides count with, so that the last row reads all of it."""
+"""No type in a plot or a drawing is smaller than the slides count with, so that the
+last row reads all of it."""
 
 import ast
 from pathlib import Path
@@ -24,8 +25,12 @@ def type_sizes(source):
         if isinstance(node, ast.keyword) and node.arg in SIZES:
             found.append(node.value)
         elif isinstance(node, ast.FunctionDef):
-            defaults = zip(reversed(node.args.args), reversed(node.args.defaults), strict=False)
-            found += [default for argument, default in defaults if argument.arg in SIZES]
+            defaults = zip(
+                reversed(node.args.args), reversed(node.args.defaults), strict=False
+            )
+            found += [
+                default for argument, default in defaults if argument.arg in SIZES
+            ]
     constants = [node.value for node in found if isinstance(node, ast.Constant)]
     return [FontProperties(size=value).get_size_in_points() for value in constants]
 
@@ -43,15 +48,24 @@ def test_sizes_are_found_as_numbers_words_and_defaults():
 
 
 @pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, *sorted((ROOT / "lowrank_utils").glob("*.py"))], ids=lambda path: path.stem
+    "path",
+    [*NOTEBOOKS, *sorted((ROOT / "lowrank_utils").glob("*.py"))],
+    ids=lambda path: path.stem,
 )
 def test_plots_write_in_ten_points_or_more(path):
-    assert min(type_sizes(code_of(path)), default=SMALLEST_IN_PLOTS) >= SMALLEST_IN_PLOTS
+    assert (
+        min(type_sizes(code_of(path)), default=SMALLEST_IN_PLOTS) >= SMALLEST_IN_PLOTS
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "figures").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "figures").glob("*.py")), ids=lambda path: path.stem
+)
 def test_drawings_write_in_twelve_points_or_more(path):
-    assert min(type_sizes(code_of(path)), default=SMALLEST_IN_DRAWINGS) >= SMALLEST_IN_DRAWINGS
+    assert (
+        min(type_sizes(code_of(path)), default=SMALLEST_IN_DRAWINGS)
+        >= SMALLEST_IN_DRAWINGS
+    )
 
 
 def test_the_style_sets_nothing_smaller():
@@ -60,7 +74,8 @@ def test_the_style_sets_nothing_smaller():
         sizes = {
             name: FontProperties(size=value).get_size_in_points()
             for name, value in plt.rcParams.items()
-            if name.endswith(("labelsize", "titlesize", "fontsize", "font.size")) and value is not None
+            if name.endswith(("labelsize", "titlesize", "fontsize", "font.size"))
+            and value is not None
         }
         assert plt.rcParams["figure.dpi"] == 100
     assert len(sizes) >= 6

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("environment_tool", ROOT / "tools" / "environment.py")
+    spec = importlib.util.spec_from_file_location(
+        "environment_tool", ROOT / "tools" / "environment.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -30,7 +32,9 @@ def tool():
 @pytest.fixture(scope="session")
 def project():
     """What pyproject.toml says about the project."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
 
 
 @pytest.fixture(scope="session")

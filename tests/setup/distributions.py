@@ -26,7 +26,11 @@ def needed(project, extras):
                 continue
             seen.add((name, extra))
             if name == project["name"]:
-                lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+                lines = (
+                    project["optional-dependencies"][extra]
+                    if extra
+                    else project["dependencies"]
+                )
             else:
                 lines = (metadata.requires(name) if installed(name) else None) or []
             for line in map(Requirement, lines):

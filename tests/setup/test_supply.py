@@ -1,4 +1,5 @@
-"""The lock, the licences and the audit speak of the same packages as constraints.txt and as what is installed."""
+"""The lock, the licences and the audit speak of the same packages as constraints.txt
+and as what is installed."""
 
 import re
 import subprocess
@@ -25,8 +26,14 @@ def locked():
 @pytest.fixture(scope="module")
 def table():
     """Version, licence and place of each package in docs/licences.md by name."""
-    lines = licences.PAGE.read_text(encoding="utf-8").split("## Packages")[1].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    lines = (
+        licences.PAGE.read_text(encoding="utf-8").split("## Packages")[1].splitlines()
+    )
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("| ")
+    ]
     return {name: rest for name, *rest in rows[1:]}
 
 
@@ -48,13 +55,17 @@ def test_what_the_lock_holds_besides_is_for_another_system_or_python(locked, pin
 
 
 def test_everything_in_the_lock_has_hashes_and_nothing_names_an_index(lock):
-    blocks = re.split(r"\n(?=[a-z0-9])", re.sub(r"^#.*\n", "", lock, flags=re.MULTILINE).strip())
+    blocks = re.split(
+        r"\n(?=[a-z0-9])", re.sub(r"^#.*\n", "", lock, flags=re.MULTILINE).strip()
+    )
     assert len(blocks) > 150
     for block in blocks:
         first, *hashes = block.replace("\\\n", "\n").splitlines()
         assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; .+)?\s*", first), first
         assert hashes
-        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64} ?", line) for line in hashes), first
+        assert all(
+            re.fullmatch(r"    --hash=sha256:[0-9a-f]{64} ?", line) for line in hashes
+        ), first
     for word in ("://", "index-url", "find-links", "file:", "git+", " @ "):
         assert word not in lock
     assert "PyTorch's own index of CPU builds" in lock
@@ -70,7 +81,9 @@ def test_what_is_installed_has_the_locked_version(locked):
 
 
 def test_the_licences_are_those_of_all_packages_and_of_no_others(table, locked):
-    assert {name: version for name, (version, *_) in table.items()} == {n: v for n, (v, _) in locked.items()}
+    assert {name: version for name, (version, *_) in table.items()} == {
+        n: v for n, (v, _) in locked.items()
+    }
     assert list(table) == sorted(table)
 
 
@@ -78,7 +91,9 @@ def test_each_licence_is_what_the_installed_package_says(table):
     said = licences.installed(sorted(table))
     here = [name for name in table if installed(name)]
     assert len(here) > 100
-    assert {name: table[name][1] for name in here} == {name: said[name] for name in here}
+    assert {name: table[name][1] for name in here} == {
+        name: said[name] for name in here
+    }
     # Of the rest somebody has read it.
     elsewhere = [name for name, (_, licence, _) in table.items() if not licence]
     assert not elsewhere
@@ -101,9 +116,19 @@ def test_what_is_for_one_system_says_so(table, locked):
 
 def test_copyleft_licences_are_known(table):
     # None of these binds the project, which uses them and passes none of them on.
-    strong = {name for name, (_, licence, _) in table.items() if re.search(r"\bA?L?GPL|GNU", licence)}
-    assert strong == {"docutils", "text-unidecode"}, "each under another licence too, as the page says"
-    weak = {name for name, (_, licence, _) in table.items() if "MPL" in licence or "Mozilla" in licence}
+    strong = {
+        name
+        for name, (_, licence, _) in table.items()
+        if re.search(r"\bA?L?GPL|GNU", licence)
+    }
+    assert strong == {"docutils", "text-unidecode"}, (
+        "each under another licence too, as the page says"
+    )
+    weak = {
+        name
+        for name, (_, licence, _) in table.items()
+        if "MPL" in licence or "Mozilla" in licence
+    }
     assert weak <= {"certifi", "fqdn", "hypothesis", "pathspec", "tqdm"}
 
 
@@ -129,7 +154,11 @@ def test_code_and_text_are_under_one_licence(root, project):
 
 
 def test_a_package_that_nobody_knows_stops_the_page(monkeypatch):
-    monkeypatch.setattr(licences, "locked", lambda: {"pytest": ("1", ""), "nowhere-to-be-found": ("1", "")})
+    monkeypatch.setattr(
+        licences,
+        "locked",
+        lambda: {"pytest": ("1", ""), "nowhere-to-be-found": ("1", "")},
+    )
     with pytest.raises(SystemExit, match="not installed: nowhere-to-be-found"):
         licences.page()
 

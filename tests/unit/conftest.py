@@ -15,18 +15,26 @@ from lowrank_utils import _mnist
 
 mpl.use("Agg")
 
-# The same examples in every run, and no limit on an example's time: a slow machine isn't a mistake. At night others
-# are tried, and more of them: HYPOTHESIS_PROFILE=nightly.
-settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=100)
+# The same examples in every run, and no limit on an example's time: a slow machine
+# isn't a mistake. At night others are tried, and more of them:
+# HYPOTHESIS_PROFILE=nightly.
 settings.register_profile(
-    "nightly", settings.get_profile("unit"), derandomize=False, print_blob=True, max_examples=10_000
+    "unit", derandomize=True, database=None, deadline=None, max_examples=100
+)
+settings.register_profile(
+    "nightly",
+    settings.get_profile("unit"),
+    derandomize=False,
+    print_blob=True,
+    max_examples=10_000,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
 
 
 @pytest.fixture(autouse=True)
 def same_state():
-    """Restore what a test can change for the tests after it, and start each from the same random numbers."""
+    """Restore what a test can change for the tests after it, and start each from the
+    same random numbers."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -52,7 +60,8 @@ def same_state():
 
 @pytest.fixture
 def tiny_is_published(monkeypatch):
-    """Let the tiny files be the ones that the package and torchvision hold for published."""
+    """Let the tiny files be the ones that the package and torchvision hold for
+    published."""
     return publish(monkeypatch)
 
 

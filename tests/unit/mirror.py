@@ -1,4 +1,5 @@
-"""A tiny data set in MNIST's format, and a server on this machine that it can be downloaded from."""
+"""A tiny data set in MNIST's format, and a server on this machine that it can be
+downloaded from."""
 
 import gzip
 import hashlib
@@ -18,7 +19,9 @@ from lowrank_utils.data import DataError, load_mnist
 
 
 def idx_images(count, seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (count, 28, 28), dtype=np.uint8
+    )
     return struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()
 
 
@@ -35,11 +38,18 @@ TINY = {
 
 
 def publish(monkeypatch):
-    """Let the tiny files be the published ones for the package and torchvision; return them as downloaded."""
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()}
+    """Let the tiny files be the published ones for the package and torchvision; return
+    them as downloaded."""
+    digests = {
+        name: hashlib.sha256(content).hexdigest() for name, content in TINY.items()
+    }
     monkeypatch.setattr(_mnist, "MNIST_FILES", digests)
-    archives = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()}
-    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
+    archives = {
+        f"{name}.gz": gzip.compress(content, mtime=0) for name, content in TINY.items()
+    }
+    resources = [
+        (name, hashlib.md5(content).hexdigest()) for name, content in archives.items()
+    ]
     monkeypatch.setattr(MNIST, "resources", resources)
     return archives
 
@@ -54,8 +64,13 @@ def load_tiny(**options):
 
 def assert_tiny(splits):
     assert sizes(splits) == [30, 10, 20]
-    pixels = np.frombuffer(TINY["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(20, 784)
-    assert torch.equal((splits.test.images * 255).round().to(torch.uint8), torch.from_numpy(pixels.copy()))
+    pixels = np.frombuffer(TINY["t10k-images-idx3-ubyte"][16:], np.uint8).reshape(
+        20, 784
+    )
+    assert torch.equal(
+        (splits.test.images * 255).round().to(torch.uint8),
+        torch.from_numpy(pixels.copy()),
+    )
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
 
 
@@ -133,7 +148,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def serving(archives, monkeypatch, fault=None):
     with Server(archives, fault) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         thread.start()
         try:
             reach(server.server_address[1], monkeypatch)

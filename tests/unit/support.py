@@ -1,4 +1,5 @@
-"""What the unit tests share: layers as training leaves them, and NumPy formulas to hold them against."""
+"""What the unit tests share: layers as training leaves them, and NumPy formulas to hold
+them against."""
 
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ every_dora_wrapper = pytest.mark.parametrize("wrapper", DORA)
 # The wrappers as one can configure them: LoRA has no norm to detach.
 every_variant = pytest.mark.parametrize(
     ("wrapper", "options"),
-    [(w, {}) for w in LORA] + [(w, {"detach_norm": detach}) for w in DORA for detach in (True, False)],
+    [(w, {}) for w in LORA]
+    + [(w, {"detach_norm": detach}) for w in DORA for detach in (True, False)],
 )
 
 
@@ -31,7 +33,8 @@ def generator(seed=0):
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    """Normal numbers that depend on nothing but ``seed``: they are drawn in float64 and then rounded."""
+    """Normal numbers that depend on nothing but ``seed``: they are drawn in float64 and
+    then rounded."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
@@ -45,7 +48,8 @@ def linear_layer(in_features=7, out_features=5, bias=True, dtype=torch.float64, 
 
 
 def move(adapter, seed=0):
-    """Put an adapter where training could have left it: A and B random, m longer, shorter, negative and zero."""
+    """Put an adapter where training could have left it: A and B random, m longer,
+    shorter, negative and zero."""
     with torch.no_grad():
         adapter.lora.A.copy_(normal(*adapter.lora.A.shape, seed=seed + 2))
         adapter.lora.B.copy_(normal(*adapter.lora.B.shape, seed=seed + 3))
@@ -59,8 +63,17 @@ def move(adapter, seed=0):
 
 
 def moved(wrapper, linear=None, rank=3, alpha=1.7, seed=0, **options):
-    """Return a moved adapter; by default 7 inputs and 5 outputs, so that no axis can be taken for another."""
-    return move(wrapper(linear_layer(seed=seed) if linear is None else linear, rank, alpha, **options), seed)
+    """Return a moved adapter; by default 7 inputs and 5 outputs, so that no axis can be
+    taken for another."""
+    return move(
+        wrapper(
+            linear_layer(seed=seed) if linear is None else linear,
+            rank,
+            alpha,
+            **options,
+        ),
+        seed,
+    )
 
 
 def move_all(model):
@@ -74,7 +87,9 @@ def move_all(model):
 
 def snapshot(model):
     """Return copies of all parameters and buffers by name."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.detach().clone() for name, tensor in model.state_dict().items()
+    }
 
 
 def assert_same_state(model, before):
@@ -89,14 +104,17 @@ def assert_close(actual, expected, rtol=1e-12, atol=0.0):
     """Compare element by element, relative to the largest expected element."""
     actual, expected = (torch.as_tensor(t).detach() for t in (actual, expected))
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * scale + atol, check_dtype=False)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=rtol * scale + atol, check_dtype=False
+    )
 
 
 def assert_equal_but_for_rounding(actual, expected):
-    """Compare two ways to compute the same in one dtype: they may differ by thirty roundings of the largest element.
+    """Compare two ways to compute the same in one dtype: they may differ by thirty
+    roundings of the largest element.
 
-    With SSE, AVX2 and AVX-512 up to eleven were seen. A sum's rounding error goes by its terms, so an element where
-    they cancel has as large a one as all others.
+    With SSE, AVX2 and AVX-512 up to eleven were seen. A sum's rounding error goes by
+    its terms, so an element where they cancel has as large a one as all others.
     """
     assert actual.dtype == expected.dtype
     assert_close(actual, expected, rtol=30 * torch.finfo(expected.dtype).eps)
@@ -152,7 +170,8 @@ class Reference:
         return self.c * (x @ self.W.T + self.s * (x @ self.A @ self.B)) + self.b
 
     def gradients(self, x, G, detach_norm=True):
-        """Return dL/d(x, W, b, A, B, m) for G = dL/dy, derived by hand from y = c ⊙ (xVᵀ) + b."""
+        """Return dL/d(x, W, b, A, B, m) for G = dL/dy, derived by hand from y = c ⊙
+        (xVᵀ) + b."""
         u = x @ self.V.T
         to_c = (G * u).sum(axis=0)
         to_V = (G * self.c).T @ x
@@ -169,7 +188,8 @@ class Reference:
         }
 
     def error_unit(self, x):
-        """Return, per output, how large an error of one unit in the last place anywhere can become."""
+        """Return, per output, how large an error of one unit in the last place anywhere
+        can become."""
         terms = np.abs(self.W) + abs(self.s) * (np.abs(self.A) @ np.abs(self.B)).T
         amplified = np.ones(len(self.W))
         if self.m is not None:
@@ -177,13 +197,17 @@ class Reference:
         return np.abs(self.c) * amplified * (np.abs(x) @ terms.T) + np.abs(self.b)
 
 
-# Units in the last place that a layer may be off. In half precision the roundings of the
-# intermediate results count, in float32 those of the sums of up to 20 terms too.
+# Units in the last place that a layer may be off. In half precision the roundings of
+# the intermediate results count, in float32 those of the sums of up to 20 terms too.
 ALLOWED_UNITS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 16}
 
 
 def tolerance(dtype):
-    return 1e-12 if dtype == torch.float64 else ALLOWED_UNITS[dtype] * torch.finfo(dtype).eps
+    return (
+        1e-12
+        if dtype == torch.float64
+        else ALLOWED_UNITS[dtype] * torch.finfo(dtype).eps
+    )
 
 
 @dataclass(frozen=True)
@@ -200,11 +224,18 @@ class Case:
     seed: int
 
     def adapter(self, wrapper, **options):
-        linear = linear_layer(self.in_features, self.out_features, self.bias, self.dtype, self.seed)
+        linear = linear_layer(
+            self.in_features, self.out_features, self.bias, self.dtype, self.seed
+        )
         return moved(wrapper, linear, self.rank, self.alpha, self.seed, **options)
 
     def x(self, number=0):
-        return normal(*self.batch, self.in_features, seed=self.seed + 10 + number, dtype=self.dtype)
+        return normal(
+            *self.batch,
+            self.in_features,
+            seed=self.seed + 10 + number,
+            dtype=self.dtype,
+        )
 
 
 @st.composite
@@ -217,13 +248,18 @@ def cases(draw, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.floa
         alpha=draw(st.sampled_from([0.25, 1, 4.0, -1.7])),
         bias=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
-        batch=draw(st.sampled_from([(), (0,), (1,), (4,), (2, 3), (3, 0, 2), (2, 1, 3)])),
+        batch=draw(
+            st.sampled_from([(), (0,), (1,), (4,), (2, 3), (3, 0, 2), (2, 1, 3)])
+        ),
         seed=draw(st.integers(0, 10**6)),
     )
 
 
 def blobs(count=60, features=12, classes=3, dtype=torch.float64, seed=0):
-    """Return digits that are easy to learn: a cloud of points around one centre per class."""
+    """Return digits that are easy to learn: a cloud of points around one centre per
+    class."""
     labels = torch.arange(count) % classes
     centres = 3 * normal(classes, features, seed=1000)
-    return Digits((centres[labels] + normal(count, features, seed=seed)).to(dtype), labels)
+    return Digits(
+        (centres[labels] + normal(count, features, seed=seed)).to(dtype), labels
+    )

@@ -34,7 +34,8 @@ from lowrank_utils.training import MultilayerPerceptron
 
 
 class Block(nn.Module):
-    """Linear layers as attributes of a module of one's own, one of them the last but two in a list."""
+    """Linear layers as attributes of a module of one's own, one of them the last but
+    two in a list."""
 
     def __init__(self):
         super().__init__()
@@ -105,12 +106,19 @@ class Shared(nn.Module):
 
 
 class NotebookLoRA(nn.Module):
-    """A wrapper as a notebook writes it: ``linear`` and ``lora``, and a weight to merge."""
+    """A wrapper as a notebook writes it: ``linear`` and ``lora``, and a weight to
+    merge."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear = linear
-        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha, dtype=linear.weight.dtype)
+        self.lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha,
+            dtype=linear.weight.dtype,
+        )
 
     @property
     def weight(self):
@@ -139,7 +147,9 @@ def adapter_names(model):
 
 
 @every_wrapper
-def test_all_linear_layers_are_replaced_in_the_models_order_and_the_outputs_stay(wrapper):
+def test_all_linear_layers_are_replaced_in_the_models_order_and_the_outputs_stay(
+    wrapper,
+):
     model = Network()
     x = normal(5, 4)
     before, linears = model(x), {name: model.get_submodule(name) for name in NAMES}
@@ -183,7 +193,9 @@ def test_patterns_distinguish_upper_and_lower_case():
 
 
 def test_only_linear_layers_are_replaced():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(4), nn.Bilinear(2, 2, 2), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.LayerNorm(4), nn.Bilinear(2, 2, 2), nn.Linear(4, 3)
+    )
     kinds = [type(module) for module in model]
     assert replace_linear_layers(model, LinearWithLoRA, 2, 4.0) == ["3"]
     assert [type(module) for module in model] == [*kinds[:3], LinearWithLoRA]
@@ -214,7 +226,9 @@ def test_training_and_evaluation_mode_are_carried_over_layer_by_layer(training):
     replace_linear_layers(model, LinearWithDoRA, 2, 4.0)
     for name in NAMES:
         expected = training != (name == "embed")
-        assert {m.training for m in model.get_submodule(name).modules()} == {expected}, name
+        assert {m.training for m in model.get_submodule(name).modules()} == {
+            expected
+        }, name
 
 
 @every_wrapper
@@ -235,7 +249,9 @@ def test_a_block_shared_in_two_places_keeps_being_one_block():
     assert replace_linear_layers(model, LinearWithLoRA, 2, 4.0) == names
     assert model[0] is model[2] is block
     assert is_adapter(block.query)
-    assert count_parameters(model).trainable == sum(p.numel() for p in block.parameters())
+    assert count_parameters(model).trainable == sum(
+        p.numel() for p in block.parameters()
+    )
 
 
 @every_wrapper
@@ -265,7 +281,8 @@ def test_the_layer_inside_an_adapter_is_no_target(wrapper):
     assert replace_linear_layers(model, wrapper, 1, 4.0, "[1-9]*") == ["1"]
     assert adapter_names(model) == ["0", "1"]
     with pytest.raises(
-        ValueError, match=r"no linear layer matches '0\.linear'; the linear layers are: 0, 1$"
+        ValueError,
+        match=r"no linear layer matches '0\.linear'; the linear layers are: 0, 1$",
     ):
         replace_linear_layers(model, wrapper, 1, 4.0, "0.linear")
 
@@ -288,7 +305,8 @@ def test_a_class_of_ones_own_is_used_like_the_four_wrappers():
 
 
 def refused(model, *arguments, error=ValueError, match, **options):
-    """Expect a refusal that leaves the very same modules in place, with the very same numbers."""
+    """Expect a refusal that leaves the very same modules in place, with the very same
+    numbers."""
     before, state = modules(model), snapshot(model)
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(error, match=match):
@@ -334,7 +352,9 @@ def test_targets_of_a_wrong_type_are_refused(targets, message):
 
 @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.Linear(2, 2)]])
 def test_a_model_that_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match=rf"model must be an nn\.Module; got {type(model).__name__}"):
+    with pytest.raises(
+        TypeError, match=rf"model must be an nn\.Module; got {type(model).__name__}"
+    ):
         replace_linear_layers(model, LinearWithLoRA, 2, 4.0)
 
 
@@ -351,7 +371,9 @@ def test_a_bare_linear_layer_is_refused_with_what_to_write_instead():
 
 @every_wrapper
 def test_an_adapter_as_the_model_is_refused(wrapper):
-    refused(moved(wrapper), wrapper, 2, 4.0, match=f"model is itself a {wrapper.__name__}")
+    refused(
+        moved(wrapper), wrapper, 2, 4.0, match=f"model is itself a {wrapper.__name__}"
+    )
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -364,7 +386,13 @@ def test_a_model_without_linear_layers_is_refused():
 def test_an_adapted_model_is_refused_whichever_wrappers_meet(first, second):
     model = MultilayerPerceptron(6, 5, 4, 3)
     replace_linear_layers(model, first, 2, 4.0, "layers.2")
-    refused(model, second, 2, 4.0, match=r"already adapted: layers\.2\. Call merge_adapters\(model\) first")
+    refused(
+        model,
+        second,
+        2,
+        4.0,
+        match=r"already adapted: layers\.2\. Call merge_adapters\(model\) first",
+    )
 
 
 def test_only_the_adapted_layers_that_a_pattern_matches_are_named():
@@ -389,7 +417,14 @@ def test_when_the_third_layer_fails_the_model_is_as_it_was():
         built.append(LinearWithDoRA(linear, rank, alpha))
         return built[-1]
 
-    refused(Network(), fails_at_the_third, 2, 4.0, error=RuntimeError, match="the third layer failed")
+    refused(
+        Network(),
+        fails_at_the_third,
+        2,
+        4.0,
+        error=RuntimeError,
+        match="the third layer failed",
+    )
     assert len(built) == 2
 
 
@@ -402,14 +437,20 @@ def test_when_the_third_layer_fails_the_model_is_as_it_was():
         (2, 4.0, {"droput": 0.1}, TypeError, "droput"),
     ],
 )
-def test_a_wrong_argument_of_the_layers_leaves_the_model_as_it_was(rank, alpha, options, error, message):
-    refused(Network(), LinearWithDoRA, rank, alpha, error=error, match=message, **options)
+def test_a_wrong_argument_of_the_layers_leaves_the_model_as_it_was(
+    rank, alpha, options, error, message
+):
+    refused(
+        Network(), LinearWithDoRA, rank, alpha, error=error, match=message, **options
+    )
 
 
 def test_a_layer_without_a_shape_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.LazyLinear(2))
     before = list(model)
-    with pytest.raises(ValueError, match="has no shape yet: pass one batch through the model first"):
+    with pytest.raises(
+        ValueError, match="has no shape yet: pass one batch through the model first"
+    ):
         replace_linear_layers(model, LinearWithLoRA, 2, 4.0)
     assert all(new is old for new, old in zip(model, before, strict=True))
     model(torch.zeros(1, 4))
@@ -422,7 +463,9 @@ def test_a_layer_without_a_shape_leaves_the_model_as_it_was():
 def test_without_adapters_the_modules_are_torchs_each_once_or_under_each_name():
     model = nn.Sequential(Shared(), Network())
     assert list(named_modules_outside_adapters(model)) == list(model.named_modules())
-    assert list(named_modules_outside_adapters(model, remove_duplicate=False)) == modules(model)
+    assert list(
+        named_modules_outside_adapters(model, remove_duplicate=False)
+    ) == modules(model)
     assert len(modules(model)) == len(list(model.named_modules())) + 1
 
 
@@ -438,13 +481,19 @@ def test_nothing_inside_an_adapter_is_named_also_where_the_model_is_one(wrapper)
 
 
 @every_wrapper
-def test_freezing_leaves_the_adapters_and_everything_that_is_not_linear_trainable(wrapper):
+def test_freezing_leaves_the_adapters_and_everything_that_is_not_linear_trainable(
+    wrapper,
+):
     model = Network()
     replace_linear_layers(model, wrapper, 2, 4.0)
     freeze_linear_layers(model)
     adapters = ["lora.A", "lora.B"] + (["m"] if wrapper in DORA else [])
     expected = {f"{name}.{parameter}" for name in NAMES for parameter in adapters}
-    expected |= {f"blocks.{i}.norm.{parameter}" for i in (0, 1) for parameter in ("weight", "bias")}
+    expected |= {
+        f"blocks.{i}.norm.{parameter}"
+        for i in (0, 1)
+        for parameter in ("weight", "bias")
+    }
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
 
 
@@ -493,9 +542,15 @@ def article_model(wrapper, rank=4):
         (LinearWithDoRA, 16, 25_386),
     ],
 )
-def test_the_articles_model_has_136074_frozen_parameters_and_this_many_trainable(wrapper, rank, trainable):
+def test_the_articles_model_has_136074_frozen_parameters_and_this_many_trainable(
+    wrapper, rank, trainable
+):
     count = count_parameters(article_model(wrapper, rank))
-    assert (count.trainable, count.frozen, count.total) == (trainable, 136_074, trainable + 136_074)
+    assert (count.trainable, count.frozen, count.total) == (
+        trainable,
+        136_074,
+        trainable + 136_074,
+    )
 
 
 def test_the_count_per_layer_has_one_entry_for_an_adapted_layer():
@@ -523,7 +578,11 @@ def test_the_first_column_is_as_wide_as_its_heading_where_all_names_are_shorter(
 
 
 def test_the_columns_of_the_printed_count_stay_aligned_under_long_and_short_names():
-    for model in (Network(), nn.Linear(2, 2), nn.ModuleDict({"a" * 40: nn.Linear(2, 2)})):
+    for model in (
+        Network(),
+        nn.Linear(2, 2),
+        nn.ModuleDict({"a" * 40: nn.Linear(2, 2)}),
+    ):
         lines = str(count_parameters(model)).splitlines()
         assert len({len(line) for line in lines}) == 1
         assert len(lines) == 2 + len(count_parameters(model).per_layer)
@@ -531,7 +590,11 @@ def test_the_columns_of_the_printed_count_stay_aligned_under_long_and_short_name
 
 def test_a_plain_model_is_all_trainable_and_modules_without_parameters_are_left_out():
     count = count_parameters(MultilayerPerceptron(6, 5, 4, 3))
-    assert count.per_layer == {"layers.0": (35, 0), "layers.2": (24, 0), "layers.4": (15, 0)}
+    assert count.per_layer == {
+        "layers.0": (35, 0),
+        "layers.2": (24, 0),
+        "layers.4": (15, 0),
+    }
     assert (count.trainable, count.frozen) == (74, 0)
 
 
@@ -540,7 +603,10 @@ def test_shared_and_tied_parameters_count_once_where_they_come_first():
     assert count.per_layer == {"first": (42, 0), "other": (42, 0)}
     tied = Tied()
     replace_linear_layers(tied, LinearWithLoRA, 2, 4.0)
-    assert count_parameters(tied).per_layer == {"embedding": (54, 0), "head": (2 * (6 + 9), 0)}
+    assert count_parameters(tied).per_layer == {
+        "embedding": (54, 0),
+        "head": (2 * (6 + 9), 0),
+    }
     shared = Shared()
     replace_linear_layers(shared, LinearWithLoRA, 2, 4.0)
     assert count_parameters(shared).total == 2 * (42 + 24)
@@ -581,7 +647,9 @@ def test_buffers_are_not_counted():
     linear = linear_layer().requires_grad_(False)
     layer = LinearWithRandomRows(linear, 3, 1.7)
     assert layer.R.numel() == 35
-    assert count_parameters(layer).per_layer == {"LinearWithRandomRows": (3 * (7 + 5) + 5, 40)}
+    assert count_parameters(layer).per_layer == {
+        "LinearWithRandomRows": (3 * (7 + 5) + 5, 40)
+    }
 
 
 # --- merge_adapters ----------------------------------------------------------------------------
@@ -606,7 +674,10 @@ def test_the_merged_model_has_plain_linear_layers_only_and_the_same_outputs(wrap
     assert_close(merged(x), model(x))
     for name in NAMES:
         old, new = model.get_submodule(name), merged.get_submodule(name)
-        assert (new.in_features, new.out_features) == (old.in_features, old.out_features)
+        assert (new.in_features, new.out_features) == (
+            old.in_features,
+            old.out_features,
+        )
         assert (new.bias is None) == (old.bias is None)
         assert torch.equal(new.weight, old.weight)
 
@@ -630,7 +701,9 @@ def test_merging_leaves_the_original_bit_for_bit_as_it_was(wrapper):
         for parameter in merged.parameters():
             parameter.fill_(7)
     assert_same_state(model, before)
-    assert all(new is old for (_, new), (_, old) in zip(modules(model), places, strict=True))
+    assert all(
+        new is old for (_, new), (_, old) in zip(modules(model), places, strict=True)
+    )
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
@@ -695,12 +768,16 @@ def test_training_and_evaluation_mode_survive_the_merge(training):
     model.embed.train(not training)
     merged = merge_adapters(model)
     assert merged.embed.training is not training
-    assert {m.training for name, m in merged.named_modules() if name != "embed"} == {training}
+    assert {m.training for name, m in merged.named_modules() if name != "embed"} == {
+        training
+    }
 
 
 def test_partly_adapted_models_and_different_wrappers_in_one_model_are_merged():
     model = Network()
-    for wrapper, target in zip(ALL, ["embed", "blocks.0.*", "blocks.1.*", "heads.left"], strict=True):
+    for wrapper, target in zip(
+        ALL, ["embed", "blocks.0.*", "blocks.1.*", "heads.left"], strict=True
+    ):
         replace_linear_layers(model, wrapper, 2, 1.5, target)
     move_all(model)
     merged = merge_adapters(model)
@@ -744,13 +821,18 @@ def test_a_class_of_ones_own_with_a_weight_is_merged():
 def test_a_class_of_ones_own_without_a_weight_is_refused_by_name():
     model = Network().float()
     replace_linear_layers(model, NotebookLoRAWithoutWeight, 2, 4.0)
-    with pytest.raises(TypeError, match=r"NotebookLoRAWithoutWeight has no weight to merge; .* `weight`"):
+    with pytest.raises(
+        TypeError,
+        match=r"NotebookLoRAWithoutWeight has no weight to merge; .* `weight`",
+    ):
         merge_adapters(model)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(4, 3), Network(), nn.Sequential()])
 def test_a_model_without_adapters_is_refused(model):
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has no adapters to merge"):
+    with pytest.raises(
+        ValueError, match=f"{type(model).__name__} has no adapters to merge"
+    ):
         merge_adapters(model)
 
 
@@ -759,7 +841,10 @@ def test_a_module_with_only_one_of_the_two_attributes_is_no_adapter():
     only_linear.linear = nn.Linear(4, 3)
     only_lora.lora = LoRALayer(4, 3, 2, 1.0)
     neither.linear, neither.lora = nn.ReLU(), nn.ReLU()
-    assert not any(is_adapter(module) for module in (only_linear, only_lora, neither, nn.Linear(2, 2)))
+    assert not any(
+        is_adapter(module)
+        for module in (only_linear, only_lora, neither, nn.Linear(2, 2))
+    )
     assert all(is_adapter(wrapper(nn.Linear(4, 3), 2, 1.0)) for wrapper in ALL)
 
 

@@ -1,4 +1,5 @@
-"""Wrong input to the layers is refused where it is made, with the argument's name, what came and what is allowed."""
+"""Wrong input to the layers is refused where it is made, with the argument's name, what
+came and what is allowed."""
 
 from fractions import Fraction
 
@@ -31,7 +32,12 @@ ALPHAS = [
     (float("nan"), ValueError, "alpha must be a finite number; got nan"),
     (float("inf"), ValueError, "alpha must be a finite number; got inf"),
     (-float("inf"), ValueError, "alpha must be a finite number; got -inf"),
-    pytest.param(10**400, ValueError, "alpha must be a finite number; got 1000", id="beyond a float"),
+    pytest.param(
+        10**400,
+        ValueError,
+        "alpha must be a finite number; got 1000",
+        id="beyond a float",
+    ),
     ("8", TypeError, r"alpha must be a finite number; got '8' \(str\)"),
     (True, TypeError, r"alpha must be a finite number; got True \(bool\)"),
     (None, TypeError, r"alpha must be a finite number; got None \(NoneType\)"),
@@ -67,11 +73,14 @@ def test_a_wrong_alpha_is_refused(alpha, error, message):
 
 @pytest.mark.parametrize("argument", ["in_dim", "out_dim"])
 @pytest.mark.parametrize(
-    ("size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("7", TypeError)]
+    ("size", "error"),
+    [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("7", TypeError)],
 )
 def test_a_wrong_size_is_refused_by_its_name(argument, size, error):
     sizes = {"in_dim": 7, "out_dim": 5, argument: size}
-    with pytest.raises(error, match=f"{argument} must be a whole number, 1 or more; got "):
+    with pytest.raises(
+        error, match=f"{argument} must be a whole number, 1 or more; got "
+    ):
         LoRALayer(**sizes, rank=2, alpha=1.0)
 
 
@@ -88,8 +97,16 @@ def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init
 @pytest.mark.parametrize(
     ("dtype", "error", "message"),
     [
-        ("float32", TypeError, r"dtype must be a torch dtype such as torch\.float32; got 'float32' \(str\)$"),
-        (torch.int64, ValueError, r"dtype must be a floating-point dtype such as .*; got torch\.int64$"),
+        (
+            "float32",
+            TypeError,
+            r"dtype must be a torch dtype such as torch\.float32; got 'float32' \(str\)$",
+        ),
+        (
+            torch.int64,
+            ValueError,
+            r"dtype must be a floating-point dtype such as .*; got torch\.int64$",
+        ),
     ],
 )
 def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error, message):
@@ -110,18 +127,31 @@ def test_real_numbers_of_any_library_are_alphas(number):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), None, "linear", nn.Linear, Head()]
+    "layer",
+    [
+        nn.Conv2d(3, 4, 5),
+        nn.ReLU(),
+        nn.Bilinear(2, 3, 4),
+        None,
+        "linear",
+        nn.Linear,
+        Head(),
+    ],
 )
 @every_wrapper
 def test_a_layer_that_is_not_linear_is_refused_by_its_type(wrapper, layer):
-    with pytest.raises(TypeError, match=rf"linear must be an nn\.Linear; got {type(layer).__name__}$"):
+    with pytest.raises(
+        TypeError, match=rf"linear must be an nn\.Linear; got {type(layer).__name__}$"
+    ):
         wrapper(layer, 2, 1.0)
 
 
 @every_wrapper
 def test_a_lazy_layer_is_refused_until_it_has_a_shape(wrapper):
     lazy = nn.LazyLinear(5)
-    with pytest.raises(ValueError, match=r"linear \(LazyLinear\) has no shape yet: pass one batch"):
+    with pytest.raises(
+        ValueError, match=r"linear \(LazyLinear\) has no shape yet: pass one batch"
+    ):
         wrapper(lazy, 2, 1.0)
     x = torch.ones(3, 7)
     expected = lazy(x)
@@ -133,7 +163,9 @@ def test_a_lazy_layer_is_refused_until_it_has_a_shape(wrapper):
 def test_a_weight_that_is_not_floating_point_is_refused(wrapper, dtype):
     linear = nn.Linear(7, 5)
     linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
-    with pytest.raises(TypeError, match=f"linear must have a floating-point weight; got {dtype}"):
+    with pytest.raises(
+        TypeError, match=f"linear must have a floating-point weight; got {dtype}"
+    ):
         wrapper(linear, 2, 1.0)
 
 
@@ -148,17 +180,22 @@ def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, oute
         outer(adapter, 2, 1.0)
 
 
-# Inside ``forward`` torch's own message stands, so that the formula stays a formula; what counts is that none is
-# computed with.
+# Inside ``forward`` torch's own message stands, so that the formula stays a formula;
+# what counts is that none is computed with.
 WRONG_INPUTS = [
     *[torch.ones(shape) for shape in [(4, 6), (4, 8), (7, 4), (4, 1), (0,), ()]],
     *[np.ones((4, 7)), [[1.0] * 7], None],
 ]
 
 
-@pytest.mark.parametrize("x", WRONG_INPUTS, ids=lambda x: str(getattr(x, "shape", type(x).__name__)))
+@pytest.mark.parametrize(
+    "x", WRONG_INPUTS, ids=lambda x: str(getattr(x, "shape", type(x).__name__))
+)
 def test_a_wrong_input_is_refused_by_the_layer_and_by_all_wrappers(x):
-    for layer in (LoRALayer(7, 5, 2, 1.0), *(wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL)):
+    for layer in (
+        LoRALayer(7, 5, 2, 1.0),
+        *(wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL),
+    ):
         with pytest.raises((RuntimeError, TypeError)):
             layer(x)
 
@@ -179,9 +216,13 @@ def test_checks_return_what_they_let_through():
 def test_a_limit_is_part_of_the_message_and_is_not_itself_allowed():
     with pytest.raises(ValueError, match="n must be a whole number, 3 or more; got 2"):
         check_whole_number("n", 2, 3)
-    with pytest.raises(ValueError, match="x must be a finite number larger than 0; got 0"):
+    with pytest.raises(
+        ValueError, match="x must be a finite number larger than 0; got 0"
+    ):
         check_finite_number("x", 0, above=0)
-    with pytest.raises(ValueError, match=r"x must be a finite number larger than 2\.5; got 2"):
+    with pytest.raises(
+        ValueError, match=r"x must be a finite number larger than 2\.5; got 2"
+    ):
         check_finite_number("x", 2, above=2.5)
 
 

@@ -1,4 +1,5 @@
-"""The article's code runs unchanged, and prints what the article prints (sebastianraschka.com, 2024, lora-dora)."""
+"""The article's code runs unchanged, and prints what the article prints
+(sebastianraschka.com, 2024, lora-dora)."""
 
 import pytest
 import torch
@@ -6,7 +7,11 @@ import torch.nn.functional as F
 from support import ALL, assert_close, every_wrapper, linear_layer, move, moved, normal
 from torch import nn
 
-from lowrank_utils.adapt import freeze_linear_layers, merge_adapters, replace_linear_layers
+from lowrank_utils.adapt import (
+    freeze_linear_layers,
+    merge_adapters,
+    replace_linear_layers,
+)
 from lowrank_utils.dora import LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged, LoRALayer
 from lowrank_utils.training import MultilayerPerceptron
@@ -59,11 +64,15 @@ layers.4.lora.B: True
 
 
 def article_model():
-    return MultilayerPerceptron(num_features=784, num_hidden_1=128, num_hidden_2=256, num_classes=10)
+    return MultilayerPerceptron(
+        num_features=784, num_hidden_1=128, num_hidden_2=256, num_classes=10
+    )
 
 
 @every_wrapper
-def test_the_single_layer_example_prints_the_articles_numbers_before_and_after_wrapping(wrapper, capsys):
+def test_the_single_layer_example_prints_the_articles_numbers_before_and_after_wrapping(
+    wrapper, capsys
+):
     torch.manual_seed(123)
     layer = nn.Linear(10, 2)
     x = torch.randn((1, 10))
@@ -94,7 +103,11 @@ def test_the_printed_models_and_the_printed_flags_are_the_articles(capsys):
 
 def test_one_call_gives_the_model_that_the_article_builds_by_hand():
     model = article_model()
-    assert replace_linear_layers(model, LinearWithLoRA, 4, 8) == ["layers.0", "layers.2", "layers.4"]
+    assert replace_linear_layers(model, LinearWithLoRA, 4, 8) == [
+        "layers.0",
+        "layers.2",
+        "layers.4",
+    ]
     assert str(model) == PRINTED_LORA_MODEL
 
 
@@ -127,7 +140,11 @@ def test_arguments_are_taken_in_the_articles_order_and_kept_under_its_names(wrap
 
 def test_the_multilayer_perceptron_takes_its_sizes_in_the_articles_order():
     layers = MultilayerPerceptron(6, 5, 4, 3).layers
-    assert [tuple(layers[i].weight.shape) for i in (0, 2, 4)] == [(5, 6), (4, 5), (3, 4)]
+    assert [tuple(layers[i].weight.shape) for i in (0, 2, 4)] == [
+        (5, 6),
+        (4, 5),
+        (3, 4),
+    ]
     x = normal(2, 6, dtype=torch.float32)
     hidden = F.relu(layers[2](F.relu(layers[0](x))))
     model = MultilayerPerceptron(6, 5, 4, 3)
@@ -187,10 +204,16 @@ def test_a_class_written_like_the_articles_is_put_into_a_model_frozen_and_refuse
     theirs,
 ):
     model = MultilayerPerceptron(6, 5, 4, 3)
-    assert replace_linear_layers(model, theirs, 2, 4) == ["layers.0", "layers.2", "layers.4"]
+    assert replace_linear_layers(model, theirs, 2, 4) == [
+        "layers.0",
+        "layers.2",
+        "layers.4",
+    ]
     freeze_linear_layers(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [f"layers.{i}.lora.{factor}" for i in (0, 2, 4) for factor in "AB"]
+    assert trainable == [
+        f"layers.{i}.lora.{factor}" for i in (0, 2, 4) for factor in "AB"
+    ]
     with pytest.raises(TypeError, match=f"{theirs.__name__} has no weight to merge"):
         merge_adapters(model)
 
@@ -201,6 +224,7 @@ def test_article_style_code_that_reads_the_attributes_gives_the_outputs_of_all_w
         layer = moved(wrapper)
         V = layer.linear.weight + layer.lora.alpha * (layer.lora.A @ layer.lora.B).T
         if hasattr(layer, "m"):
-            # "Each column … the weights connecting all inputs to a particular output neuron": torch's rows.
+            # "Each column … the weights connecting all inputs to a particular output
+            # neuron": torch's rows.
             V = layer.m.reshape(-1, 1) * V / V.norm(p=2, dim=1, keepdim=True)
         assert_close(layer(x), F.linear(x, V, layer.linear.bias))

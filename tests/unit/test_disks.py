@@ -1,4 +1,5 @@
-"""Disks that are full or read-only: a clear error, and what was there before is still there, whole."""
+"""Disks that are full or read-only: a clear error, and what was there before is still
+there, whole."""
 
 import contextlib
 import errno
@@ -93,9 +94,12 @@ STEPS = ["make the folder", "open", "write", "sync"]
 
 @pytest.mark.parametrize(
     ("exchange", "step"),
-    [(True, step) for step in STEPS] + [(False, step) for step in [*STEPS, "first rename", "second rename"]],
+    [(True, step) for step in STEPS]
+    + [(False, step) for step in [*STEPS, "first rename", "second rename"]],
 )
-def test_whichever_step_finds_no_space_the_older_adapter_is_there(tmp_path, monkeypatch, step, exchange):
+def test_whichever_step_finds_no_space_the_older_adapter_is_there(
+    tmp_path, monkeypatch, step, exchange
+):
     folder = tmp_path / "adapter"
     save_adapter(adapted(rank=1), folder)
     before = files(folder)
@@ -112,7 +116,11 @@ def test_whichever_step_finds_no_space_the_older_adapter_is_there(tmp_path, monk
     with monkeypatch.context() as patch:
         if step == "make the folder":
             patch.setattr(
-                Path, "mkdir", lambda s, *a, **k: no_space() if s.suffix == ".new" else make(s, *a, **k)
+                Path,
+                "mkdir",
+                lambda s, *a, **k: (
+                    no_space() if s.suffix == ".new" else make(s, *a, **k)
+                ),
             )
         elif step == "open":
             patch.setattr(Path, "open", no_space)
@@ -136,7 +144,9 @@ def test_a_download_onto_a_full_disk_leaves_nothing_and_says_why(
     monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
     with serving(tiny_is_published, monkeypatch):
         message = message_of()
-        assert message.startswith("MNIST could not be downloaded. Use the data set 'mnist-5k'")
+        assert message.startswith(
+            "MNIST could not be downloaded. Use the data set 'mnist-5k'"
+        )
         assert "No space left on device" in message
         assert contents(place) == []
         mount("size=1m")
@@ -149,7 +159,10 @@ def test_a_report_onto_a_full_disk_leaves_the_older_one_and_no_half(mount):
     results = [("a", result(SCORES))]
     write_report(results, "abc123", folder, "sweep")
     before = files(folder)
-    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+    with (
+        contextlib.suppress(OSError),
+        (folder / "filler").open("wb", buffering=0) as filler,
+    ):
         while True:
             filler.write(bytes(4096))
     with pytest.raises(OSError, match="No space left on device"):
@@ -163,7 +176,9 @@ def test_a_report_onto_a_full_disk_leaves_the_older_one_and_no_half(mount):
 # --- Read-only ---------------------------------------------------------------------------------------------
 
 
-def test_saving_to_a_read_only_disk_is_an_error_and_the_adapter_there_can_be_loaded(mount):
+def test_saving_to_a_read_only_disk_is_an_error_and_the_adapter_there_can_be_loaded(
+    mount,
+):
     folder = mount("size=1m") / "adapter"
     save_adapter(adapted(rank=1), folder)
     before = files(folder)
@@ -186,7 +201,9 @@ def test_an_empty_cache_that_is_read_only_is_one_clear_line(mount, cache, monkey
     assert not cache.exists()
 
 
-def test_a_read_only_cache_that_holds_the_files_is_as_good_as_another(mount, tiny_is_published, monkeypatch):
+def test_a_read_only_cache_that_holds_the_files_is_as_good_as_another(
+    mount, tiny_is_published, monkeypatch
+):
     place = mount("size=1m")
     monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
     monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
@@ -206,7 +223,8 @@ def test_a_sweep_into_a_read_only_folder_is_one_clear_line(mount, prepared):
     mount("ro")
     with (
         pytest.raises(
-            SweepError, match=r"out can't be written \(Read-only file system\); choose another --out"
+            SweepError,
+            match=r"out can't be written \(Read-only file system\); choose another --out",
         ),
         Store(disk / "out").locked(),
     ):

@@ -1,4 +1,5 @@
-"""DoRA: the magnitude, the norm and its gradient, rows without a direction, extreme scales."""
+"""DoRA: the magnitude, the norm and its gradient, rows without a direction, extreme
+scales."""
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_the_length_of_a_direction_does_not_matter(wrapper):
 
 @every_dora_wrapper
 def test_a_small_b_changes_the_output_little(wrapper):
-    # A form that normalises the LoRA output for each example would jump to a change of norm 1.
+    # A form that normalises the LoRA output for each example would jump to a change of
+    # norm 1.
     layer = wrapper(linear_layer(), 3, 1.0)
     x = normal(4, 7)
     start = layer(x)
@@ -99,7 +101,9 @@ def gradients(layer, x, G):
 
 
 @every_dora_wrapper
-def test_the_kept_norm_changes_the_gradients_of_a_and_b_and_not_those_of_m_and_x(wrapper):
+def test_the_kept_norm_changes_the_gradients_of_a_and_b_and_not_those_of_m_and_x(
+    wrapper,
+):
     x, G = normal(4, 7, seed=20), normal(4, 5, seed=21)
     detached = gradients(moved(wrapper, detach_norm=True), x, G)
     kept = gradients(moved(wrapper, detach_norm=False), x, G)
@@ -114,13 +118,17 @@ def test_the_kept_norm_changes_the_gradients_of_a_and_b_and_not_those_of_m_and_x
 @every_dora_wrapper
 def test_detaching_the_norm_does_not_change_the_output(wrapper):
     x = normal(4, 7)
-    assert torch.equal(moved(wrapper, detach_norm=True)(x), moved(wrapper, detach_norm=False)(x))
+    assert torch.equal(
+        moved(wrapper, detach_norm=True)(x), moved(wrapper, detach_norm=False)(x)
+    )
 
 
 def test_with_the_kept_norm_the_gradient_of_a_row_is_at_a_right_angle_to_the_row():
     # Only the direction of V counts, so a step along V changes nothing.
     layer = moved(LinearWithDoRAMerged, detach_norm=False)
-    to_W = gradients(layer, normal(4, 7, seed=20), normal(4, 5, seed=21))["linear.weight"]
+    to_W = gradients(layer, normal(4, 7, seed=20), normal(4, 5, seed=21))[
+        "linear.weight"
+    ]
     V = torch.from_numpy(Reference.of(layer).V)
     cosines = F.cosine_similarity(to_W[[0, 2, 3, 4]], V[[0, 2, 3, 4]])
     assert_close(cosines, torch.zeros(4), rtol=0, atol=1e-12)
@@ -147,7 +155,10 @@ def test_zero_rows_give_no_nan_in_outputs_or_gradients(wrapper, detach_norm, zer
 def test_a_zero_row_gets_the_gradient_that_lora_gives_it(wrapper, detach_norm):
     linear = linear_layer()
     linear.weight.data[1] = 0
-    layer, lora = wrapper(linear, 3, 1.7, detach_norm=detach_norm), LinearWithLoRA(linear, 3, 1.7)
+    layer, lora = (
+        wrapper(linear, 3, 1.7, detach_norm=detach_norm),
+        LinearWithLoRA(linear, 3, 1.7),
+    )
     lora.lora.load_state_dict(layer.lora.state_dict())
     x, G = normal(4, 7, seed=20), normal(4, 5, seed=21)
     to_B = gradients(layer, x, G)["lora.B"][:, 1]
@@ -228,11 +239,18 @@ def test_tiny_and_huge_weights_behave_like_others(wrapper, detach_norm, dtype, s
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float32, 1e-25), (torch.float32, 1e25), (torch.bfloat16, 1e-25), (torch.bfloat16, 1e25)],
+    [
+        (torch.float32, 1e-25),
+        (torch.float32, 1e25),
+        (torch.bfloat16, 1e-25),
+        (torch.bfloat16, 1e25),
+    ],
 )
 @every_dora_wrapper
 @both_norms
-def test_weights_whose_squares_leave_the_range_of_their_dtype_give_no_nan(wrapper, detach_norm, dtype, scale):
+def test_weights_whose_squares_leave_the_range_of_their_dtype_give_no_nan(
+    wrapper, detach_norm, dtype, scale
+):
     linear = linear_layer(7, 5, bias=False)
     with torch.no_grad():
         linear.weight.mul_(scale)
@@ -247,7 +265,9 @@ def test_weights_whose_squares_leave_the_range_of_their_dtype_give_no_nan(wrappe
 
 
 @every_dora_wrapper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("shape", [(784, 128), (1, 9), (9, 1), (1000, 3)])
 def test_at_the_start_c_is_exactly_one_in_every_dtype(wrapper, dtype, shape):
     linear = linear_layer(*shape, dtype=dtype)
@@ -273,8 +293,8 @@ def test_in_bfloat16_the_norm_is_rounded_once_and_not_at_every_term(wrapper):
 
 
 def test_under_autocast_the_norm_is_not_taken_from_a_bfloat16_product():
-    # ΔW takes nearly all of W away, so three lost digits in ΔW would be most of the norm. x doesn't
-    # touch A, so the output shows c = m/‖V‖ and nothing else.
+    # ΔW takes nearly all of W away, so three lost digits in ΔW would be most of the
+    # norm. x doesn't touch A, so the output shows c = m/‖V‖ and nothing else.
     for wrapper in DORA:
         linear = linear_layer(7, 5, bias=False, dtype=torch.float32)
         layer = wrapper(linear, 5, 1.0)

@@ -1,4 +1,5 @@
-"""NaN, infinite, huge, tiny and no numbers: they stay where they belong, and no error is swallowed."""
+"""NaN, infinite, huge, tiny and no numbers: they stay where they belong, and no error
+is swallowed."""
 
 import math
 
@@ -20,7 +21,11 @@ from support import (
 )
 from torch import nn
 
-from lowrank_utils.adapt import freeze_linear_layers, merge_adapters, replace_linear_layers
+from lowrank_utils.adapt import (
+    freeze_linear_layers,
+    merge_adapters,
+    replace_linear_layers,
+)
 from lowrank_utils.adapters import AdapterBank
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
@@ -52,7 +57,8 @@ def test_a_bad_number_in_the_images_ends_training_in_the_first_epoch(bad):
     digits = blobs()
     digits.images[7, 3] = bad
     with pytest.raises(
-        FloatingPointError, match=r"the loss is \S+ in epoch 1; .* look for NaN in the images"
+        FloatingPointError,
+        match=r"the loss is \S+ in epoch 1; .* look for NaN in the images",
     ):
         train(model, digits, epochs=2, learning_rate=0.01)
 
@@ -105,7 +111,11 @@ def test_a_weight_of_zeros_gives_no_nan_and_learns(wrapper):
 # Scalings that a learner may try by mistake; the numbers still fit the dtype.
 @pytest.mark.parametrize(
     ("dtype", "alpha"),
-    [(dtype, alpha) for dtype in (torch.float32, torch.bfloat16) for alpha in (1e-30, 1e-6, 1e6, 1e15)],
+    [
+        (dtype, alpha)
+        for dtype in (torch.float32, torch.bfloat16)
+        for alpha in (1e-30, 1e-6, 1e6, 1e15)
+    ],
 )
 @every_wrapper
 def test_a_huge_or_tiny_scaling_gives_the_formulas_numbers(wrapper, dtype, alpha):
@@ -133,4 +143,7 @@ def test_a_diverged_model_is_merged_as_it_is_and_its_original_stays(wrapper, bad
     before = snapshot(model)
     assert not torch.isfinite(merge_adapters(model)[0].weight).all()
     after = snapshot(model)
-    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
+    assert all(
+        torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7))
+        for name in before
+    )

@@ -1,4 +1,5 @@
-"""Whatever bytes a file holds, what comes out is the right thing or a documented error, and nothing else changes."""
+"""Whatever bytes a file holds, what comes out is the right thing or a documented error,
+and nothing else changes."""
 
 import json
 import struct
@@ -24,7 +25,9 @@ FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def plain():
-    return nn.Sequential(linear_layer(7, 5), nn.Tanh(), linear_layer(5, 3, seed=3)).requires_grad_(False)
+    return nn.Sequential(
+        linear_layer(7, 5), nn.Tanh(), linear_layer(5, 3, seed=3)
+    ).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +38,20 @@ def adapter(tmp_path_factory):
     replace_linear_layers(model, LinearWithDoRA, 2, 1.5)
     freeze_linear_layers(model)
     save_adapter(move_all(model), folder)
-    return folder, {name: (folder / name).read_bytes() for name in FILES}, snapshot(model)
+    return (
+        folder,
+        {name: (folder / name).read_bytes() for name in FILES},
+        snapshot(model),
+    )
 
 
 @st.composite
 def changes(draw):
-    """Return a function that changes bytes: some are flipped, cut off, put in, taken out or put elsewhere."""
-    kind = draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat", "overwrite"]))
+    """Return a function that changes bytes: some are flipped, cut off, put in, taken
+    out or put elsewhere."""
+    kind = draw(
+        st.sampled_from(["flip", "cut", "insert", "remove", "repeat", "overwrite"])
+    )
     # Most of what a reader has to understand stands at the beginning.
     place = draw(st.one_of(st.integers(0, 40), st.integers(0, 5000)))
     length = draw(st.integers(1, 40))
@@ -52,7 +62,9 @@ def changes(draw):
         at = place % (len(content) + 1)
         before, after = content[:at], content[at:]
         return {
-            "flip": before + bytes([after[0] ^ (1 << bit)]) + after[1:] if after else before,
+            "flip": before + bytes([after[0] ^ (1 << bit)]) + after[1:]
+            if after
+            else before,
             "cut": before,
             "insert": before + new + after,
             "remove": before + after[length:],
@@ -65,12 +77,19 @@ def changes(draw):
 
 # Headers of safetensors with any names, dtypes, shapes and places, before any numbers.
 KEYS = st.sampled_from(
-    ["__metadata__", *(f"base_model.model.{n}.lora_{p}.weight" for n in "02" for p in "AB"), "0.weight", ""]
+    [
+        "__metadata__",
+        *(f"base_model.model.{n}.lora_{p}.weight" for n in "02" for p in "AB"),
+        "0.weight",
+        "",
+    ]
 ) | st.text(max_size=8)
 WHOLE = st.integers(-2, 70) | st.integers(-(2**65), 2**65)
 ENTRIES = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F64", "F32", "BF16", "F16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X"]),
+        "dtype": st.sampled_from(
+            ["F64", "F32", "BF16", "F16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "X"]
+        ),
         "shape": st.lists(WHOLE, max_size=3),
         "data_offsets": st.lists(WHOLE, max_size=3),
     }
@@ -85,12 +104,17 @@ def invented_safetensors(draw):
 
 
 def check_adapter(adapter, changed):
-    """Load an adapter of which some files are ``changed``: all is as it was saved, or it is refused."""
+    """Load an adapter of which some files are ``changed``: all is as it was saved, or
+    it is refused."""
     folder, whole, loaded = adapter
     for name in FILES:
         (folder / name).write_bytes(changed.get(name, whole[name]))
     model = plain()
-    before, modules, state = snapshot(model), list(model.modules()), torch.get_rng_state()
+    before, modules, state = (
+        snapshot(model),
+        list(model.modules()),
+        torch.get_rng_state(),
+    )
     try:
         names = load_adapter(model, folder)
     except AdapterFileError as error:
@@ -103,9 +127,12 @@ def check_adapter(adapter, changed):
         if FILES[1] in changed:
             assert_same_state(model, loaded)
         assert all(
-            torch.equal(model.state_dict()[f"{n}.linear.weight"], before[f"{n}.weight"]) for n in names
+            torch.equal(model.state_dict()[f"{n}.linear.weight"], before[f"{n}.weight"])
+            for n in names
         )
-        assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+        assert all(
+            torch.isfinite(tensor).all() for tensor in model.state_dict().values()
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert {path.name for path in folder.iterdir()} == set(FILES)
 
@@ -136,7 +163,8 @@ def test_an_adapter_with_any_header_is_refused(adapter, content):
 
 @st.composite
 def idx_files(draw):
-    """Return a name of a file and bytes for it: changed ones, any, or with a header that lies."""
+    """Return a name of a file and bytes for it: changed ones, any, or with a header
+    that lies."""
     name = draw(st.sampled_from(sorted(TINY)))
     kind = draw(st.sampled_from(["changed", "any bytes", "any header"]))
     content = TINY[name]
@@ -147,13 +175,16 @@ def idx_files(draw):
         content = draw(st.binary(max_size=200))
     else:
         numbers = draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
-        content = struct.pack(f">{len(numbers)}I", *numbers) + content[4 * len(numbers) :]
+        content = (
+            struct.pack(f">{len(numbers)}I", *numbers) + content[4 * len(numbers) :]
+        )
     return name, content
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """A folder for the four files, which ``LOWRANK_DATA_DIR`` leads to and for which they are the published ones."""
+    """A folder for the four files, which ``LOWRANK_DATA_DIR`` leads to and for which
+    they are the published ones."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "MNIST" / "raw").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -173,6 +204,8 @@ def test_mnist_files_of_any_bytes_are_the_published_ones_or_refused(raw, spoilt)
         return
     with pytest.raises(DataError) as caught:
         load_tiny()
-    assert str(caught.value).startswith(f"{raw / name} is not the published file ({len(content):,} bytes, ")
+    assert str(caught.value).startswith(
+        f"{raw / name} is not the published file ({len(content):,} bytes, "
+    )
     assert (raw / name).read_bytes() == content
     assert len(list(raw.iterdir())) == 4

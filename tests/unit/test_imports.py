@@ -1,4 +1,5 @@
-"""A module imports what it needs, and nothing heavy besides: who wants a layer doesn't wait for pandas."""
+"""A module imports what it needs, and nothing heavy besides: who wants a layer doesn't
+wait for pandas."""
 
 import ast
 import functools
@@ -14,14 +15,17 @@ import lowrank_utils
 from lowrank_utils import adapters
 
 PACKAGE = Path(lowrank_utils.__file__).parent
-# By name, without that of the package: ``lora``, ``checks`` (its ``__init__.py``), ``checks.dora``.
+# By name, without that of the package: ``lora``, ``checks`` (its ``__init__.py``),
+# ``checks.dora``.
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Which packages importing a module may load; what is needed seldom is imported where it is used. The standard library
-# and what the packages load themselves don't count.
+# Which packages importing a module may load; what is needed seldom is imported where it
+# is used. The standard library and what the packages load themselves don't count.
 LAYERS = {"torch"}
 DATA = {"torch", "numpy", "platformdirs"}
 TABLES = {"torch", "numpy", "pandas", "scipy"}
@@ -80,7 +84,8 @@ ALLOWED = {
 
 
 def statements(body):
-    """Yield what runs when a module is imported: all statements but those inside functions, and those for types."""
+    """Yield what runs when a module is imported: all statements but those inside
+    functions, and those for types."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -100,11 +105,16 @@ def imports_of(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             inner = node.module == "lowrank_utils"
-            yield from (f"lowrank_utils.{alias.name}" for alias in node.names) if inner else [node.module]
+            yield from (
+                (f"lowrank_utils.{alias.name}" for alias in node.names)
+                if inner
+                else [node.module]
+            )
 
 
 def imported_by(path):
-    """Return the modules of ours that importing a file loads, by the names that they have here."""
+    """Return the modules of ours that importing a file loads, by the names that they
+    have here."""
     return {
         module.removeprefix("lowrank_utils.")
         for module in imports_of(path)
@@ -114,7 +124,8 @@ def imported_by(path):
 
 @functools.cache
 def loaded(name):
-    """Return the packages that importing a module of ours loads, through other modules of ours too."""
+    """Return the packages that importing a module of ours loads, through other modules
+    of ours too."""
     packages = {module.partition(".")[0] for module in imports_of(MODULES[name])}
     packages -= {"lowrank_utils", *sys.stdlib_module_names}
     return packages.union(*(loaded(inner) for inner in imported_by(MODULES[name])))
@@ -137,7 +148,9 @@ def test_layers_load_nothing_heavy_beside_torch():
         "import lowrank_utils.adapt, lowrank_utils.adapters, lowrank_utils.dora, lowrank_utils.lora\n"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     new = set(run.stdout.split()) - set(sys.stdlib_module_names)
     assert "lowrank_utils" in new
     assert {
@@ -171,13 +184,18 @@ def test_every_public_name_of_the_learners_floor_and_of_the_adapters_can_be_impo
     assert listed == {*defined, *adapters.__all__, "AdapterFileError", "DataError"}
     assert listed <= set(dir(lowrank_utils))
     for name, module in defined.items():
-        assert getattr(lowrank_utils, name) is getattr(import_module(f"lowrank_utils.{module}"), name)
+        assert getattr(lowrank_utils, name) is getattr(
+            import_module(f"lowrank_utils.{module}"), name
+        )
     with pytest.raises(AttributeError, match="LinearWithLORA"):
         _ = lowrank_utils.LinearWithLORA
 
 
 def test_arrows_run_one_way():
-    imports = {name: {m for m in imported_by(path) if m != name} for name, path in MODULES.items()}
+    imports = {
+        name: {m for m in imported_by(path) if m != name}
+        for name, path in MODULES.items()
+    }
     # Raises where modules import each other in a circle.
     list(TopologicalSorter(imports).static_order())
     houses = ("adapters", "comparison", "checks")
@@ -189,5 +207,7 @@ def test_arrows_run_one_way():
 
 def test_the_package_alone_loads_no_torch():
     code = "import sys, lowrank_utils; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert run.stdout == "False\n"

@@ -1,4 +1,5 @@
-"""A picture with sliders follows them, and leaves one sentence in the file of a notebook."""
+"""A picture with sliders follows them, and leaves one sentence in the file of a
+notebook."""
 
 import io
 
@@ -27,7 +28,9 @@ def shown(drawn):
         return figure
 
     return PictureWithSliders(
-        draw, height=IntSlider(1, 1, 4, description="height of the bar"), width=FloatSlider(1.0, max=4)
+        draw,
+        height=IntSlider(1, 1, 4, description="height of the bar"),
+        width=FloatSlider(1.0, max=4),
     )
 
 
@@ -40,7 +43,9 @@ def test_it_starts_with_the_sliders_values(shown, drawn):
     assert pixels(shown).shape[:2] == (200, 200)
 
 
-@pytest.mark.parametrize(("name", "value", "call"), [("height", 3, (3, 1.0)), ("width", 2.5, (1, 2.5))])
+@pytest.mark.parametrize(
+    ("name", "value", "call"), [("height", 3, (3, 1.0)), ("width", 2.5, (1, 2.5))]
+)
 def test_moving_a_slider_draws_another_picture(shown, drawn, name, value, call):
     before = pixels(shown)
     shown.sliders[name].value = value
@@ -65,10 +70,16 @@ def test_no_figure_is_left_open(shown):
 
 
 def test_the_sliders_stand_above_the_picture(shown):
-    assert shown.children == (shown.sliders["height"], shown.sliders["width"], shown.picture)
+    assert shown.children == (
+        shown.sliders["height"],
+        shown.sliders["width"],
+        shown.picture,
+    )
 
 
 def test_a_front_end_gets_the_widget_and_a_page_without_one_a_sentence(shown):
     bundle = shown._repr_mimebundle_()
     assert bundle["text/plain"] == WITHOUT_A_KERNEL
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == shown.model_id
+    assert (
+        bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == shown.model_id
+    )

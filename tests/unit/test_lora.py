@@ -48,7 +48,10 @@ def test_the_delta_weight_has_the_shape_of_torchs_weight_and_gives_the_same_outp
 def test_alpha_is_the_scaling_itself_whatever_the_rank(alpha):
     x = normal(4, 7)
     for rank in (1, 2, 4):
-        layer, unit = random_layer(rank=rank, alpha=alpha), random_layer(rank=rank, alpha=1)
+        layer, unit = (
+            random_layer(rank=rank, alpha=alpha),
+            random_layer(rank=rank, alpha=1),
+        )
         unit.load_state_dict(layer.state_dict())
         assert_close(layer(x), alpha * unit(x))
         assert_close(unit(x), x @ unit.A @ unit.B)
@@ -93,7 +96,9 @@ def test_every_initialisation_leaves_b_at_zero_and_needs_no_particular_dtype(ini
 @every_wrapper
 def test_a_wrapper_passes_the_initialisation_on(wrapper):
     linear = linear_layer(784, 10)
-    assert wrapper(linear, 4, 1.0, init="peft").lora.A.std().item() == pytest.approx(0.0206, abs=0.001)
+    assert wrapper(linear, 4, 1.0, init="peft").lora.A.std().item() == pytest.approx(
+        0.0206, abs=0.001
+    )
     assert wrapper(linear, 4, 1.0).lora.A.std().item() == pytest.approx(0.5, abs=0.02)
 
 
@@ -111,10 +116,16 @@ def test_a_layer_on_the_meta_device_has_shapes_and_no_numbers():
     assert layer(torch.empty(4, 7, device="meta")).shape == (4, 5)
 
 
-@pytest.mark.parametrize(("in_dim", "out_dim", "rank"), [(3, 5, 6), (5, 3, 6), (1, 1, 2)])
-def test_a_rank_above_both_sides_warns_that_it_costs_more_than_the_weight(in_dim, out_dim, rank):
+@pytest.mark.parametrize(
+    ("in_dim", "out_dim", "rank"), [(3, 5, 6), (5, 3, 6), (1, 1, 2)]
+)
+def test_a_rank_above_both_sides_warns_that_it_costs_more_than_the_weight(
+    in_dim, out_dim, rank
+):
     numbers = f"A and B hold {rank * (in_dim + out_dim)} numbers, the whole weight {in_dim * out_dim}"
-    with pytest.warns(UserWarning, match=rf"rank={rank} is larger than both sides .*{numbers}"):
+    with pytest.warns(
+        UserWarning, match=rf"rank={rank} is larger than both sides .*{numbers}"
+    ):
         layer = LoRALayer(in_dim, out_dim, rank, 1.0)
     assert layer.A.shape == (in_dim, rank)
 
@@ -126,7 +137,9 @@ def test_the_warning_names_the_line_that_made_the_wrapper(wrapper):
     assert [warning.filename for warning in warned] == [__file__]
 
 
-@pytest.mark.parametrize(("in_dim", "out_dim", "rank"), [(3, 5, 5), (5, 3, 5), (3, 5, 4), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("in_dim", "out_dim", "rank"), [(3, 5, 5), (5, 3, 5), (3, 5, 4), (1, 1, 1)]
+)
 def test_a_rank_up_to_the_longer_side_does_not_warn(in_dim, out_dim, rank):
     # Warnings are errors in this project's tests.
     assert LoRALayer(in_dim, out_dim, rank, 1.0).B.shape == (rank, out_dim)
@@ -136,6 +149,8 @@ def test_the_delta_weight_of_a_square_layer_is_transposed_too():
     layer = random_layer(6, 6)
     product = 1.7 * (array(layer.A) @ array(layer.B))
     assert_close(layer.delta_weight(), product.T)
-    assert abs(product - product.T).max() > 0.1, "with a symmetric product nothing would be seen"
+    assert abs(product - product.T).max() > 0.1, (
+        "with a symmetric product nothing would be seen"
+    )
     x = normal(4, 6)
     assert_close(x @ layer.delta_weight().T, layer(x))

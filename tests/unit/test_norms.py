@@ -1,4 +1,5 @@
-"""The row norms that DoRA divides by: two ways that agree, the rule between them, and norms that are kept."""
+"""The row norms that DoRA divides by: two ways that agree, the rule between them, and
+norms that are kept."""
 
 import copy
 
@@ -29,7 +30,9 @@ def factored_for_all(monkeypatch):
     rule = dora.factored_norm_pays
 
     def without_size(W, A):
-        grown = W.new_zeros(4096, 4096) if W.dtype in (torch.float32, torch.float64) else W
+        grown = (
+            W.new_zeros(4096, 4096) if W.dtype in (torch.float32, torch.float64) else W
+        )
         return rule(grown, A)
 
     monkeypatch.setattr(dora, "factored_norm_pays", without_size)
@@ -79,7 +82,8 @@ def test_both_ways_agree_in_float32(size):
 
 @pytest.mark.parametrize("left", [0.7, 0.3, 0.1, 1e-2, 1e-3, 1e-5])
 def test_rows_that_the_update_takes_away_keep_their_digits(left):
-    # B's rows are W's, so s = left − 1 shortens a row to a fraction of W's; only half the rows.
+    # B's rows are W's, so s = left − 1 shortens a row to a fraction of W's; only half
+    # the rows.
     A = torch.linalg.qr(normal(700, 8))[0].float()
     B = normal(8, 40, seed=1).float()
     W = (A @ B).T.contiguous()
@@ -87,7 +91,9 @@ def test_rows_that_the_update_takes_away_keep_their_digits(left):
     actual, expected = factored_row_norms(W, A, B, left - 1), exact(W, A, B, left - 1)
     # A float32 V has digits to lose too: what is left of W after a subtraction.
     assert ((actual - expected).abs() / expected).max() < 1e-6 / left
-    assert torch.equal(expected[1::2] < 0.999 * row_norms(W)[1::2], torch.ones(20, dtype=torch.bool))
+    assert torch.equal(
+        expected[1::2] < 0.999 * row_norms(W)[1::2], torch.ones(20, dtype=torch.bool)
+    )
 
 
 def test_the_formula_alone_would_lose_them():
@@ -96,7 +102,9 @@ def test_the_formula_alone_would_lose_them():
     B = normal(8, 40, seed=1).float()
     W, s = (A @ B).T.contiguous(), 1e-3 - 1
     AW = F.linear(A.T, W)
-    squares = row_norms(W).float() ** 2 + ((2 * s * AW + s**2 * (A.T @ A @ B)) * B).sum(0)
+    squares = row_norms(W).float() ** 2 + ((2 * s * AW + s**2 * (A.T @ A @ B)) * B).sum(
+        0
+    )
     error = (squares.clamp(min=0).sqrt() - exact(W, A, B, s)).abs() / exact(W, A, B, s)
     assert error.max() > 0.01
 
@@ -118,10 +126,19 @@ def test_rows_whose_squares_leave_the_range_of_float32(scale):
 @pytest.mark.usefixtures("factored_for_all")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
-def test_the_layer_gives_the_merged_forms_outputs_and_gradients(bias, batch, monkeypatch):
+def test_the_layer_gives_the_merged_forms_outputs_and_gradients(
+    bias, batch, monkeypatch
+):
     called = []
-    monkeypatch.setattr(dora, "factored_row_norms", lambda *a: called.append(1) or factored_row_norms(*a))
-    layers = [moved(cls, linear_layer(bias=bias), rank=2) for cls in (LinearWithDoRA, LinearWithDoRAMerged)]
+    monkeypatch.setattr(
+        dora,
+        "factored_row_norms",
+        lambda *a: called.append(1) or factored_row_norms(*a),
+    )
+    layers = [
+        moved(cls, linear_layer(bias=bias), rank=2)
+        for cls in (LinearWithDoRA, LinearWithDoRAMerged)
+    ]
     x, G = normal(*batch, 7, seed=20), normal(*batch, 5, seed=21)
     found = []
     for layer in layers:
@@ -159,31 +176,44 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 @given(
-    st.integers(1, 800), st.sampled_from([1e-30, 1e-18, 1e-3, 1.0, 1e10, 1e18, 1e30]), st.integers(0, 10**6)
+    st.integers(1, 800),
+    st.sampled_from([1e-30, 1e-18, 1e-3, 1.0, 1e10, 1e18, 1e30]),
+    st.integers(0, 10**6),
 )
 def test_norms_in_float32_are_those_in_float64_up_to_rounding(in_dim, scale, seed):
     V = (normal(6, in_dim, seed=seed) * scale).float()
     V[2] = 0
-    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0
+    )
     V[2] = 1 if 1e-10 < scale < 1e10 else scale
-    torch.testing.assert_close(formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        formed_row_norms(V).double(), row_norms(V), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-14, 0.01, 1.0, 1e14])
 def test_norms_of_a_float32_weight_are_float32_and_all_others_float64(dtype, scale):
     V = (torch.nn.functional.normalize(normal(6, 20)) * scale).to(dtype)
-    assert formed_row_norms(V).dtype == (torch.float32 if dtype == torch.float32 else torch.float64)
+    assert formed_row_norms(V).dtype == (
+        torch.float32 if dtype == torch.float32 else torch.float64
+    )
     assert formed_row_norms(V.requires_grad_()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("size", "factored"), [((7, 5), False), (LARGE, True)])
 def test_layers_stacked_by_vmap_give_their_own_outputs(size, factored):
-    layers = [moved(LinearWithDoRA, linear_layer(*size, dtype=torch.float32, seed=s), seed=s) for s in (0, 9)]
+    layers = [
+        moved(LinearWithDoRA, linear_layer(*size, dtype=torch.float32, seed=s), seed=s)
+        for s in (0, 9)
+    ]
     x = normal(3, size[0], dtype=torch.float32)
     assert factored_norm_pays(layers[0].linear.weight, layers[0].lora.A) == factored
     state = torch.func.stack_module_state(layers)
-    outputs = torch.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,)))(*state)
+    outputs = torch.vmap(
+        lambda p, b: torch.func.functional_call(layers[0], (p, b), (x,))
+    )(*state)
     for output, layer in zip(outputs, layers, strict=True):
         assert_close(output, layer(x), rtol=1e-5)
 
@@ -221,7 +251,9 @@ def test_autocast_costs_the_norm_of_a_large_layer_no_digits():
 def test_the_norm_has_its_gradient_where_it_is_not_detached(detach_norm, computed):
     layer = large_layer(detach_norm=detach_norm)
     c, _ = scale_and_bias(layer, torch.float32)
-    of_m, of_B = torch.autograd.grad(c.sum(), [layer.m, layer.lora.B], allow_unused=True)
+    of_m, of_B = torch.autograd.grad(
+        c.sum(), [layer.m, layer.lora.B], allow_unused=True
+    )
     assert (of_m != 0).all()
     assert (of_B is None) == detach_norm
     assert computed == ["factored_row_norms" if detach_norm else "row_norms"]
@@ -244,14 +276,18 @@ def computed(monkeypatch):
     calls = []
     for name in ("factored_row_norms", "formed_row_norms", "row_norms"):
         function = getattr(dora, name)
-        monkeypatch.setattr(dora, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
+        monkeypatch.setattr(
+            dora, name, lambda *a, f=function, n=name: calls.append(n) or f(*a)
+        )
     return calls
 
 
 def kept_model():
     torch.manual_seed(0)
     model = nn.Sequential(
-        large_layer(), nn.ReLU(), moved(LinearWithDoRA, linear_layer(600, 5, dtype=torch.float32))
+        large_layer(),
+        nn.ReLU(),
+        moved(LinearWithDoRA, linear_layer(600, 5, dtype=torch.float32)),
     )
     return model.requires_grad_(False).eval()
 
@@ -280,7 +316,8 @@ def test_norms_are_computed_once_while_the_weights_are_constant(computed):
 
 
 def changed_by(change):
-    """Return outputs in one block after a change, beside those of a model that never kept anything."""
+    """Return outputs in one block after a change, beside those of a model that never
+    kept anything."""
     model = kept_model()
     with torch.no_grad(), constant_weights(model):
         before = model(X)
@@ -295,11 +332,16 @@ CHANGES = {
     "of A": lambda model: model[0].lora.A.mul_(2),
     "of m": lambda model: model[0].m.mul_(2),
     "of W": lambda model: model[2].linear.weight.add_(1),
-    "another parameter": lambda model: setattr(model[0].lora, "B", nn.Parameter(3 * model[0].lora.B)),
+    "another parameter": lambda model: setattr(
+        model[0].lora, "B", nn.Parameter(3 * model[0].lora.B)
+    ),
     "alpha": lambda model: setattr(model[0].lora, "alpha", 4.0),
-    "load_state_dict": lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()}),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {k: 2 * v for k, v in model.state_dict().items()}
+    ),
     "assigning load_state_dict": lambda model: model.load_state_dict(
-        {k: v * 2 if k.endswith("B") else v for k, v in model.state_dict().items()}, assign=True
+        {k: v * 2 if k.endswith("B") else v for k, v in model.state_dict().items()},
+        assign=True,
     ),
 }
 
@@ -315,7 +357,9 @@ def test_another_dtype_is_seen_at_once():
     with torch.no_grad(), constant_weights(model):
         model(X)
         model.double()
-        close(model(X.double()), kept_model().double()(X.double()), rtol=1e-6, atol=1e-6)
+        close(
+            model(X.double()), kept_model().double()(X.double()), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("factor", [1.5, 1.001])
@@ -329,7 +373,9 @@ def test_a_change_that_torch_does_not_notice_is_an_error_at_the_end(part, factor
             model[2].get_parameter(part).data.mul_(factor)
             model(X)
 
-    with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
+    with pytest.raises(
+        RuntimeError, match="the weights of 2 changed inside constant_weights"
+    ):
         predict_and_change()
 
 
@@ -341,7 +387,9 @@ def test_in_float64_a_change_in_the_eleventh_digit_is_an_error_too():
             model(X.double())
             model[2].linear.weight.data.mul_(1 + 1e-11)
 
-    with pytest.raises(RuntimeError, match="the weights of 2 changed inside constant_weights"):
+    with pytest.raises(
+        RuntimeError, match="the weights of 2 changed inside constant_weights"
+    ):
         predict_and_change()
 
 
@@ -460,12 +508,15 @@ def squared(monkeypatch):
     seen = []
     function = norms.squared_row_norms
     for module in (dora, norms):
-        monkeypatch.setattr(module, "squared_row_norms", lambda W: seen.append(W) or function(W))
+        monkeypatch.setattr(
+            module, "squared_row_norms", lambda W: seen.append(W) or function(W)
+        )
     return seen
 
 
 def trained(model, steps=4):
-    """Return the losses of a few steps with a fused optimizer, and the weights that they led to."""
+    """Return the losses of a few steps with a fused optimizer, and the weights that
+    they led to."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.Adam(parameters, lr=0.01, fused=True), []
     for _ in range(steps):
@@ -515,8 +566,12 @@ def test_a_pretrained_weight_that_is_trained_too_keeps_nothing(squared):
     "change",
     [
         lambda layer: layer.linear.weight.mul_(3),
-        lambda layer: setattr(layer.linear, "weight", nn.Parameter(3 * layer.linear.weight)),
-        lambda layer: layer.load_state_dict({k: 3 * v for k, v in layer.state_dict().items()}),
+        lambda layer: setattr(
+            layer.linear, "weight", nn.Parameter(3 * layer.linear.weight)
+        ),
+        lambda layer: layer.load_state_dict(
+            {k: 3 * v for k, v in layer.state_dict().items()}
+        ),
         lambda layer: layer.double(),
     ],
     ids=["in place", "another parameter", "load_state_dict", "dtype"],
@@ -540,7 +595,8 @@ def test_a_change_of_w_that_torch_does_not_notice_is_an_error_at_the_end():
             model[0].linear.weight.data.mul_(1.001)
 
     with pytest.raises(
-        RuntimeError, match=r"the weights of 0 changed inside frozen_weights, .*Change weights"
+        RuntimeError,
+        match=r"the weights of 0 changed inside frozen_weights, .*Change weights",
     ):
         train_and_change()
 

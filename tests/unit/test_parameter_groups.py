@@ -1,4 +1,5 @@
-"""Parts of a model with learning rates of their own: which parameter goes where, and what is refused."""
+"""Parts of a model with learning rates of their own: which parameter goes where, and
+what is refused."""
 
 import math
 import warnings
@@ -10,7 +11,11 @@ import torch
 from support import linear_layer, snapshot
 from torch import nn
 
-from lowrank_utils.adapt import freeze_linear_layers, parameter_groups, replace_linear_layers
+from lowrank_utils.adapt import (
+    freeze_linear_layers,
+    parameter_groups,
+    replace_linear_layers,
+)
 from lowrank_utils.dora import LinearWithDoRA
 
 ADAPTED = ["0.m", "0.lora.A", "0.lora.B", "2.m", "2.lora.A", "2.lora.B"]
@@ -28,7 +33,10 @@ def named(model, groups):
     """Return the rate and the names of the parameters of each group, in order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all(group.keys() == {"params", "lr"} for group in groups)
-    return [(group["lr"], [names[id(parameter)] for parameter in group["params"]]) for group in groups]
+    return [
+        (group["lr"], [names[id(parameter)] for parameter in group["params"]])
+        for group in groups
+    ]
 
 
 # --- Which parameter goes where ------------------------------------------------------------------------------
@@ -43,7 +51,11 @@ def test_without_factors_all_that_is_trainable_is_one_group(factors):
 def test_each_pattern_has_its_group_with_its_rate_after_that_of_all_the_rest():
     model = network()
     groups = named(model, parameter_groups(model, 0.01, {"*.m": 30, "*.lora.B": 0.5}))
-    assert [rate for rate, _ in groups] == [0.01, pytest.approx(0.3), pytest.approx(0.005)]
+    assert [rate for rate, _ in groups] == [
+        0.01,
+        pytest.approx(0.3),
+        pytest.approx(0.005),
+    ]
     assert [names for _, names in groups] == [
         ["0.lora.A", "2.lora.A"],
         ["0.m", "2.m"],
@@ -56,7 +68,10 @@ def test_the_groups_are_in_the_order_of_the_patterns_and_within_one_in_that_of_t
     patterns = {"2.*": 2, "0.m": 3, "0.lora.*": 5}
     expected = {"2.*": ADAPTED[3:], "0.m": ["0.m"], "0.lora.*": ADAPTED[1:3]}
     for order in (list(patterns), list(reversed(patterns))):
-        groups = named(model, parameter_groups(model, 1.0, {name: patterns[name] for name in order}))
+        groups = named(
+            model,
+            parameter_groups(model, 1.0, {name: patterns[name] for name in order}),
+        )
         # All is matched, so there is no group for the rest.
         assert groups == [(patterns[name], expected[name]) for name in order]
 
@@ -67,7 +82,9 @@ def test_every_trainable_parameter_stands_in_one_group_once_and_no_frozen_one_in
     groups = parameter_groups(model, 0.01, {"*.m": 3, "0.lora.B": 2})
     given = [parameter for group in groups for parameter in group["params"]]
     assert len({id(parameter) for parameter in given}) == len(given)
-    assert {id(parameter) for parameter in given} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(parameter) for parameter in given} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 def test_a_frozen_parameter_that_a_pattern_matches_too_is_left_out():
@@ -91,7 +108,10 @@ def test_patterns_are_globs_for_the_whole_name_in_upper_and_lower_case():
 @pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
 def test_any_mapping_will_do(kind):
     model = network()
-    assert named(model, parameter_groups(model, 1.0, kind({"*.m": 3})))[1] == (3.0, ["0.m", "2.m"])
+    assert named(model, parameter_groups(model, 1.0, kind({"*.m": 3})))[1] == (
+        3.0,
+        ["0.m", "2.m"],
+    )
 
 
 class Tied(nn.Module):
@@ -117,7 +137,10 @@ def test_a_tied_parameter_stands_once_and_is_matched_by_either_name(pattern):
 
 
 def test_two_patterns_for_two_names_of_one_parameter_are_refused_as_well():
-    with pytest.raises(ValueError, match=r"words\.weight is matched by 'words\.\*' and by 'scores\.weight'"):
+    with pytest.raises(
+        ValueError,
+        match=r"words\.weight is matched by 'words\.\*' and by 'scores\.weight'",
+    ):
         parameter_groups(Tied(), 1.0, {"words.*": 2, "scores.weight": 3})
 
 
@@ -126,13 +149,17 @@ def test_the_model_stays_as_it_is():
     before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
     parameter_groups(model, 0.01, {"*.m": 3})
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(torch.equal(tensor, before[name]) for name, tensor in snapshot(model).items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in snapshot(model).items()
+    )
 
 
 # --- In an optimizer -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW]
+)
 def test_in_one_step_of_an_optimizer_the_magnitudes_move_factor_times_as_far(optimizer):
     def moves(factors):
         torch.manual_seed(0)
@@ -158,8 +185,12 @@ def test_in_one_step_of_an_optimizer_the_magnitudes_move_factor_times_as_far(opt
 # --- What is refused -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["*.magnitude", "", "0.linear.weight", "*.linear.*"])
-def test_a_pattern_that_matches_nothing_trainable_is_refused_and_the_trainable_names_are_listed(pattern):
+@pytest.mark.parametrize(
+    "pattern", ["*.magnitude", "", "0.linear.weight", "*.linear.*"]
+)
+def test_a_pattern_that_matches_nothing_trainable_is_refused_and_the_trainable_names_are_listed(
+    pattern,
+):
     # The last two match what is frozen.
     with pytest.raises(ValueError, match="no trainable parameter matches") as caught:
         parameter_groups(network(), 0.01, {"*.m": 3, pattern: 2})
@@ -168,12 +199,18 @@ def test_a_pattern_that_matches_nothing_trainable_is_refused_and_the_trainable_n
 
 
 def test_a_tied_parameter_is_listed_by_its_first_name():
-    with pytest.raises(ValueError, match=r"trainable are: words\.weight, scores\.bias$"):
+    with pytest.raises(
+        ValueError, match=r"trainable are: words\.weight, scores\.bias$"
+    ):
         parameter_groups(Tied(), 0.01, {"*.m": 3})
 
 
-@pytest.mark.parametrize(("first", "second"), [("*.m", "2.*"), ("2.*", "*.m"), ("*", "2.m"), ("2.m", "*.m")])
-def test_two_patterns_that_match_one_parameter_are_refused_by_its_name_and_theirs(first, second):
+@pytest.mark.parametrize(
+    ("first", "second"), [("*.m", "2.*"), ("2.*", "*.m"), ("*", "2.m"), ("2.m", "*.m")]
+)
+def test_two_patterns_that_match_one_parameter_are_refused_by_its_name_and_theirs(
+    first, second
+):
     with pytest.raises(ValueError, match="is matched by") as caught:
         parameter_groups(network(), 0.01, {first: 2, second: 2})
     message = str(caught.value)
@@ -192,16 +229,23 @@ def test_two_patterns_that_match_one_parameter_are_refused_by_its_name_and_their
         (None, TypeError, "None (NoneType)"),
     ],
 )
-def test_a_factor_that_is_no_number_above_zero_is_refused_by_its_pattern(factor, error, shown):
+def test_a_factor_that_is_no_number_above_zero_is_refused_by_its_pattern(
+    factor, error, shown
+):
     with pytest.raises(error) as caught:
         parameter_groups(network(), 0.01, {"*.lora.B": 2, "*.m": factor})
-    assert str(caught.value) == f"the factor of '*.m' must be a finite number larger than 0; got {shown}"
+    assert (
+        str(caught.value)
+        == f"the factor of '*.m' must be a finite number larger than 0; got {shown}"
+    )
 
 
 @pytest.mark.parametrize("factors", [[("*.m", 3)], "*.m", 3, {"*.m"}, 0, ""])
 def test_factors_that_are_no_mapping_are_refused(factors):
     kind = type(factors).__name__
-    with pytest.raises(TypeError, match=f"^factors must be a dict of pattern → factor; got {kind}$"):
+    with pytest.raises(
+        TypeError, match=f"^factors must be a dict of pattern → factor; got {kind}$"
+    ):
         parameter_groups(network(), 0.01, factors)
 
 
@@ -215,13 +259,17 @@ def test_a_pattern_that_is_no_string_is_refused(pattern):
 @pytest.mark.parametrize("factors", [None, {"*": 2}])
 @pytest.mark.parametrize("model", [nn.Linear(3, 2).requires_grad_(False), nn.ReLU()])
 def test_a_model_with_nothing_to_train_is_refused(model, factors):
-    with pytest.raises(ValueError, match="model has no trainable parameters: everything is frozen"):
+    with pytest.raises(
+        ValueError, match="model has no trainable parameters: everything is frozen"
+    ):
         parameter_groups(model, 0.01, factors)
 
 
 @pytest.mark.parametrize("model", [[nn.Linear(3, 2)], nn.Linear, None])
 def test_a_model_that_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match=f"^model must be an nn.Module; got {type(model).__name__}$"):
+    with pytest.raises(
+        TypeError, match=f"^model must be an nn.Module; got {type(model).__name__}$"
+    ):
         parameter_groups(model, 0.01)
 
 
@@ -237,7 +285,9 @@ def test_a_model_that_is_no_module_is_refused(model):
     ],
 )
 def test_a_learning_rate_that_is_no_number_above_zero_is_refused(rate, error):
-    with pytest.raises(error, match="learning_rate must be a finite number larger than 0; got"):
+    with pytest.raises(
+        error, match="learning_rate must be a finite number larger than 0; got"
+    ):
         parameter_groups(network(), rate, {"*.m": 3})
 
 
@@ -245,16 +295,29 @@ def test_a_learning_rate_that_is_no_number_above_zero_is_refused(rate, error):
 
 
 def test_the_patterns_of_the_docstring_fit_pefts_names():
-    peft = pytest.importorskip("peft", reason='needs the extra peft: pip install -e ".[peft]"')
+    peft = pytest.importorskip(
+        "peft", reason='needs the extra peft: pip install -e ".[peft]"'
+    )
     base = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"], use_dora=True)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["0", "2"], use_dora=True
+    )
     model = peft.get_peft_model(base, config)
     factors = {"*lora_magnitude_vector*": 30, "*lora_B*": 16}
-    (rest, A), (magnitudes, m), (b, B) = named(model, parameter_groups(model, 0.01, factors))
+    (rest, A), (magnitudes, m), (b, B) = named(
+        model, parameter_groups(model, 0.01, factors)
+    )
     assert (rest, magnitudes, b) == (0.01, pytest.approx(0.3), pytest.approx(0.16))
     for names, part in ((A, "lora_A"), (m, "lora_magnitude_vector"), (B, "lora_B")):
         assert len(names) == 2
-        assert all(f".{number}.{part}." in name for number, name in zip((0, 2), names, strict=True))
+        assert all(
+            f".{number}.{part}." in name
+            for number, name in zip((0, 2), names, strict=True)
+        )
     for layer in (0, 2):
-        magnitude = model.base_model.model[layer].lora_magnitude_vector["default"].weight
-        assert any(magnitude is p for p in parameter_groups(model, 0.01, factors)[1]["params"])
+        magnitude = (
+            model.base_model.model[layer].lora_magnitude_vector["default"].weight
+        )
+        assert any(
+            magnitude is p for p in parameter_groups(model, 0.01, factors)[1]["params"]
+        )

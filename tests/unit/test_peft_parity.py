@@ -1,4 +1,5 @@
-"""The same numbers as PEFT: outputs and gradients with copied weights, and files in both directions."""
+"""The same numbers as PEFT: outputs and gradients with copied weights, and files in
+both directions."""
 
 import copy
 import json
@@ -6,16 +7,28 @@ import warnings
 
 import pytest
 import torch
-from support import assert_close, assert_equal_but_for_rounding, linear_layer, move_all, normal
+from support import (
+    assert_close,
+    assert_equal_but_for_rounding,
+    linear_layer,
+    move_all,
+    normal,
+)
 from torch import nn
 
-from lowrank_utils.adapt import freeze_linear_layers, merge_adapters, replace_linear_layers
+from lowrank_utils.adapt import (
+    freeze_linear_layers,
+    merge_adapters,
+    replace_linear_layers,
+)
 from lowrank_utils.adapters import AdapterBank, load_adapter, save_adapter
 from lowrank_utils.adapters.config import AdapterFileError
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA, LinearWithLoRAMerged
 
-peft = pytest.importorskip("peft", reason='needs the extra peft: pip install -e ".[peft]"')
+peft = pytest.importorskip(
+    "peft", reason='needs the extra peft: pip install -e ".[peft]"'
+)
 
 KINDS = pytest.mark.parametrize(
     "kind", [LinearWithLoRA, LinearWithLoRAMerged, LinearWithDoRA, LinearWithDoRAMerged]
@@ -26,9 +39,14 @@ TARGETS = ["0", "2", "4"]
 
 def base(dtype=torch.float64, bias=True):
     torch.manual_seed(0)
-    # Scaled as layers are at the start of training, so that the bounds below which nothing has changed mean something.
+    # Scaled as layers are at the start of training, so that the bounds below which
+    # nothing has changed mean something.
     model = nn.Sequential(
-        nn.Linear(40, 24, bias=bias), nn.ReLU(), nn.Linear(24, 33, bias=bias), nn.ReLU(), nn.Linear(33, 10)
+        nn.Linear(40, 24, bias=bias),
+        nn.ReLU(),
+        nn.Linear(24, 33, bias=bias),
+        nn.ReLU(),
+        nn.Linear(33, 10),
     )
     return model.to(dtype).requires_grad_(False)
 
@@ -47,17 +65,27 @@ def adapted(kind, rank=3, scaling=1.7, dtype=torch.float64, bias=True):
 
 
 def peft_config(kind, rank=3, scaling=1.7, **settings):
-    settings = {"r": rank, "lora_alpha": scaling * rank, "target_modules": TARGETS, **settings}
+    settings = {
+        "r": rank,
+        "lora_alpha": scaling * rank,
+        "target_modules": TARGETS,
+        **settings,
+    }
     return peft.LoraConfig(use_dora=issubclass(kind, LinearWithDoRAMerged), **settings)
 
 
 def copied(model, kind, rank, scaling, dtype, bias):
     """Return PEFT's model with the weights of ours copied in, tensor by tensor."""
     theirs = peft.get_peft_model(
-        base(dtype, bias), peft_config(kind, rank, scaling), autocast_adapter_dtype=False
+        base(dtype, bias),
+        peft_config(kind, rank, scaling),
+        autocast_adapter_dtype=False,
     )
     for name in TARGETS:
-        mine, its = model.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        mine, its = (
+            model.get_submodule(name),
+            theirs.base_model.model.get_submodule(name),
+        )
         with torch.no_grad():
             its.lora_A["default"].weight.copy_(mine.lora.A.T)
             its.lora_B["default"].weight.copy_(mine.lora.B.T)
@@ -83,13 +111,20 @@ def test_outputs_and_gradients_are_pefts(kind, dtype, rank, bias):
     for mine, its in zip(*found, strict=True):
         assert_equal_but_for_rounding(mine, its)
     for name in TARGETS:
-        mine, its = ours.get_submodule(name), theirs.base_model.model.get_submodule(name)
+        mine, its = (
+            ours.get_submodule(name),
+            theirs.base_model.model.get_submodule(name),
+        )
         pairs = [(mine.lora.A.grad.T, its.lora_A), (mine.lora.B.grad.T, its.lora_B)]
-        pairs += [(mine.m.grad, its.lora_magnitude_vector)] if hasattr(mine, "m") else []
+        pairs += (
+            [(mine.m.grad, its.lora_magnitude_vector)] if hasattr(mine, "m") else []
+        )
         for gradient, module in pairs:
             assert gradient.abs().max() > 0.001
             assert_equal_but_for_rounding(gradient, module["default"].weight.grad)
-    assert (ours(normal(6, 40).to(dtype)) - base(dtype, bias)(normal(6, 40).to(dtype))).abs().max() > 0.1
+    assert (
+        ours(normal(6, 40).to(dtype)) - base(dtype, bias)(normal(6, 40).to(dtype))
+    ).abs().max() > 0.1
 
 
 def test_a_kept_norm_gives_other_gradients_than_peft():
@@ -116,7 +151,9 @@ def test_a_large_layer_with_the_factored_norm_is_pefts_too(kind, dtype):
         ours[0].lora.A.mul_(0.02)
         ours[0].lora.B.mul_(0.2)
     theirs = peft.get_peft_model(
-        copy.deepcopy(plain), peft_config(kind, 8, 2.0, target_modules=["0"]), autocast_adapter_dtype=False
+        copy.deepcopy(plain),
+        peft_config(kind, 8, 2.0, target_modules=["0"]),
+        autocast_adapter_dtype=False,
     )
     its = theirs.base_model.model[0]
     with torch.no_grad():
@@ -126,13 +163,18 @@ def test_a_large_layer_with_the_factored_norm_is_pefts_too(kind, dtype):
             its.lora_magnitude_vector["default"].weight.copy_(ours[0].m)
     x, G = normal(6, 600, seed=20).to(dtype), normal(6, 512, seed=21).to(dtype)
     outputs = [model(x) for model in (ours, theirs)]
-    # 600 terms are summed up, in another order each: some rounding errors of the largest output.
+    # 600 terms are summed up, in another order each: some rounding errors of the
+    # largest output.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_close(*outputs, rtol=tolerance)
     for y in outputs:
         (y * G).sum().backward()
-    assert_close(ours[0].lora.A.grad.T, its.lora_A["default"].weight.grad, rtol=tolerance)
-    assert_close(ours[0].lora.B.grad.T, its.lora_B["default"].weight.grad, rtol=tolerance)
+    assert_close(
+        ours[0].lora.A.grad.T, its.lora_A["default"].weight.grad, rtol=tolerance
+    )
+    assert_close(
+        ours[0].lora.B.grad.T, its.lora_B["default"].weight.grad, rtol=tolerance
+    )
 
 
 # --- Files in both directions ---------------------------------------------------------------
@@ -142,7 +184,9 @@ def loaded_by_peft(plain, folder):
     with warnings.catch_warnings():
         # PEFT only warns of a tensor that it didn't find, and computes something else.
         warnings.simplefilter("error")
-        return peft.PeftModel.from_pretrained(plain, folder, autocast_adapter_dtype=False)
+        return peft.PeftModel.from_pretrained(
+            plain, folder, autocast_adapter_dtype=False
+        )
 
 
 @KINDS
@@ -161,10 +205,14 @@ def test_peft_loads_what_we_save(kind, dtype, rank, scaling, tmp_path):
 @pytest.mark.parametrize("rslora", [True, False])
 def test_we_load_what_peft_saves(kind, dtype, rslora, tmp_path):
     theirs = peft.get_peft_model(
-        base(dtype), peft_config(kind, 4, use_rslora=rslora, lora_alpha=6), autocast_adapter_dtype=False
+        base(dtype),
+        peft_config(kind, 4, use_rslora=rslora, lora_alpha=6),
+        autocast_adapter_dtype=False,
     )
     with torch.no_grad():
-        for index, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
+        for index, parameter in enumerate(
+            p for p in theirs.parameters() if p.requires_grad
+        ):
             parameter.add_(0.2 * normal(*parameter.shape, seed=index).to(dtype))
     theirs.save_pretrained(tmp_path)
     ours = base(dtype)
@@ -190,9 +238,13 @@ def test_we_load_what_peft_saves(kind, dtype, rslora, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*rslora")
 @pytest.mark.filterwarnings("ignore:.*rank_pattern")
 def test_pefts_patterns_mean_the_same_here(kind, settings, tmp_path):
-    theirs = peft.get_peft_model(base(), peft_config(kind, 4, **settings), autocast_adapter_dtype=False)
+    theirs = peft.get_peft_model(
+        base(), peft_config(kind, 4, **settings), autocast_adapter_dtype=False
+    )
     with torch.no_grad():
-        for index, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
+        for index, parameter in enumerate(
+            p for p in theirs.parameters() if p.requires_grad
+        ):
             parameter.add_(0.2 * normal(*parameter.shape, seed=index))
     theirs.save_pretrained(tmp_path)
     ours = base()
@@ -201,7 +253,8 @@ def test_pefts_patterns_mean_the_same_here(kind, settings, tmp_path):
 
 
 class Names(nn.Module):
-    """Names that are easily taken for others: by their ends, by a pattern's dot, or for parts of a file's keys."""
+    """Names that are easily taken for others: by their ends, by a pattern's dot, or for
+    parts of a file's keys."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +268,13 @@ class Names(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x):
-        for layer in [self.dense, *self.block.values(), self.blockxdense, self.weight_proj, self.lora_head]:
+        for layer in [
+            self.dense,
+            *self.block.values(),
+            self.blockxdense,
+            self.weight_proj,
+            self.lora_head,
+        ]:
             x = torch.tanh(layer(x))
         return x
 
@@ -251,7 +310,9 @@ def test_an_adapter_goes_to_peft_is_trained_there_and_comes_back(tmp_path):
         base(), tmp_path / "there", is_trainable=True, autocast_adapter_dtype=False
     )
     for model in (ours, theirs):
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        optimizer = torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad], lr=0.01
+        )
         for step in range(5):
             optimizer.zero_grad()
             model(normal(6, 40, seed=step)).pow(2).mean().backward()
@@ -275,7 +336,9 @@ def test_an_adapter_goes_to_peft_is_trained_there_and_comes_back(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*invalid shape")
-def test_what_peft_saves_and_cannot_be_carried_over_is_refused_by_name(settings, name, tmp_path):
+def test_what_peft_saves_and_cannot_be_carried_over_is_refused_by_name(
+    settings, name, tmp_path
+):
     config = peft.LoraConfig(**{"r": 2, "target_modules": TARGETS, **settings})
     peft.get_peft_model(base(torch.float32), config).save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match=rf"adapter_config\.json: {name}="):
@@ -293,11 +356,20 @@ def test_convolutions_and_embeddings_are_refused_by_name(tmp_path):
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.conv, self.head = nn.Embedding(5, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 2)
+            self.words, self.conv, self.head = (
+                nn.Embedding(5, 4),
+                nn.Conv1d(4, 4, 1),
+                nn.Linear(4, 2),
+            )
 
-    for target, kind in {"conv": "Conv1d", "words": "unknown tensor .*lora_embedding"}.items():
+    for target, kind in {
+        "conv": "Conv1d",
+        "words": "unknown tensor .*lora_embedding",
+    }.items():
         folder = tmp_path / target
-        peft.get_peft_model(Mixed(), peft.LoraConfig(r=2, target_modules=[target])).save_pretrained(folder)
+        peft.get_peft_model(
+            Mixed(), peft.LoraConfig(r=2, target_modules=[target])
+        ).save_pretrained(folder)
         with pytest.raises(AdapterFileError, match=kind):
             load_adapter(Mixed(), folder)
 
@@ -305,7 +377,9 @@ def test_convolutions_and_embeddings_are_refused_by_name(tmp_path):
 # --- A bank, beside PEFT's several adapters ----------------------------------------------------
 
 
-def test_peft_refuses_dora_per_row_and_the_bank_gives_pefts_numbers_row_by_row(tmp_path):
+def test_peft_refuses_dora_per_row_and_the_bank_gives_pefts_numbers_row_by_row(
+    tmp_path,
+):
     bank, rows = AdapterBank(base()), normal(3, 40)
     theirs = None
     for name, rank in {"anna": 2, "ben": 4}.items():
@@ -345,8 +419,13 @@ def test_the_merged_model_is_pefts_merged_model(tmp_path):
 
 def test_the_config_says_what_pefts_own_says(tmp_path):
     save_adapter(adapted(LinearWithDoRA, 4, 2.0), tmp_path / "ours")
-    peft.get_peft_model(base(), peft_config(LinearWithDoRA, 4, 2.0)).save_pretrained(tmp_path / "theirs")
-    mine, its = (json.loads((tmp_path / w / "adapter_config.json").read_text()) for w in ("ours", "theirs"))
+    peft.get_peft_model(base(), peft_config(LinearWithDoRA, 4, 2.0)).save_pretrained(
+        tmp_path / "theirs"
+    )
+    mine, its = (
+        json.loads((tmp_path / w / "adapter_config.json").read_text())
+        for w in ("ours", "theirs")
+    )
     assert mine.keys() <= its.keys()
     for key in mine.keys() - {"target_modules"}:
         assert mine[key] == its[key], key

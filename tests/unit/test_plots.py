@@ -8,13 +8,23 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 from support import normal
 
-from lowrank_utils.plots import LOOKS, PALETTE, plot_confusion, plot_history, show_images, use_style
+from lowrank_utils.plots import (
+    LOOKS,
+    PALETTE,
+    plot_confusion,
+    plot_history,
+    show_images,
+    use_style,
+)
 from lowrank_utils.training import History
 
 
 def luminance(color):
     """Return the relative luminance of the Web Content Accessibility Guidelines 2.2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in to_rgb(color)
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -29,7 +39,8 @@ def test_the_contrast_formula_knows_black_on_white():
 
 
 @pytest.mark.parametrize(
-    "color", [look.color for look in LOOKS.values()] + [PALETTE["ink"], PALETTE["muted"]]
+    "color",
+    [look.color for look in LOOKS.values()] + [PALETTE["ink"], PALETTE["muted"]],
 )
 def test_every_colour_that_is_read_has_enough_contrast_to_the_paper(color):
     assert contrast(color, PALETTE["paper"]) >= 4.5
@@ -43,7 +54,9 @@ def test_no_two_looks_share_a_colour_a_line_a_marker_or_a_hatch():
 def test_every_look_can_be_drawn():
     figure, axes = plt.subplots()
     for i, look in enumerate(LOOKS.values()):
-        axes.plot([0, 1], [0, i], color=look.color, linestyle=look.line, marker=look.marker)
+        axes.plot(
+            [0, 1], [0, i], color=look.color, linestyle=look.line, marker=look.marker
+        )
         axes.bar(i, 1, color=look.color, hatch=look.hatch)
     figure.canvas.draw()
 
@@ -86,7 +99,11 @@ def test_loss_and_validation_accuracy_are_drawn_against_epochs_from_one():
     assert right.get_ylabel() == "validation accuracy (fraction)"
     for name, run in runs.items():
         epochs = list(range(1, len(run.loss) + 1))
-        assert list(drawn(left)[name].get_xdata()) == list(drawn(right)[name].get_xdata()) == epochs
+        assert (
+            list(drawn(left)[name].get_xdata())
+            == list(drawn(right)[name].get_xdata())
+            == epochs
+        )
         assert list(drawn(left)[name].get_ydata()) == run.loss
         assert list(drawn(right)[name].get_ydata()) == run.validation_accuracy
     assert left.get_ylim()[0] == 0
@@ -99,27 +116,38 @@ def test_without_validation_the_training_accuracy_is_drawn_and_named():
 
 
 def test_if_one_run_has_no_validation_all_show_the_training_accuracy():
-    _, right = plot_history({"LoRA": history(3), "DoRA": history(3, validation=False)}).axes
+    _, right = plot_history(
+        {"LoRA": history(3), "DoRA": history(3, validation=False)}
+    ).axes
     assert right.get_ylabel() == "training accuracy (fraction)"
     assert list(drawn(right)["LoRA"].get_ydata()) == history(3).train_accuracy
 
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_run_is_drawn_in_the_look_that_its_name_begins_with(name):
-    for axes in plot_history({"something else": history(2), f"{name}, 0.01": history(2)}).axes:
+    for axes in plot_history(
+        {"something else": history(2), f"{name}, 0.01": history(2)}
+    ).axes:
         line, other = drawn(axes)[f"{name}, 0.01"], drawn(axes)["something else"]
         look = LOOKS[name]
         assert (line.get_color(), line.get_marker()) == (look.color, look.marker)
-        assert line.get_linestyle() == (look.line if isinstance(look.line, str) else "--")
+        assert line.get_linestyle() == (
+            look.line if isinstance(look.line, str) else "--"
+        )
         assert other.get_color() != line.get_color()
         assert other.get_marker() != line.get_marker()
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 8])
 def test_any_number_of_runs_with_other_names_can_be_drawn_and_told_apart(count):
-    left, _ = plot_history({f"run {i}": history(2, offset=i) for i in range(count)}).axes
+    left, _ = plot_history(
+        {f"run {i}": history(2, offset=i) for i in range(count)}
+    ).axes
     assert len(left.lines) == count
-    cues = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in left.lines}
+    cues = {
+        (line.get_color(), line.get_linestyle(), line.get_marker())
+        for line in left.lines
+    }
     assert len(cues) == count
 
 
@@ -169,7 +197,9 @@ def test_images_are_drawn_in_order_row_by_row_with_one_scale_of_grey():
 def test_titles_are_set_above_their_images():
     figure = show_images(torch.rand(3, 784), titles=["a", "b", "c"], columns=2)
     assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c", ""]
-    assert [axes.get_title() for axes in show_images(torch.rand(3, 784), columns=3).axes] == ["", "", ""]
+    assert [
+        axes.get_title() for axes in show_images(torch.rand(3, 784), columns=3).axes
+    ] == ["", "", ""]
 
 
 def test_signed_images_are_white_at_zero_red_above_and_blue_below():
@@ -177,7 +207,9 @@ def test_signed_images_are_white_at_zero_red_above_and_blue_below():
     image[0, 0], image[0, 1] = 2.0, -4.0
     (picture,) = visible(show_images(image, signed=True))[0].images
     assert picture.get_clim() == (-4, 4)
-    red, blue, white = (picture.to_rgba(np.array([value]))[0][:3] for value in (4.0, -4.0, 0.0))
+    red, blue, white = (
+        picture.to_rgba(np.array([value]))[0][:3] for value in (4.0, -4.0, 0.0)
+    )
     assert red[0] > red[2] + 0.2
     assert blue[2] > blue[0] + 0.2
     assert white.min() > 0.95
@@ -191,7 +223,10 @@ def test_a_signed_image_of_zeros_is_white():
 
 def test_every_signed_image_has_a_scale_of_its_own():
     images = torch.stack([torch.full((784,), 0.001), torch.full((784,), -50.0)])
-    limits = [axes.images[0].get_clim()[1] for axes in visible(show_images(images, signed=True))]
+    limits = [
+        axes.images[0].get_clim()[1]
+        for axes in visible(show_images(images, signed=True))
+    ]
     assert limits == pytest.approx([0.001, 50.0])
 
 
@@ -199,7 +234,9 @@ def test_a_few_extreme_pixels_need_not_set_the_scale():
     image = torch.linspace(-1, 1, 784)
     image[0] = -50
     limits = [
-        visible(show_images(image[None], signed=True, quantile=q))[0].images[0].get_clim()
+        visible(show_images(image[None], signed=True, quantile=q))[0]
+        .images[0]
+        .get_clim()
         for q in (1.0, 0.98)
     ]
     assert limits[0] == (-50, 50)
@@ -209,14 +246,17 @@ def test_a_few_extreme_pixels_need_not_set_the_scale():
 def test_a_signed_image_with_one_pixel_shows_it_at_any_quantile():
     image = torch.zeros(1, 784)
     image[0, 5] = 2.0
-    assert visible(show_images(image, signed=True, quantile=0.98))[0].images[0].get_clim() == (-2, 2)
+    assert visible(show_images(image, signed=True, quantile=0.98))[0].images[
+        0
+    ].get_clim() == (-2, 2)
 
 
 def test_views_and_tensors_that_need_gradients_can_be_drawn():
     weight = normal(6, 784).requires_grad_()
     figure = show_images(weight[::2], signed=True)
     assert np.array_equal(
-        visible(figure)[1].images[0].get_array(), weight[2].detach().reshape(28, 28).numpy()
+        visible(figure)[1].images[0].get_array(),
+        weight[2].detach().reshape(28, 28).numpy(),
     )
 
 
@@ -225,7 +265,10 @@ def test_images_of_every_floating_dtype_can_be_drawn(dtype):
     images = torch.rand(2, 784).to(dtype)
     figure = show_images(images)
     figure.canvas.draw()
-    assert np.allclose(visible(figure)[0].images[0].get_array(), images[0].float().reshape(28, 28).numpy())
+    assert np.allclose(
+        visible(figure)[0].images[0].get_array(),
+        images[0].float().reshape(28, 28).numpy(),
+    )
 
 
 def test_a_wrong_number_of_titles_is_refused():
@@ -247,7 +290,13 @@ def test_the_confusion_counts_true_digits_by_row_and_predicted_ones_by_column():
     _, axes = plt.subplots()
     plot_confusion(axes, labels, predictions, "LoRA on digits turned by 45°")
     expected = np.zeros((10, 10))
-    expected[0, 0], expected[0, 5], expected[3, 3], expected[3, 8], expected[9, 9] = 0.75, 0.25, 0.5, 0.5, 1
+    expected[0, 0], expected[0, 5], expected[3, 3], expected[3, 8], expected[9, 9] = (
+        0.75,
+        0.25,
+        0.5,
+        0.5,
+        1,
+    )
     (picture,) = axes.images
     assert np.allclose(picture.get_array(), expected)
     assert picture.get_clim() == (0, 1)

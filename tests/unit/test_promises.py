@@ -12,7 +12,8 @@ from lowrank_utils.promises import Promise, constant_weights, frozen_weights
 
 
 class PromiseAboutW(Promise):
-    """A promise about W, whose value here is twice the sum of W by rows; it notes each time it is computed."""
+    """A promise about W, whose value here is twice the sum of W by rows; it notes each
+    time it is computed."""
 
     def __init__(self, computed, **options):
         super().__init__("quiet_rows", lambda layer: (layer.linear.weight,), **options)
@@ -27,7 +28,9 @@ class PromiseAboutW(Promise):
 
 
 @pytest.mark.parametrize("in_training", [True, False])
-def test_a_value_is_computed_once_without_gradients_and_in_training_where_it_holds_there(in_training):
+def test_a_value_is_computed_once_without_gradients_and_in_training_where_it_holds_there(
+    in_training,
+):
     computed, layer = [], moved(LinearWithLoRA, linear_layer().requires_grad_(False))
     promise = PromiseAboutW(computed, in_training=in_training)
     assert promise.value_of(layer) is None, "kept without a promise"
@@ -50,7 +53,8 @@ def test_a_broken_promise_names_the_block():
             layer.linear.weight.data.mul_(2)
 
     with pytest.raises(
-        RuntimeError, match=r"^the weights of 0 changed inside quiet_rows, where they must not: "
+        RuntimeError,
+        match=r"^the weights of 0 changed inside quiet_rows, where they must not: ",
     ):
         change()
 
@@ -77,13 +81,17 @@ def test_tensors_that_are_exchanged_inside_the_block_are_used_from_the_next_outp
     merged = moved(LinearWithDoRAMerged, linear_layer().requires_grad_(False))
     x, outputs, name = normal(4, 7, seed=9), [], f"0.{part}"
     shape = model.state_dict()[name].shape
-    # All three are new tensors that nothing has changed, so only which they are tells one from another.
+    # All three are new tensors that nothing has changed, so only which they are tells
+    # one from another.
     tensors = [normal(*shape, seed=20 + number) for number in range(3)]
     with torch.set_grad_enabled(mode == "trained"), promise(model):
         for tensor in tensors:
-            # This one alone: with all of them assigned, any of the others would give the change away.
+            # This one alone: with all of them assigned, any of the others would give
+            # the change away.
             model.load_state_dict({name: tensor}, strict=False, assign=True)
-            assert model.state_dict()[name].data_ptr() == tensor.data_ptr(), "not exchanged"
+            assert model.state_dict()[name].data_ptr() == tensor.data_ptr(), (
+                "not exchanged"
+            )
             merged.load_state_dict(layer.state_dict())
             outputs.append(model(x))
             assert_close(outputs[-1], merged(x))

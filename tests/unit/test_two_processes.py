@@ -1,4 +1,5 @@
-"""Two processes at one folder: whoever reads gets one whole adapter or one whole data set, never a mixture."""
+"""Two processes at one folder: whoever reads gets one whole adapter or one whole data
+set, never a mixture."""
 
 import contextlib
 import json
@@ -18,7 +19,8 @@ from lowrank_utils import _mnist
 from lowrank_utils.adapters.files import load_adapter
 from lowrank_utils.comparison.kernels import kernel_environment
 
-# Saves again and again an adapter whose scaling, in one file, and numbers, in the other, are the same number.
+# Saves again and again an adapter whose scaling, in one file, and numbers, in the
+# other, are the same number.
 SAVER = """
 import sys
 from pathlib import Path
@@ -47,7 +49,8 @@ for _ in range(60):
         save_adapter(model, folder)
         saved += 1
     except OSError:
-        # Where folders can't be exchanged in one step, a saver may be told that the other was faster.
+        # Where folders can't be exchanged in one step, a saver may be told that the
+        # other was faster.
         if way == "exchange":
             raise
 print(saved)
@@ -60,16 +63,24 @@ print(saved)
         pytest.param(
             "exchange",
             marks=pytest.mark.skipif(
-                not sys.platform.startswith("linux"), reason="only Linux exchanges two folders in one step"
+                not sys.platform.startswith("linux"),
+                reason="only Linux exchanges two folders in one step",
             ),
         ),
         "two renames",
     ],
 )
-def test_two_processes_save_to_one_folder_and_a_third_reads_one_whole_adapter(tmp_path, way):
+def test_two_processes_save_to_one_folder_and_a_third_reads_one_whole_adapter(
+    tmp_path, way
+):
     folder = tmp_path / "adapter"
     command = [sys.executable, "-c", SAVER, str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     with (
         subprocess.Popen([*command, "1", way], **pipes) as first,
         subprocess.Popen([*command, "2", way], **pipes) as second,
@@ -85,7 +96,9 @@ def test_two_processes_save_to_one_folder_and_a_third_reads_one_whole_adapter(tm
                 model = nn.Sequential(linear_layer(7, 5))
                 load_adapter(model, folder)
                 seen.append(model[0].lora.alpha)
-                assert torch.equal(model[0].lora.A, torch.full_like(model[0].lora.A, seen[-1]))
+                assert torch.equal(
+                    model[0].lora.A, torch.full_like(model[0].lora.A, seen[-1])
+                )
         saved = []
         for saver in (first, second):
             output, errors = saver.communicate(timeout=60)
@@ -119,13 +132,18 @@ digest = hashlib.sha256(b"".join(part.images.numpy().tobytes() for part in split
 
 
 def reply_to(kernel, question):
-    """Wait for the answer to one message; what the kernel says about itself may come before."""
-    while (message := kernel.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != question:
+    """Wait for the answer to one message; what the kernel says about itself may come
+    before."""
+    while (message := kernel.get_shell_msg(timeout=120))["parent_header"][
+        "msg_id"
+    ] != question:
         pass
     return message["content"]
 
 
-def test_two_kernels_download_into_one_cache_at_once(tmp_path, tiny_is_published, monkeypatch):
+def test_two_kernels_download_into_one_cache_at_once(
+    tmp_path, tiny_is_published, monkeypatch
+):
     cache = tmp_path / "cache"
 
     with serving(tiny_is_published, monkeypatch) as server:
@@ -141,15 +159,24 @@ def test_two_kernels_download_into_one_cache_at_once(tmp_path, tiny_is_published
         with contextlib.ExitStack() as stack:
             kernels = [
                 stack.enter_context(
-                    run_kernel(kernel_name="python3", env=kernel_environment(), startup_timeout=120)
+                    run_kernel(
+                        kernel_name="python3",
+                        env=kernel_environment(),
+                        startup_timeout=120,
+                    )
                 )
                 for _ in range(2)
             ]
-            asked = [kernel.execute(code, user_expressions={"digest": "digest"}) for kernel in kernels]
+            asked = [
+                kernel.execute(code, user_expressions={"digest": "digest"})
+                for kernel in kernels
+            ]
             replies = [reply_to(*pair) for pair in zip(kernels, asked, strict=True)]
         assert not server.meeting.broken
     assert [reply["status"] for reply in replies] == ["ok", "ok"], replies
-    first, second = (reply["user_expressions"]["digest"]["data"]["text/plain"] for reply in replies)
+    first, second = (
+        reply["user_expressions"]["digest"]["data"]["text/plain"] for reply in replies
+    )
     assert first == second
     assert contents(cache) == sorted(
         ["MNIST", "MNIST/raw", *(f"MNIST/raw/{n}" for n in [*TINY, *tiny_is_published])]

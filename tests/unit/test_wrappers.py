@@ -1,4 +1,5 @@
-"""What holds for all four wrappers: the formulas, their gradients, and being a module like any other."""
+"""What holds for all four wrappers: the formulas, their gradients, and being a module
+like any other."""
 
 import copy
 import os
@@ -35,7 +36,8 @@ from lowrank_utils.adapt import merge_adapters, replace_linear_layers
 
 
 def assert_within_rounding(layer, x, y):
-    """Hold ``y`` against the NumPy formula, as closely as the dtype's rounding allows."""
+    """Hold ``y`` against the NumPy formula, as closely as the dtype's rounding
+    allows."""
     reference = Reference.of(layer)
     # Where W and ΔW nearly cancel, their direction is made of rounding errors.
     assume(reference.error_unit(np.ones(x.shape[-1])).max() < 1e3)
@@ -79,7 +81,10 @@ def test_the_merged_and_the_unmerged_form_agree(unmerged, merged, case):
 
 
 @every_wrapper
-@given(case=cases(dtypes=[torch.float64]), factors=st.tuples(st.floats(-3, 3), st.floats(-3, 3)))
+@given(
+    case=cases(dtypes=[torch.float64]),
+    factors=st.tuples(st.floats(-3, 3), st.floats(-3, 3)),
+)
 def test_without_the_bias_the_output_is_linear_in_the_input(wrapper, case, factors):
     layer, x, z = case.adapter(wrapper), case.x(0), case.x(1)
     reference = Reference.of(layer)
@@ -88,7 +93,9 @@ def test_without_the_bias_the_output_is_linear_in_the_input(wrapper, case, facto
     p, q = factors
     together = layer(p * x + q * z) - b
     apart = p * (layer(x) - b) + q * (layer(z) - b)
-    unit = sum(reference.error_unit(array(t)) for t in (x, z, p * x, q * z)) * (1 + abs(p) + abs(q))
+    unit = sum(reference.error_unit(array(t)) for t in (x, z, p * x, q * z)) * (
+        1 + abs(p) + abs(q)
+    )
     assert (np.abs(array(together - apart)) <= 1e-12 * unit).all()
 
 
@@ -97,7 +104,11 @@ def test_without_the_bias_the_output_is_linear_in_the_input(wrapper, case, facto
 def test_the_bias_is_added_as_it_is_and_not_scaled(wrapper, case):
     layer = case.adapter(wrapper)
     zero = torch.zeros_like(case.x())
-    expected = torch.zeros(case.out_features, dtype=case.dtype) if layer.bias is None else layer.bias
+    expected = (
+        torch.zeros(case.out_features, dtype=case.dtype)
+        if layer.bias is None
+        else layer.bias
+    )
     assert torch.equal(layer(zero), expected.expand(*case.batch, case.out_features))
 
 
@@ -122,7 +133,9 @@ def test_an_empty_batch_can_be_trained_on(wrapper):
 
 @every_wrapper
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_a_new_wrapper_gives_the_linear_layers_output(wrapper, bias, dtype):
     linear = linear_layer(bias=bias, dtype=dtype)
     layer = wrapper(linear, 3, 1.7)
@@ -143,7 +156,9 @@ def test_the_gradients_are_those_derived_by_hand(wrapper, options, bias):
     layer = moved(wrapper, linear_layer(bias=bias), **options)
     x, G = normal(4, 7, seed=20).requires_grad_(), normal(4, 5, seed=21)
     (layer(x) * G).sum().backward()
-    expected = Reference.of(layer).gradients(array(x), array(G), options.get("detach_norm", True))
+    expected = Reference.of(layer).gradients(
+        array(x), array(G), options.get("detach_norm", True)
+    )
     actual = {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
     if not bias:
         del expected["linear.bias"]
@@ -153,7 +168,8 @@ def test_the_gradients_are_those_derived_by_hand(wrapper, options, bias):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "options"), [(w, {}) for w in LORA] + [(w, {"detach_norm": False}) for w in DORA]
+    ("wrapper", "options"),
+    [(w, {}) for w in LORA] + [(w, {"detach_norm": False}) for w in DORA],
 )
 def test_the_gradients_are_those_of_finite_differences(wrapper, options):
     layer = moved(wrapper, linear_layer(4, 3), rank=2, **options)
@@ -162,7 +178,9 @@ def test_the_gradients_are_those_of_finite_differences(wrapper, options):
     def forward(x, *parameters):
         return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(forward, (normal(2, 4, seed=20).requires_grad_(), *values))
+    assert torch.autograd.gradcheck(
+        forward, (normal(2, 4, seed=20).requires_grad_(), *values)
+    )
 
 
 @pytest.mark.parametrize("wrapper", DORA)
@@ -214,7 +232,9 @@ def test_the_linear_layer_is_kept_and_not_changed(wrapper):
 
 @every_wrapper
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_adapter_takes_the_dtype_of_the_layer_and_not_torchs_default(wrapper, dtype):
+def test_the_adapter_takes_the_dtype_of_the_layer_and_not_torchs_default(
+    wrapper, dtype
+):
     layer = wrapper(linear_layer(dtype=dtype), 3, 1.0)
     assert {p.dtype for p in layer.parameters()} == {dtype}
 
@@ -248,7 +268,10 @@ def test_a_state_dict_carries_everything_into_a_fresh_wrapper(wrapper):
     layer, fresh = moved(wrapper), wrapper(linear_layer(seed=50), 3, 1.7)
     x = normal(4, 7)
     assert not torch.allclose(fresh(x), layer(x))
-    assert str(fresh.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+    assert (
+        str(fresh.load_state_dict(layer.state_dict()))
+        == "<All keys matched successfully>"
+    )
     assert torch.equal(fresh(x), layer(x))
 
 
@@ -298,7 +321,8 @@ COMPILERS = [os.environ.get("CXX") or "g++", "clang++", "c++", "cl"]
     reason="torch.compile needs a C++ compiler, and this machine has none",
 )
 def test_torch_compile_gives_the_same_outputs_and_gradients(monkeypatch, tmp_path):
-    # What torch has compiled for one vector unit it takes for another one too, with wrong results (seen in 2.15.0).
+    # What torch has compiled for one vector unit it takes for another one too, with
+    # wrong results (seen in 2.15.0).
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # One compilation for all: it takes most of its time whatever the size.
     sizes = [(7, 5), (5, 6), (6, 4), (4, 3)]
@@ -338,8 +362,12 @@ def test_attention_uses_the_adapted_weight_of_its_output_projection(wrapper):
 
 
 @every_wrapper
-def test_an_encoder_layer_gives_the_merged_models_outputs_in_training_and_on_the_fast_path(wrapper):
-    encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
+def test_an_encoder_layer_gives_the_merged_models_outputs_in_training_and_on_the_fast_path(
+    wrapper,
+):
+    encoder = nn.TransformerEncoderLayer(
+        8, 2, 12, dropout=0.0, batch_first=True, dtype=torch.float64
+    )
     x = normal(3, 5, 8)
     plain = encoder(x).detach()
     names = replace_linear_layers(encoder, wrapper, 2, 1.0)
@@ -354,6 +382,8 @@ def test_an_encoder_layer_gives_the_merged_models_outputs_in_training_and_on_the
     assert_close(encoder(x), merged(x))
     with torch.no_grad(), torch.profiler.profile() as profile:
         fast = encoder(x)
-    assert "aten::_transformer_encoder_layer_fwd" in {event.key for event in profile.key_averages()}
+    assert "aten::_transformer_encoder_layer_fwd" in {
+        event.key for event in profile.key_averages()
+    }
     with torch.no_grad():
         assert_close(fast, merged(x))

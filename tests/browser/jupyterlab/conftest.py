@@ -10,7 +10,15 @@ from lab_process import started_lab
 
 ROOT = Path(__file__).resolve().parents[3]
 # What the server and the notebooks read.
-PARTS = ("figures", "lowrank_utils", "notebooks", "tools", "README.md", "constraints.txt", "pyproject.toml")
+PARTS = (
+    "figures",
+    "lowrank_utils",
+    "notebooks",
+    "tools",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+)
 
 
 @pytest.fixture(scope="session")
@@ -19,14 +27,26 @@ def lab(tmp_path_factory, browser_type_launch_args):  # noqa: ARG001 (where ther
     copy = tmp_path_factory.mktemp("project")
     for part in PARTS:
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            shutil.copytree(
+                ROOT / part,
+                copy / part,
+                ignore=shutil.ignore_patterns(".*", "__pycache__"),
+            )
         else:
             shutil.copy(ROOT / part, copy)
-    command = [sys.executable, copy / "tools" / "environment.py", "--here", "lab", "--no-browser"]
+    command = [
+        sys.executable,
+        copy / "tools" / "environment.py",
+        "--here",
+        "lab",
+        "--no-browser",
+    ]
     with started_lab(command, tmp_path_factory.mktemp("jupyter")) as process:
         server = process.wait_for(process.information, seconds=180)
         yield LabSite(f"http://127.0.0.1:{server['port']}", server["token"], copy)
-        assert process.elsewhere() == [], "JupyterLab or a notebook asked another machine"
+        assert process.elsewhere() == [], (
+            "JupyterLab or a notebook asked another machine"
+        )
 
 
 @pytest.fixture

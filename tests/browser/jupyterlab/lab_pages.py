@@ -1,4 +1,5 @@
-"""JupyterLab in a browser: the server with its copy of the project, and what one does on a notebook's page."""
+"""JupyterLab in a browser: the server with its copy of the project, and what one does
+on a notebook's page."""
 
 import copy
 from pathlib import Path
@@ -25,7 +26,8 @@ class LabSite:
         self.root = root
 
     def put(self, notebook, name: str = "of_the_tests.ipynb") -> Path:
-        """Write a notebook without its stored outputs, whose counts would look like cells that have run.
+        """Write a notebook without its stored outputs, whose counts would look like
+        cells that have run.
 
         Args:
             notebook: a file among the project's notebooks, or the notebook itself.
@@ -45,7 +47,9 @@ class LabSite:
         path = file.relative_to(self.root).as_posix()
         page.goto(f"{self.address}/lab/tree/{path}?token={self.token}&reset")
         panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
-        expect(page.locator(".jp-mod-current[role=tab]", has_text=file.name)).to_be_visible()
+        expect(
+            page.locator(".jp-mod-current[role=tab]", has_text=file.name)
+        ).to_be_visible()
         # The panel's own indicator calls a kernel idle that isn't there yet.
         expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
         return panel
@@ -53,8 +57,12 @@ class LabSite:
     def end_kernels(self, page) -> None:
         """End all kernels, since each holds torch and its models in memory."""
         headers = {"Authorization": f"token {self.token}"}
-        for session in page.request.get(f"{self.address}/api/sessions", headers=headers).json():
-            answer = page.request.delete(f"{self.address}/api/sessions/{session['id']}", headers=headers)
+        for session in page.request.get(
+            f"{self.address}/api/sessions", headers=headers
+        ).json():
+            answer = page.request.delete(
+                f"{self.address}/api/sessions/{session['id']}", headers=headers
+            )
             assert answer.ok
 
 
@@ -71,12 +79,14 @@ def indicator(panel):
 
 
 def run_all_cells(page, panel):
-    """Choose that entry of the menu Run, and wait until no cell waits and the kernel is idle."""
+    """Choose that entry of the menu Run, and wait until no cell waits and the kernel is
+    idle."""
     prompts = panel.locator(".jp-CodeCell .jp-InputPrompt")
     waiting = prompts.filter(has_text="[*]")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-    # All cells to be run wait from the click on, so that none waits isn't seen too early.
+    # All cells to be run wait from the click on, so that none waits isn't seen too
+    # early.
     expect(prompts.first).not_to_have_text("[ ]:")
     expect(waiting).to_have_count(0, timeout=RUN)
     expect(indicator(panel)).to_have_attribute("data-status", "idle")
@@ -88,12 +98,15 @@ def changes_its_picture(cell, slider, patience=None):
     Args:
         cell: the cell in the page.
         slider: the slider's handle.
-        patience: how many milliseconds to wait for the other picture; by default, as for all else.
+        patience: how many milliseconds to wait for the other picture; by default, as
+            for all else.
     """
     image = cell.locator(".jp-OutputArea img").last
     before = image.get_attribute("src")
     value = slider.get_attribute("aria-valuenow")
-    slider.press("ArrowLeft" if value == slider.get_attribute("aria-valuemax") else "ArrowRight")
+    slider.press(
+        "ArrowLeft" if value == slider.get_attribute("aria-valuemax") else "ArrowRight"
+    )
     expect(slider).not_to_have_attribute("aria-valuenow", value)
     try:
         expect(image).not_to_have_attribute("src", before, timeout=patience)

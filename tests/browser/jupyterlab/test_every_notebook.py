@@ -11,8 +11,8 @@ from playwright.sync_api import expect
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.ipynb"))
 
 
-# Parameters of notebook 06 and comparison.ipynb, so that they train less and fewer networks; nbval runs them as they
-# are stored.
+# Parameters of notebook 06 and comparison.ipynb, so that they train less and fewer
+# networks; nbval runs them as they are stored.
 FEWER = {
     "seeds": [1, 2],
     "networks": [1, 2],
@@ -26,11 +26,15 @@ FEWER = {
 
 
 def with_fewer_runs(notebook):
-    """Return the notebook with these values in its cell of parameters, if it has them there."""
+    """Return the notebook with these values in its cell of parameters, if it has them
+    there."""
     for cell in code_cells(notebook):
         for name, value in FEWER.items() if "parameters" in tags(cell) else ():
             cell.source = re.sub(
-                rf"^({name}: \w+ = )[^#]*?(?= *(#|$))", rf"\g<1>{value}", cell.source, flags=re.MULTILINE
+                rf"^({name}: \w+ = )[^#]*?(?= *(#|$))",
+                rf"\g<1>{value}",
+                cell.source,
+                flags=re.MULTILINE,
             )
     return notebook
 
@@ -40,14 +44,20 @@ def text_of_outputs(cell):
 
 
 def pictures(cell):
-    return [output for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+    return [
+        output
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
 
 
 def save(page, file):
     """Save the notebook and return what stands in its file then."""
 
     def is_saved(answer):
-        return answer.request.method == "PUT" and answer.url.split("?")[0].endswith(f"/{file.name}")
+        return answer.request.method == "PUT" and answer.url.split("?")[0].endswith(
+            f"/{file.name}"
+        )
 
     with page.expect_response(is_saved) as answer:
         page.keyboard.press("Control+s")
@@ -69,23 +79,33 @@ def test_a_notebook_runs_from_top_to_bottom(page, lab, screenshot, stored):
 
     counts = [cell.execution_count for cell in code_cells(saved)]
     assert counts == list(range(1, len(counts) + 1)), "every code cell ran, in order"
-    for place, (cell, before) in enumerate(zip(saved.cells, expected.cells, strict=True)):
+    for place, (cell, before) in enumerate(
+        zip(saved.cells, expected.cells, strict=True)
+    ):
         shown = panel.locator(".jp-Cell").nth(place)
         if cell.cell_type == "markdown":
             assert_text_is_rendered(shown, cell.source)
             continue
-        raised = [output.evalue for output in cell.outputs if output.output_type == "error"]
-        meant = [output.evalue for output in before.outputs if output.output_type == "error"]
+        raised = [
+            output.evalue for output in cell.outputs if output.output_type == "error"
+        ]
+        meant = [
+            output.evalue for output in before.outputs if output.output_type == "error"
+        ]
         assert raised == meant, cell.source
         # What a slider draws is no picture in the file.
         count = len(pictures(before)) + ("interactive" in tags(cell))
         assert_pictures_are_shown(shown.locator(".jp-OutputArea img"), count)
         if "solution" in tags(cell):
             assert_unfolds(shown, cell.source)
-        expect(shown.locator(".jp-InputPrompt")).to_have_text(f"[{cell.execution_count}]:")
+        expect(shown.locator(".jp-InputPrompt")).to_have_text(
+            f"[{cell.execution_count}]:"
+        )
         if "exercise" in tags(cell):
             assert text_of_outputs(cell).startswith("To do: Exercise ")
-            expect(shown.locator(".jp-OutputArea")).to_contain_text(text_of_outputs(cell).strip())
+            expect(shown.locator(".jp-OutputArea")).to_contain_text(
+                text_of_outputs(cell).strip()
+            )
         if "interactive" in tags(cell):
             assert_sliders_change_the_picture(shown)
             screenshot(page, f"{stored.stem}-slider-{place}")
@@ -93,7 +113,8 @@ def test_a_notebook_runs_from_top_to_bottom(page, lab, screenshot, stored):
 
 
 def assert_sliders_change_the_picture(cell):
-    """There is a slider at least, and each changes the picture below, which is no larger than it was drawn."""
+    """There is a slider at least, and each changes the picture below, which is no
+    larger than it was drawn."""
     sliders = cell.get_by_role("slider")
     expect(sliders.first).to_be_visible()
     for slider in sliders.all():
@@ -128,7 +149,9 @@ def assert_pictures_are_shown(images, count):
 def assert_text_is_rendered(cell, source):
     """Drawings are shown, formulas are set, tables are tables."""
     assert_pictures_are_shown(cell.locator("img"), source.count("!["))
-    expect(cell.locator("table")).to_have_count(len(re.findall(r"^\|[-| :]+\|$", source, flags=re.MULTILINE)))
+    expect(cell.locator("table")).to_have_count(
+        len(re.findall(r"^\|[-| :]+\|$", source, flags=re.MULTILINE))
+    )
     if "$" in source:
         expect(cell.locator("mjx-container").first).to_be_visible()
     expect(cell.locator("mjx-merror")).to_have_count(0)

@@ -1,4 +1,5 @@
-"""What notebooks ask of JupyterLab: links that stay in it, and sliders whose pictures follow."""
+"""What notebooks ask of JupyterLab: links that stay in it, and sliders whose pictures
+follow."""
 
 from pathlib import Path
 
@@ -14,10 +15,14 @@ def test_links_to_other_notebooks_open_them_here(page, lab):
     panel = lab.open(page, lab.put(first))
     lab.put(second)
     panel.locator(".jp-Cell").last.locator(f'a[href*="{second.stem}"]').last.click()
-    expect(page.locator(".jp-mod-current[role=tab]", has_text=second.name)).to_be_visible()
+    expect(
+        page.locator(".jp-mod-current[role=tab]", has_text=second.name)
+    ).to_be_visible()
     expect(panel.get_by_role("heading", level=1)).to_contain_text("2. ")
     panel.locator(".jp-Cell").first.locator(f'a[href*="{first.stem}"]').last.click()
-    expect(page.locator(".jp-mod-current[role=tab]", has_text=first.name)).to_be_visible()
+    expect(
+        page.locator(".jp-mod-current[role=tab]", has_text=first.name)
+    ).to_be_visible()
     expect(panel.get_by_role("heading", level=1)).to_contain_text("1. ")
 
 
@@ -45,7 +50,8 @@ def always_the_same(length):
 def test_a_slider_whose_picture_stays_the_same_is_noticed(page, lab):
     kernel = {"name": "python3", "display_name": "Python 3"}
     notebook = new_notebook(
-        cells=[new_code_cell(source) for source in SLIDERS], metadata={"kernelspec": kernel}
+        cells=[new_code_cell(source) for source in SLIDERS],
+        metadata={"kernelspec": kernel},
     )
     panel = lab.open(page, lab.put(notebook))
     run_all_cells(page, panel)

@@ -1,4 +1,5 @@
-"""A bank: several adapters around one model, switched, together, per row, merged, and gone without a trace."""
+"""A bank: several adapters around one model, switched, together, per row, merged, and
+gone without a trace."""
 
 import copy
 import gc
@@ -23,7 +24,12 @@ from support import (
 )
 from torch import nn
 
-from lowrank_utils.adapt import count_parameters, freeze_linear_layers, merge_adapters, replace_linear_layers
+from lowrank_utils.adapt import (
+    count_parameters,
+    freeze_linear_layers,
+    merge_adapters,
+    replace_linear_layers,
+)
 from lowrank_utils.adapters import AdapterBank, load_adapter, save_adapter
 from lowrank_utils.adapters.config import AdapterFileError
 from lowrank_utils.dora import LinearWithDoRA
@@ -49,8 +55,12 @@ def customer(number, kind=LinearWithDoRA, dtype=torch.float64, rank=None, target
     freeze_linear_layers(model)
     move_all(model)
     with torch.no_grad():
-        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter.mul_(1 + 0.1 * normal(*parameter.shape, seed=100 * number + index))
+        for index, parameter in enumerate(
+            p for p in model.parameters() if p.requires_grad
+        ):
+            parameter.mul_(
+                1 + 0.1 * normal(*parameter.shape, seed=100 * number + index)
+            )
     return model.to(dtype).eval()
 
 
@@ -141,7 +151,10 @@ def test_the_bank_holds_copies(bank):
 
 
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from([None, *CUSTOMERS]), min_size=1, max_size=8), st.integers(0, 1000))
+@given(
+    st.lists(st.sampled_from([None, *CUSTOMERS]), min_size=1, max_size=8),
+    st.integers(0, 1000),
+)
 def test_every_row_gets_its_own_adapter(names, seed):
     bank = AdapterBank(base())
     for name, model in CUSTOMERS.items():
@@ -166,7 +179,9 @@ def test_rows_of_sequences_and_gradients(kind, dtype):
     with bank.rows(["2", None, "0", "2"]):
         y = bank.model(x)
     y.pow(2).sum().backward()
-    for row, alone in enumerate([customers["2"], base(dtype), customers["0"], customers["2"]]):
+    for row, alone in enumerate(
+        [customers["2"], base(dtype), customers["0"], customers["2"]]
+    ):
         single = x[row].detach().clone().requires_grad_()
         expected = alone(single)
         assert_equal_but_for_rounding(y[row], expected)
@@ -196,15 +211,25 @@ def test_after_the_block_what_was_active_is_active_again_also_after_an_error(ban
 def test_rows_must_fit_the_batch(bank):
     with (
         bank.rows(["anna"]),
-        pytest.raises(ValueError, match=r"rows names 1 adapters, .*shape \(6, 7\): the first"),
+        pytest.raises(
+            ValueError, match=r"rows names 1 adapters, .*shape \(6, 7\): the first"
+        ),
     ):
         bank.model(X)
-    with bank.rows(["anna"] * 7), pytest.raises(ValueError, match="the first dimension must be the batch's"):
+    with (
+        bank.rows(["anna"] * 7),
+        pytest.raises(ValueError, match="the first dimension must be the batch's"),
+    ):
         bank.model(X[0])
-    with pytest.raises(TypeError, match="one name per row; got the text 'anna'"), bank.rows("anna"):
+    with (
+        pytest.raises(TypeError, match="one name per row; got the text 'anna'"),
+        bank.rows("anna"),
+    ):
         pass
     with (
-        pytest.raises(ValueError, match="there is no adapter 'zoe'; the bank has 'anna', 'ben'"),
+        pytest.raises(
+            ValueError, match="there is no adapter 'zoe'; the bank has 'anna', 'ben'"
+        ),
         bank.rows(["zoe"]),
     ):
         pass
@@ -215,7 +240,9 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+        self.attention = nn.MultiheadAttention(
+            8, 2, batch_first=True, dtype=torch.float64
+        )
 
     def forward(self, x):
         return self.attention(x, x, x)[0]
@@ -249,7 +276,8 @@ def test_where_a_weight_is_read_one_adapter_works_and_rows_are_refused():
 
 
 def effective(name, layer):
-    """Return what adapter ``name`` makes of one layer's weight, in NumPy; the base weight if it has no part there."""
+    """Return what adapter ``name`` makes of one layer's weight, in NumPy; the base
+    weight if it has no part there."""
     module = CUSTOMERS[name].get_submodule(layer)
     if isinstance(module, nn.Linear):
         return array(module.weight)
@@ -265,21 +293,32 @@ def test_two_at_once_each_change_the_base_weight_as_if_they_were_alone(bank):
         assert_close(bank.model.get_submodule(layer).weight, torch.from_numpy(expected))
         x = normal(3, W.shape[1])
         b = base().get_submodule(layer).bias
-        assert_close(bank.model.get_submodule(layer)(x), F.linear(x, torch.from_numpy(expected), b))
+        assert_close(
+            bank.model.get_submodule(layer)(x),
+            F.linear(x, torch.from_numpy(expected), b),
+        )
 
 
-def test_the_norms_are_the_base_weights_and_not_those_of_the_weight_that_the_first_adapter_left(bank):
+def test_the_norms_are_the_base_weights_and_not_those_of_the_weight_that_the_first_adapter_left(
+    bank,
+):
     layer = "0"
     bank.activate("anna", "cleo")
-    one, two = (Reference.of(CUSTOMERS[name].get_submodule(layer)) for name in ("anna", "cleo"))
+    one, two = (
+        Reference.of(CUSTOMERS[name].get_submodule(layer)) for name in ("anna", "cleo")
+    )
     W1 = one.c[:, None] * one.V
     V = W1 + two.s * (two.A @ two.B).T
     one_after_the_other = two.m[:, None] * V / ((V**2).sum(axis=1) ** 0.5)[:, None]
-    assert abs(array(bank.model.get_submodule(layer).weight) - one_after_the_other).max() > 0.1
+    assert (
+        abs(array(bank.model.get_submodule(layer).weight) - one_after_the_other).max()
+        > 0.1
+    )
 
 
 @pytest.mark.parametrize(
-    "names", [("anna", "cleo"), ("anna", "ben"), ("ben", "dora/../x y."), tuple(CUSTOMERS)]
+    "names",
+    [("anna", "cleo"), ("anna", "ben"), ("ben", "dora/../x y."), tuple(CUSTOMERS)],
 )
 def test_the_order_does_not_matter_and_merging_gives_the_same(bank, names):
     bank.activate(*names)
@@ -305,7 +344,9 @@ def test_two_loras_add_up():
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_merging_and_restoring_many_times_changes_no_bit(kind, dtype):
     plain = base(dtype)
     before, x = snapshot(plain), X.to(dtype)
@@ -336,7 +377,8 @@ def test_merged_layers_make_one_product_and_nothing_else(bank):
 
 def test_a_merged_bank_refuses_to_change(bank):
     with pytest.raises(
-        ValueError, match=r"^no adapter is active, so there is nothing to merge; call activate first$"
+        ValueError,
+        match=r"^no adapter is active, so there is nothing to merge; call activate first$",
     ):
         bank.merge()
     bank.activate("anna")
@@ -347,12 +389,18 @@ def test_a_merged_bank_refuses_to_change(bank):
         "remove": lambda: bank.remove("anna"),
     }
     for name, call in calls.items():
-        with pytest.raises(RuntimeError, match=f"^{name}: the weights are merged; call restore first$"):
+        with pytest.raises(
+            RuntimeError, match=f"^{name}: the weights are merged; call restore first$"
+        ):
             call()
-    with pytest.raises(RuntimeError, match=r"the weights are merged; call restore first$"):
+    with pytest.raises(
+        RuntimeError, match=r"the weights are merged; call restore first$"
+    ):
         bank.disable()
     with (
-        pytest.raises(RuntimeError, match=r"^rows: the weights are merged; call restore first$"),
+        pytest.raises(
+            RuntimeError, match=r"^rows: the weights are merged; call restore first$"
+        ),
         bank.rows(["ben"] * 6),
     ):
         pass
@@ -401,9 +449,14 @@ def test_the_state_dict_is_the_base_models(bank, merged):
     if merged:
         bank.activate("anna")
         bank.merge()
-    names = {name.replace(".linear.", "."): tensor for name, tensor in bank.model.state_dict().items()}
+    names = {
+        name.replace(".linear.", "."): tensor
+        for name, tensor in bank.model.state_dict().items()
+    }
     assert names.keys() == base().state_dict().keys()
-    assert all(torch.equal(names[name], tensor) for name, tensor in base().state_dict().items())
+    assert all(
+        torch.equal(names[name], tensor) for name, tensor in base().state_dict().items()
+    )
 
 
 def test_base_weights_cannot_be_loaded_under_the_adapters(bank):
@@ -440,7 +493,9 @@ def test_training_mode_and_requires_grad_of_the_base_stay(training):
     bank = AdapterBank(plain)
     bank.add("anna", CUSTOMERS["anna"])
     assert {module.training for module in plain.modules()} == {training}
-    assert [name for name, p in plain.named_parameters() if p.requires_grad] == ["4.linear.weight"]
+    assert [name for name, p in plain.named_parameters() if p.requires_grad] == [
+        "4.linear.weight"
+    ]
     bank.remove("anna")
     assert {module.training for module in plain.modules()} == {training}
 
@@ -482,7 +537,9 @@ def unchanged(bank, call, error, pattern):
 
 
 def wider(index=0):
-    model = nn.Sequential(linear_layer(7, 6), nn.Tanh(), linear_layer(6, 9), nn.Tanh(), linear_layer(9, 3))
+    model = nn.Sequential(
+        linear_layer(7, 6), nn.Tanh(), linear_layer(6, 9), nn.Tanh(), linear_layer(9, 3)
+    )
     replace_linear_layers(model, LinearWithLoRA, 2, 1.0, str(index))
     return model
 
@@ -502,11 +559,26 @@ def longer():
 @pytest.mark.parametrize(
     ("name", "source", "error", "pattern"),
     [
-        ("anna", customer(1), ValueError, "'anna' is in the bank already; remove it first"),
-        ("", customer(1), TypeError, "name must be a text of one letter or more; got ''"),
+        (
+            "anna",
+            customer(1),
+            ValueError,
+            "'anna' is in the bank already; remove it first",
+        ),
+        (
+            "",
+            customer(1),
+            TypeError,
+            "name must be a text of one letter or more; got ''",
+        ),
         (3, customer(1), TypeError, "got 3"),
         ("zoe", base(), ValueError, "has no adapters inside"),
-        ("zoe", wider(2), ValueError, r"2 is adapted for a weight of shape \(9, 6\); .* shape \(5, 6\)"),
+        (
+            "zoe",
+            wider(2),
+            ValueError,
+            r"2 is adapted for a weight of shape \(9, 6\); .* shape \(5, 6\)",
+        ),
         (
             "zoe",
             longer(),
@@ -522,7 +594,9 @@ def longer():
         ("zoe", "/nowhere", FileNotFoundError, "isn't a folder"),
     ],
 )
-def test_what_cannot_be_added_is_refused_and_nothing_changes(bank, name, source, error, pattern):
+def test_what_cannot_be_added_is_refused_and_nothing_changes(
+    bank, name, source, error, pattern
+):
     bank.activate("ben")
     unchanged(bank, lambda: bank.add(name, source), error, pattern)
 
@@ -531,7 +605,9 @@ def test_a_wrong_folder_is_refused_and_nothing_changes(bank, tmp_path):
     model = wider(2)
     freeze_linear_layers(model)
     save_adapter(model, tmp_path / "wide")
-    unchanged(bank, lambda: bank.add("zoe", tmp_path / "wide"), AdapterFileError, "shape")
+    unchanged(
+        bank, lambda: bank.add("zoe", tmp_path / "wide"), AdapterFileError, "shape"
+    )
 
 
 def test_rounding_is_refused_unless_asked_for(tmp_path):
@@ -539,20 +615,31 @@ def test_rounding_is_refused_unless_asked_for(tmp_path):
     save_adapter(customer(1), tmp_path / "anna")
     for source in (customer(1), tmp_path / "anna"):
         unchanged(
-            bank, lambda s=source: bank.add("anna", s), ValueError, "would be rounded to .*may_round=True"
+            bank,
+            lambda s=source: bank.add("anna", s),
+            ValueError,
+            "would be rounded to .*may_round=True",
         )
     for name, source in {"a": customer(1), "b": tmp_path / "anna"}.items():
         bank.add(name, source, may_round=True)
-        assert bank.size(name) == 2 * sum(p.numel() for p in customer(1).parameters() if p.requires_grad)
+        assert bank.size(name) == 2 * sum(
+            p.numel() for p in customer(1).parameters() if p.requires_grad
+        )
 
 
 def test_unknown_names_and_repetitions_are_refused(bank):
     for call in (bank.activate, bank.remove, bank.size):
         unchanged(
-            bank, lambda c=call: c("zoe"), ValueError, "there is no adapter 'zoe'; the bank has 'anna', 'ben'"
+            bank,
+            lambda c=call: c("zoe"),
+            ValueError,
+            "there is no adapter 'zoe'; the bank has 'anna', 'ben'",
         )
     unchanged(
-        bank, lambda: bank.activate("ben", "ben"), ValueError, "each adapter can be active once; got ben, ben"
+        bank,
+        lambda: bank.activate("ben", "ben"),
+        ValueError,
+        "each adapter can be active once; got ben, ben",
     )
     with pytest.raises(ValueError, match="the bank has none"):
         AdapterBank(base()).activate("zoe")
@@ -562,13 +649,21 @@ def test_unknown_names_and_repetitions_are_refused(bank):
     ("model", "error", "pattern"),
     [
         ("model", TypeError, r"model must be an nn\.Module; got str"),
-        (nn.Linear(3, 2), ValueError, "model is itself a Linear; a bank needs a module with layers inside"),
+        (
+            nn.Linear(3, 2),
+            ValueError,
+            "model is itself a Linear; a bank needs a module with layers inside",
+        ),
         (
             customer(1)[0],
             ValueError,
             "model is itself a LinearWithDoRA; a bank needs a module with layers inside",
         ),
-        (customer(1), ValueError, "already adapted: 0, 2, 4; a bank needs the plain base model"),
+        (
+            customer(1),
+            ValueError,
+            "already adapted: 0, 2, 4; a bank needs the plain base model",
+        ),
     ],
 )
 def test_a_bank_needs_a_plain_model(model, error, pattern):
@@ -579,9 +674,13 @@ def test_a_bank_needs_a_plain_model(model, error, pattern):
 def test_a_layer_that_the_base_model_uses_twice_is_refused_by_its_name():
     shared = linear_layer(5, 5)
     bank = AdapterBank(nn.Sequential(shared, nn.Tanh(), shared, linear_layer(5, 3)))
-    source = nn.Sequential(*(linear_layer(5, 5), nn.Tanh(), linear_layer(5, 5), linear_layer(5, 3)))
+    source = nn.Sequential(
+        *(linear_layer(5, 5), nn.Tanh(), linear_layer(5, 5), linear_layer(5, 3))
+    )
     replace_linear_layers(source, LinearWithLoRA, 2, 1.0, ["2", "3"])
-    pattern = "^2 is used in several places of the base model, which a bank can't adapt$"
+    pattern = (
+        "^2 is used in several places of the base model, which a bank can't adapt$"
+    )
     unchanged(bank, lambda: bank.add("anna", source), ValueError, pattern)
 
 

@@ -1,4 +1,5 @@
-"""An adapter on disk: what is written and read back, and every way in which a file can be wrong."""
+"""An adapter on disk: what is written and read back, and every way in which a file can
+be wrong."""
 
 import copy
 import json
@@ -38,7 +39,8 @@ NAMES = ["inner.first", "inner.second", "head"]
 
 
 class Base(nn.Module):
-    """Three layers, no two of the same shape, one without a bias, and one that stays plain."""
+    """Three layers, no two of the same shape, one without a bias, and one that stays
+    plain."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -96,7 +98,9 @@ def change_config(folder, **settings):
 def write_tensors(folder, tensors):
     """Write tensors as PEFT does, without a digest."""
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(
+        tensors, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
 
 
 def refused(folder, pattern, error=AdapterFileError):
@@ -113,7 +117,9 @@ def refused(folder, pattern, error=AdapterFileError):
 
 
 @every_wrapper
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 def test_what_is_saved_is_loaded_to_the_last_bit(wrapper, dtype, folder):
     model, fresh = adapted(wrapper, dtype=dtype), Base(dtype)
     save_adapter(model, folder)
@@ -123,7 +129,11 @@ def test_what_is_saved_is_loaded_to_the_last_bit(wrapper, dtype, folder):
     kind = LinearWithLoRA if wrapper in LORA else LinearWithDoRA
     assert [type(fresh.get_submodule(n)) for n in NAMES] == [kind] * 3
     assert type(fresh.plain) is nn.Linear
-    assert_close(fresh(X.to(dtype)), model(X.to(dtype)), rtol=0.05 if dtype.itemsize == 2 else 1e-5)
+    assert_close(
+        fresh(X.to(dtype)),
+        model(X.to(dtype)),
+        rtol=0.05 if dtype.itemsize == 2 else 1e-5,
+    )
 
 
 @settings(max_examples=30)
@@ -167,7 +177,10 @@ def test_saving_again_writes_the_same(folder):
     again = tensors_of(folder)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def test_the_files_hold_the_adapter_and_nothing_else(saved):
@@ -179,7 +192,11 @@ def test_the_files_hold_the_adapter_and_nothing_else(saved):
     assert torch.equal(tensors[f"{prefix}.lora_B.weight"], layer.lora.B.T)
     assert torch.equal(tensors[f"{prefix}.lora_magnitude_vector"], layer.m)
     numbers = sum(t.numel() for t in tensors.values())
-    assert 8 * numbers < (saved / "adapter_model.safetensors").stat().st_size < 8 * numbers + 2000
+    assert (
+        8 * numbers
+        < (saved / "adapter_model.safetensors").stat().st_size
+        < 8 * numbers + 2000
+    )
 
 
 def test_the_model_is_not_changed_by_saving(folder):
@@ -202,7 +219,9 @@ def test_a_loaded_adapter_can_be_trained_and_saved_again(saved, tmp_path):
     model = Base()
     load_adapter(model, saved)
     freeze_linear_layers(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01
+    )
     model(X).pow(2).mean().backward()
     optimizer.step()
     save_adapter(model, tmp_path / "next")
@@ -215,18 +234,24 @@ def test_a_loaded_adapter_can_be_trained_and_saved_again(saved, tmp_path):
 def test_numbers_are_rounded_only_if_asked_for(wide, folder):
     save_adapter(adapted(dtype=wide), folder)
     model = Base(torch.bfloat16)
-    with pytest.raises(AdapterFileError, match=r"would be rounded to torch.bfloat16; .*may_round=True"):
+    with pytest.raises(
+        AdapterFileError, match=r"would be rounded to torch.bfloat16; .*may_round=True"
+    ):
         load_adapter(model, folder)
     load_adapter(model, folder, may_round=True)
     assert model.head.lora.A.dtype == torch.bfloat16
-    assert torch.equal(model.head.lora.A, adapted(dtype=wide).head.lora.A.to(torch.bfloat16))
+    assert torch.equal(
+        model.head.lora.A, adapted(dtype=wide).head.lora.A.to(torch.bfloat16)
+    )
 
 
 def test_a_wider_model_takes_narrow_numbers_as_they_are(folder):
     save_adapter(adapted(dtype=torch.float32), folder)
     model = Base()
     load_adapter(model, folder)
-    assert torch.equal(model.head.lora.A, adapted(dtype=torch.float32).head.lora.A.double())
+    assert torch.equal(
+        model.head.lora.A, adapted(dtype=torch.float32).head.lora.A.double()
+    )
 
 
 # --- What can't be saved --------------------------------------------------------------------
@@ -253,7 +278,13 @@ class NotebookLoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear = linear
-        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha, dtype=linear.weight.dtype)
+        self.lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha,
+            dtype=linear.weight.dtype,
+        )
 
     def forward(self, x):
         return self.linear(x) + self.lora(x)
@@ -285,13 +316,19 @@ def mix(model):
 @pytest.mark.parametrize(
     ("model", "pattern"),
     [
-        (lambda: Base(), "Base has no adapters inside; put them in with replace_linear_layers"),
+        (
+            lambda: Base(),
+            "Base has no adapters inside; put them in with replace_linear_layers",
+        ),
         (lambda: moved(LinearWithLoRA), "LinearWithLoRA has no adapters inside"),
         (
             lambda: adapted(PerInput),
             r"inner.first \(PerInput\) has m of shape \(7,\); .* one number per output, \(5,\)",
         ),
-        (lambda: adapted(ScalesBias), r"ScalesBias\) doesn't compute DoRA's .* can't be saved"),
+        (
+            lambda: adapted(ScalesBias),
+            r"ScalesBias\) doesn't compute DoRA's .* can't be saved",
+        ),
         (lambda: spoilt(mix), "LoRA and DoRA adapters; PEFT's config names one kind"),
         (lambda: spoilt(share), r"one layer under several names: inner.third .*head"),
         (
@@ -302,12 +339,20 @@ def mix(model):
             lambda: spoilt(lambda m: m.head.linear.requires_grad_(True)),
             r"files: head.linear.weight, head.linear.bias",
         ),
-        (lambda: spoilt(lambda m: m.head.m.data.fill_(float("nan"))), "m of head holds NaN"),
-        (lambda: spoilt(lambda m: m.head.lora.A.data.fill_(float("inf"))), "A of head holds NaN or infinite"),
+        (
+            lambda: spoilt(lambda m: m.head.m.data.fill_(float("nan"))),
+            "m of head holds NaN",
+        ),
+        (
+            lambda: spoilt(lambda m: m.head.lora.A.data.fill_(float("inf"))),
+            "A of head holds NaN or infinite",
+        ),
         (lambda: adapted().to("meta"), "inner.first is on the meta device"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(model, pattern, folder):
+def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(
+    model, pattern, folder
+):
     with pytest.raises(ValueError, match=pattern):
         save_adapter(model(), folder)
     assert not folder.exists()
@@ -340,7 +385,9 @@ def test_every_flipped_bit_of_the_header_is_refused(folder):
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     for place in range(end):
         for bit in range(8):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            path.write_bytes(
+                whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+            )
             with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors"):
                 load_adapter(plain, folder)
     assert type(plain[0]) is nn.Linear
@@ -354,7 +401,9 @@ def test_a_flipped_bit_of_the_numbers_is_refused(tmp_path_factory, data):
     save_adapter(adapted(), folder)
     path = folder / "adapter_model.safetensors"
     whole = bytearray(path.read_bytes())
-    place = data.draw(st.integers(8 + struct.unpack("<Q", whole[:8])[0], len(whole) - 1))
+    place = data.draw(
+        st.integers(8 + struct.unpack("<Q", whole[:8])[0], len(whole) - 1)
+    )
     whole[place] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(whole)
     refused(folder, "was altered after it was saved")
@@ -399,22 +448,40 @@ def test_no_bytes_make_anything_but_a_clear_error(tmp_path_factory, content):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @given(
     st.sampled_from(
-        ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "bias"]
+        [
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            "target_modules",
+            "use_dora",
+            "bias",
+        ]
     ),
     JSON,
 )
-def test_no_value_of_a_setting_makes_anything_but_a_config_or_a_clear_error(tmp_path_factory, key, value):
+def test_no_value_of_a_setting_makes_anything_but_a_config_or_a_clear_error(
+    tmp_path_factory, key, value
+):
     path = tmp_path_factory.mktemp("config") / "adapter_config.json"
     path.write_text(
-        json.dumps({"peft_type": "LORA", "target_modules": ["head"], key: value}), encoding="utf-8"
+        json.dumps({"peft_type": "LORA", "target_modules": ["head"], key: value}),
+        encoding="utf-8",
     )
     try:
         config = read_config(path)
@@ -445,30 +512,52 @@ def test_no_value_of_a_setting_makes_anything_but_a_config_or_a_clear_error(tmp_
         ({"target_parameters": ["w"]}, "target_parameters"),
         ({"use_qalora": True}, "use_qalora=True isn't supported"),
         ({"a_setting_of_the_future": 2}, "a_setting_of_the_future=2 isn't supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weight"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base weight"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' changes the base weight",
+        ),
+        (
+            {"init_lora_weights": "olora"},
+            "init_lora_weights='olora' changes the base weight",
+        ),
         ({"r": 0}, "r must be a whole number, 1 or more; got 0"),
         ({"r": 2.5}, r"r must be a whole number, 1 or more; got 2\.5"),
         ({"r": "2"}, "r must be a whole number"),
         ({"lora_alpha": "2"}, "lora_alpha must be a finite number"),
         ({"lora_alpha": None}, "lora_alpha must be a finite number"),
         ({"use_dora": 1}, "use_dora must be true or false; got 1"),
-        ({"rank_pattern": {"head": -1}}, r"rank_pattern\['head'\] must be a whole number"),
-        ({"alpha_pattern": {"head": "x"}}, r"alpha_pattern\['head'\] must be a finite number"),
+        (
+            {"rank_pattern": {"head": -1}},
+            r"rank_pattern\['head'\] must be a whole number",
+        ),
+        (
+            {"alpha_pattern": {"head": "x"}},
+            r"alpha_pattern\['head'\] must be a finite number",
+        ),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '\\(' isn't a pattern"),
         ({"target_modules": "("}, "target_modules: '\\(' isn't a pattern"),
-        ({"target_modules": [3]}, r"target_modules must be a list of names or one pattern; got \[3\]"),
+        (
+            {"target_modules": [3]},
+            r"target_modules must be a list of names or one pattern; got \[3\]",
+        ),
     ],
 )
 def test_a_setting_that_is_not_supported_is_refused_by_name(saved, settings, pattern):
     change_config(saved, **settings)
-    refused(saved, rf"adapter_config\.json: {pattern}|adapter_config\.json: .*{pattern}")
+    refused(
+        saved, rf"adapter_config\.json: {pattern}|adapter_config\.json: .*{pattern}"
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lora_dropout": 0, "modules_to_save": None, "layers_to_transform": None, "loftq_config": {}},
+        {
+            "lora_dropout": 0,
+            "modules_to_save": None,
+            "layers_to_transform": None,
+            "loftq_config": {},
+        },
         {
             "init_lora_weights": "gaussian",
             "task_type": "CAUSAL_LM",
@@ -513,7 +602,10 @@ def ones(*shape, dtype=torch.float64):
         ),
         (replace(f"{KEY}.lora_A.weight", ones(6, 2)), r"shape \(6, 2\).*need \(2, 6\)"),
         (replace(f"{KEY}.lora_A.weight", ones(3, 6)), r"shape \(3, 6\); rank 2"),
-        (replace(f"{KEY}.lora_B.weight", ones(3, 3)), r"head.lora_B.weight has the shape \(3, 3\); rank 2"),
+        (
+            replace(f"{KEY}.lora_B.weight", ones(3, 3)),
+            r"head.lora_B.weight has the shape \(3, 3\); rank 2",
+        ),
         (replace(f"{KEY}.lora_B.weight", ones(3, 2, 1)), r"shape \(3, 2, 1\)"),
         (
             replace(f"{KEY}.lora_magnitude_vector", ones(6)),
@@ -523,30 +615,57 @@ def ones(*shape, dtype=torch.float64):
             replace(f"{KEY}.lora_A.weight", ones(2, 6, dtype=torch.int64)),
             r"dtype torch.int64; allowed are float16",
         ),
-        (replace(f"{KEY}.lora_A.weight", ones(2, 6, dtype=torch.bool)), "dtype torch.bool"),
+        (
+            replace(f"{KEY}.lora_A.weight", ones(2, 6, dtype=torch.bool)),
+            "dtype torch.bool",
+        ),
         (
             replace(f"{KEY}.lora_A.weight", ones(2, 6) * float("nan")),
             "head.lora_A.weight holds NaN or infinite",
         ),
         (without(f"{KEY}.lora_A.weight"), "head.lora_A.weight is missing"),
         (without(f"{KEY}.lora_B.weight"), "head.lora_B.weight is missing"),
-        (without(f"{KEY}.lora_magnitude_vector"), "head.lora_magnitude_vector is missing"),
-        (renamed(f"{KEY}.", "base_model.model.tail."), "the model has no layer 'tail'; is it the base model"),
-        (renamed(f"{KEY}.", "base_model.model.plain."), r"shape|doesn't name|no tensors"),
+        (
+            without(f"{KEY}.lora_magnitude_vector"),
+            "head.lora_magnitude_vector is missing",
+        ),
+        (
+            renamed(f"{KEY}.", "base_model.model.tail."),
+            "the model has no layer 'tail'; is it the base model",
+        ),
+        (
+            renamed(f"{KEY}.", "base_model.model.plain."),
+            r"shape|doesn't name|no tensors",
+        ),
         (
             renamed("base_model.model.", ""),
             r"unknown tensor 'head.lora_A.weight'; allowed are base_model.model.<layer>",
         ),
-        (replace(f"{KEY}.lora_A.bias", ones(2)), "unknown tensor 'base_model.model.head.lora_A.bias'"),
-        (replace(f"{KEY}.weight", ones(3, 6)), "unknown tensor 'base_model.model.head.weight'"),
-        (replace("base_model.model.words.lora_embedding_A", ones(2, 6)), "unknown tensor .*no embeddings"),
+        (
+            replace(f"{KEY}.lora_A.bias", ones(2)),
+            "unknown tensor 'base_model.model.head.lora_A.bias'",
+        ),
+        (
+            replace(f"{KEY}.weight", ones(3, 6)),
+            "unknown tensor 'base_model.model.head.weight'",
+        ),
+        (
+            replace("base_model.model.words.lora_embedding_A", ones(2, 6)),
+            "unknown tensor .*no embeddings",
+        ),
         (replace("../../etc.lora_A.weight", ones(2, 6)), "unknown tensor '../../etc"),
-        (lambda _: {}, "no tensors for inner.first, inner.second, head, which target_modules names"),
+        (
+            lambda _: {},
+            "no tensors for inner.first, inner.second, head, which target_modules names",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(saved, change, pattern):
     write_tensors(saved, change(tensors_of(saved)))
-    refused(saved, rf"adapter_model\.safetensors: .*{pattern}|adapter_model\.safetensors: {pattern}")
+    refused(
+        saved,
+        rf"adapter_model\.safetensors: .*{pattern}|adapter_model\.safetensors: {pattern}",
+    )
 
 
 def test_layers_beside_the_targets_are_refused_in_both_directions(saved):
@@ -559,7 +678,10 @@ def test_layers_beside_the_targets_are_refused_in_both_directions(saved):
     change_config(saved, target_modules=NAMES, exclude_modules=["head"])
     refused(saved, "tensors for head, which target_modules doesn't name")
     change_config(saved, target_modules=None, exclude_modules=None)
-    refused(saved, "tensors for head, inner.first, inner.second, which target_modules doesn't name")
+    refused(
+        saved,
+        "tensors for head, inner.first, inner.second, which target_modules doesn't name",
+    )
     write_tensors(saved, {})
     refused(saved, r"target_modules=\[\] names no layer of this model")
 
@@ -568,7 +690,9 @@ def test_a_magnitude_without_use_dora_and_use_dora_without_a_magnitude(saved):
     change_config(saved, use_dora=False)
     refused(saved, "lora_magnitude_vector is a magnitude, but use_dora is false")
     change_config(saved, use_dora=True)
-    write_tensors(saved, {k: v for k, v in tensors_of(saved).items() if "magnitude" not in k})
+    write_tensors(
+        saved, {k: v for k, v in tensors_of(saved).items() if "magnitude" not in k}
+    )
     refused(saved, "lora_magnitude_vector is missing")
 
 
@@ -588,12 +712,14 @@ class Other(Base):
 
 
 @pytest.mark.parametrize(
-    "kind", [nn.Conv1d(6, 3, 1), nn.Embedding(3, 6), nn.Bilinear(2, 3, 3), nn.Identity()]
+    "kind",
+    [nn.Conv1d(6, 3, 1), nn.Embedding(3, 6), nn.Bilinear(2, 3, 3), nn.Identity()],
 )
 def test_layers_of_another_kind_are_refused_by_name(saved, kind):
     model = Other(kind)
     with pytest.raises(
-        AdapterFileError, match=f"head is a {type(kind).__name__}; only nn.Linear is supported"
+        AdapterFileError,
+        match=f"head is a {type(kind).__name__}; only nn.Linear is supported",
     ):
         load_adapter(model, saved)
     assert type(model.inner["first"]) is nn.Linear
@@ -609,7 +735,9 @@ def test_a_shared_layer_is_refused(saved):
 def test_an_adapted_model_is_refused(saved):
     model = adapted()
     before = snapshot(model)
-    with pytest.raises(AdapterFileError, match=r"head is already adapted: load into the plain model"):
+    with pytest.raises(
+        AdapterFileError, match=r"head is already adapted: load into the plain model"
+    ):
         load_adapter(model, saved)
     assert_same_state(model, before)
 
@@ -618,11 +746,17 @@ def test_an_adapted_model_is_refused(saved):
 
 
 def test_a_missing_folder_or_file_is_named(saved, tmp_path):
-    refused(tmp_path / "nowhere", "nowhere isn't a folder; an adapter is a folder with", FileNotFoundError)
+    refused(
+        tmp_path / "nowhere",
+        "nowhere isn't a folder; an adapter is a folder with",
+        FileNotFoundError,
+    )
     (saved / "adapter_model.safetensors").unlink()
     refused(saved, r"has no adapter_model\.safetensors$", FileNotFoundError)
     (saved / "adapter_model.bin").write_bytes(b"")
-    refused(saved, r"adapter_model\.bin, a pickle, .* never read here", FileNotFoundError)
+    refused(
+        saved, r"adapter_model\.bin, a pickle, .* never read here", FileNotFoundError
+    )
     (saved / "adapter_config.json").unlink()
     refused(saved, r"has no adapter_config\.json", FileNotFoundError)
 
@@ -631,7 +765,10 @@ def test_a_missing_folder_or_file_is_named(saved, tmp_path):
 def test_a_path_that_leaves_the_folder_is_refused(saved, tmp_path, name):
     (saved / name).rename(tmp_path / name)
     (saved / name).symlink_to(tmp_path / name)
-    refused(saved, rf"{re.escape(name)}: leads out of .*; put the file itself into the folder")
+    refused(
+        saved,
+        rf"{re.escape(name)}: leads out of .*; put the file itself into the folder",
+    )
 
 
 def test_a_link_to_the_folder_itself_is_fine(saved, tmp_path):
@@ -653,7 +790,9 @@ def test_a_folder_that_another_process_is_replacing_is_waited_for(saved):
     arrival.join()
 
 
-def test_a_new_folder_that_a_crash_left_is_not_waited_for_without_end(saved, monkeypatch):
+def test_a_new_folder_that_a_crash_left_is_not_waited_for_without_end(
+    saved, monkeypatch
+):
     monkeypatch.setattr(adapter_files, "PATIENCE", 0.1)
     saved.rename(saved.with_name(f".{saved.name}.0123abcd.new"))
     refused(saved, "isn't a folder; an adapter is a folder with", FileNotFoundError)
@@ -680,7 +819,8 @@ def test_a_bank_is_refused_and_told_what_to_do(saved, tmp_path):
     model = Base()
     AdapterBank(model).add("anna", saved)
     with pytest.raises(
-        ValueError, match="no A and B of one adapter; save each adapter from a model of its own"
+        ValueError,
+        match="no A and B of one adapter; save each adapter from a model of its own",
     ):
         save_adapter(model, tmp_path / "other")
 

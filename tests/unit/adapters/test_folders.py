@@ -1,4 +1,5 @@
-"""A folder is replaced in one step: whenever the process is killed, the old folder is there or the new one."""
+"""A folder is replaced in one step: whenever the process is killed, the old folder is
+there or the new one."""
 
 import ctypes
 import os
@@ -19,7 +20,8 @@ OLD, NEW = (
     {"a.json": b"new settings", "b.bin": b"new" * 1000},
 )
 
-# Kills itself just before its n-th step that touches the disk; Python reports each of them to an audit hook.
+# Kills itself just before its n-th step that touches the disk; Python reports each of
+# them to an audit hook.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
@@ -40,7 +42,8 @@ def hook(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if exchange:
-    # The exchange itself can't be stopped in the middle; just after it is another moment.
+    # The exchange itself can't be stopped in the middle; just after it is another
+    # moment.
     swap = _folders._exchange
     def swap_and_report(first, second):
         done = swap(first, second)
@@ -54,7 +57,8 @@ _folders.replace_folder(folder, new)
 
 @pytest.fixture(params=["exchange", "two renames"])
 def either_way(request, monkeypatch):
-    """The way in which two folders change places: in one step, or as on a system that can't do that."""
+    """The way in which two folders change places: in one step, or as on a system that
+    can't do that."""
     if request.param == "two renames":
         monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
 
@@ -84,11 +88,16 @@ def test_killed_at_any_step_the_old_or_the_new_folder_is_there(tmp_path, way, be
         if before != "nothing":
             write(folder, OLD)
         run = subprocess.run(
-            [sys.executable, "-c", CHILD, folder, str(step), way], capture_output=True, text=True, check=False
+            [sys.executable, "-c", CHILD, folder, str(step), way],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert run.returncode in (0, -signal.SIGKILL), run.stderr
         if way == "exchange" and before != "nothing":
-            assert folder.is_dir(), "readers that know nothing of recover() see a folder at every moment"
+            assert folder.is_dir(), (
+                "readers that know nothing of recover() see a folder at every moment"
+            )
         recover(folder)
         found = content(folder) if folder.exists() else {}
         assert found in ([OLD, NEW] if before != "nothing" else [{}, NEW])
@@ -166,7 +175,9 @@ def test_everything_is_synced_before_the_folder_changes_its_name(tmp_path, monke
     order = []
     sync, move = os.fsync, _folders._move_into_place
     monkeypatch.setattr(os, "fsync", lambda d: order.append("sync") or sync(d))
-    monkeypatch.setattr(_folders, "_move_into_place", lambda *a: order.append("move") or move(*a))
+    monkeypatch.setattr(
+        _folders, "_move_into_place", lambda *a: order.append("move") or move(*a)
+    )
     replace_folder(tmp_path / "adapter", NEW)
     # Two files and the folder that names them; then the folder above.
     assert order == ["sync", "sync", "sync", "move", "sync"]
@@ -219,7 +230,9 @@ def test_what_another_process_has_put_back_is_no_error(tmp_path, monkeypatch):
     assert content(tmp_path / "adapter") == OLD
 
 
-def test_a_folder_that_another_process_puts_there_first_is_replaced(tmp_path, monkeypatch):
+def test_a_folder_that_another_process_puts_there_first_is_replaced(
+    tmp_path, monkeypatch
+):
     folder, rename = tmp_path / "adapter", Path.rename
 
     def rename_too_late(path, target):
@@ -243,7 +256,10 @@ def test_a_folder_that_cannot_be_put_there_is_an_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux exchanges folders in one step")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="only Linux exchanges folders in one step",
+)
 def test_two_folders_change_names_also_under_relative_paths(tmp_path, monkeypatch):
     write(tmp_path / "first", OLD)
     write(tmp_path / "second", NEW)
@@ -253,7 +269,9 @@ def test_two_folders_change_names_also_under_relative_paths(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("lacking", ["Linux", "the call"])
-def test_a_system_that_cannot_exchange_folders_takes_two_steps(tmp_path, monkeypatch, lacking):
+def test_a_system_that_cannot_exchange_folders_takes_two_steps(
+    tmp_path, monkeypatch, lacking
+):
     if lacking == "Linux":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:

@@ -1,4 +1,5 @@
-"""Each exercise's check accepts the solution, refuses known mistakes with the right hint, and shows no answer."""
+"""Each exercise's check accepts the solution, refuses known mistakes with the right
+hint, and shows no answer."""
 
 import itertools
 
@@ -24,7 +25,9 @@ def dora(x, weight, bias, A, B, alpha, m):
 
 def merge(layer, weight=None, bias="clone", dtype="the layer's"):
     dtype = layer.weight.dtype if dtype == "the layer's" else dtype
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
+    plain = nn.Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype
+    )
     with torch.no_grad():
         plain.weight.copy_(layer.weight if weight is None else weight)
         if layer.bias is not None and bias != "left as drawn":
@@ -62,7 +65,9 @@ def freeze_by_class(classes):
         for module in model.modules():
             if isinstance(module, classes):
                 for factor in (
-                    (module.A, module.B) if hasattr(module, "A") else (module.lora.A, module.lora.B)
+                    (module.A, module.B)
+                    if hasattr(module, "A")
+                    else (module.lora.A, module.lora.B)
                 ):
                     factor.requires_grad_(True)
 
@@ -83,7 +88,9 @@ class LocalLoRALayer(nn.Module):
 
 def freeze_named(model):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in {f"linear{i}.lora.{factor}" for i in (1, 2) for factor in "AB"})
+        parameter.requires_grad_(
+            name in {f"linear{i}.lora.{factor}" for i in (1, 2) for factor in "AB"}
+        )
 
 
 def freeze_all_but_wrappers(model):
@@ -187,18 +194,26 @@ def kept_of(sigma):
 
 def floats(function):
     """Give the same answers as numbers of Python where they are single numbers."""
-    return lambda *a: tuple(part.item() if part.ndim == 0 else part for part in function(*a))
+    return lambda *a: tuple(
+        part.item() if part.ndim == 0 else part for part in function(*a)
+    )
 
 
 def kept_share(sigma, share):
     return int((sigma.square().cumsum(0) / sigma.square().sum() < share).sum())
 
 
-def held_back(scores, contains, worse=lambda mine, its: mine[0] < its[0] and mine[1] > its[1]):
+def held_back(
+    scores, contains, worse=lambda mine, its: mine[0] < its[0] and mine[1] > its[1]
+):
     return [
         method
         for method in scores
-        if any(worse(scores[method], scores[part]) for part in contains.get(method, ()) if part in scores)
+        if any(
+            worse(scores[method], scores[part])
+            for part in contains.get(method, ())
+            if part in scores
+        )
     ]
 
 
@@ -207,7 +222,9 @@ def enough_networks(tests, sides=2):
 
 
 def sign_flip(d, as_far=lambda means, seen: means.abs() >= seen.abs() - 1e-12):
-    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=len(d))), dtype=d.dtype)
+    signs = torch.tensor(
+        list(itertools.product([-1.0, 1.0], repeat=len(d))), dtype=d.dtype
+    )
     return as_far((signs * d).mean(dim=1), d.mean()).double().mean()
 
 
@@ -224,7 +241,11 @@ def factored(w, A, B, a, twice=2, mixed=1, last=2):
 
 
 def diagonal_of_full(w, A, B, a):
-    return w.norm(dim=1) ** 2 + 2 * a * (w @ A @ B).diag() + a**2 * ((A.T @ A @ B) * B).sum(0)
+    return (
+        w.norm(dim=1) ** 2
+        + 2 * a * (w @ A @ B).diag()
+        + a**2 * ((A.T @ A @ B) * B).sum(0)
+    )
 
 
 def accumulated_in_place(w, A, B, a):
@@ -237,11 +258,17 @@ FULL_UPDATES = {
     "multi_dot": lambda w, A, B, a: (
         w + a * torch.linalg.multi_dot([torch.eye(len(A), dtype=A.dtype), A, B]).T
     ),
-    "baddbmm": lambda w, A, B, a: torch.baddbmm(w[None], B.T[None], A.T[None], alpha=a)[0],
+    "baddbmm": lambda w, A, B, a: torch.baddbmm(w[None], B.T[None], A.T[None], alpha=a)[
+        0
+    ],
     "bmm": lambda w, A, B, a: w + a * torch.bmm(B.T[None], A.T[None])[0],
     "addmm_": lambda w, A, B, a: w.clone().addmm_(B.T, A.T, alpha=a),
-    "outer": lambda w, A, B, a: w + a * sum(torch.outer(b, c) for b, c in zip(B, A.T, strict=True)),
-    "out": lambda w, A, B, a: torch.addmm(w, B.T, A.T, alpha=a, out=torch.empty_like(w)),
+    "outer": lambda w, A, B, a: (
+        w + a * sum(torch.outer(b, c) for b, c in zip(B, A.T, strict=True))
+    ),
+    "out": lambda w, A, B, a: torch.addmm(
+        w, B.T, A.T, alpha=a, out=torch.empty_like(w)
+    ),
 }
 
 
@@ -251,7 +278,12 @@ def mixed(x, w, b, A, B, c, choice):
 
 
 def mixed_by_rows(x, w, b, A, B, c, choice):
-    return torch.stack([c[k] * (row @ w.T + row @ A[k] @ B[k]) + b for row, k in zip(x, choice, strict=True)])
+    return torch.stack(
+        [
+            c[k] * (row @ w.T + row @ A[k] @ B[k]) + b
+            for row, k in zip(x, choice, strict=True)
+        ]
+    )
 
 
 def mixed_by_customers(x, w, b, A, B, c, choice):
@@ -271,12 +303,16 @@ def mixed_divided_again(x, w, b, A, B, c, choice):
 
 
 def mixed_by_einsum(x, w, b, A, B, c, choice):
-    update = torch.einsum("br,bro->bo", torch.einsum("bi,bir->br", x, A[choice]), B[choice])
+    update = torch.einsum(
+        "br,bro->bo", torch.einsum("bi,bir->br", x, A[choice]), B[choice]
+    )
     return torch.addcmul(b, c[choice], x @ w.T + update)
 
 
 def mixed_by_vmap(x, w, b, A, B, c, choice):
-    update = torch.vmap(lambda row, first, second: row @ first @ second)(x, A[choice], B[choice])
+    update = torch.vmap(lambda row, first, second: row @ first @ second)(
+        x, A[choice], B[choice]
+    )
     return c[choice] * (F.linear(x, w) + update) + b
 
 
@@ -289,7 +325,10 @@ def mixed_lora(x, w, b, A, B, c, choice):
 
 
 def starts_as_pretrained(layer_class):
-    linear, x = nn.Linear(6, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    linear, x = (
+        nn.Linear(6, 4, dtype=torch.float64),
+        torch.randn(5, 6, dtype=torch.float64),
+    )
     return torch.allclose(layer_class(linear, 2, 3.0)(x), linear(x))
 
 
@@ -297,14 +336,23 @@ def finds_bug_without(*left_out):
     """Return a test of a layer's properties that asks for all but these."""
 
     def finds_bug(layer_class):
-        linear, x = nn.Linear(6, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
-        layer, zero = layer_class(linear, 2, 3.0), torch.zeros(1, 6, dtype=torch.float64)
+        linear, x = (
+            nn.Linear(6, 4, dtype=torch.float64),
+            torch.randn(5, 6, dtype=torch.float64),
+        )
+        layer, zero = (
+            layer_class(linear, 2, 3.0),
+            torch.zeros(1, 6, dtype=torch.float64),
+        )
         with torch.no_grad():
             held = {"start": torch.allclose(layer(x), linear(x))}
             layer.lora.B.normal_()
             lengths = weight_of(layer).norm(dim=1)
-            # Of m's lengths only the shape that the others need: a norm per input is found by the outputs.
-            held["lengths"] = lengths.shape != layer.m.shape or torch.allclose(lengths, layer.m)
+            # Of m's lengths only the shape that the others need: a norm per input is
+            # found by the outputs.
+            held["lengths"] = lengths.shape != layer.m.shape or torch.allclose(
+                lengths, layer.m
+            )
             before, b = layer(x), layer(zero)
             held["linear"] = torch.allclose(layer(3 * x) - b, 3 * (before - b))
             layer.lora.B.div_(2)
@@ -312,7 +360,9 @@ def finds_bug_without(*left_out):
             held["alpha"] = torch.allclose(layer(x), before)
             before = layer(x)
             layer.m[0] *= 2
-            held["one output"] = (~torch.isclose(layer(x), before).all(0)).sum().item() == 1
+            held["one output"] = (
+                ~torch.isclose(layer(x), before).all(0)
+            ).sum().item() == 1
             held["bias"] = torch.allclose(layer(zero), linear.bias)
         return not all(value for name, value in held.items() if name not in left_out)
 
@@ -320,7 +370,10 @@ def finds_bug_without(*left_out):
 
 
 def weight_of(layer):
-    return (layer(torch.eye(6, dtype=torch.float64)) - layer(torch.zeros(1, 6, dtype=torch.float64))).T
+    return (
+        layer(torch.eye(6, dtype=torch.float64))
+        - layer(torch.zeros(1, 6, dtype=torch.float64))
+    ).T
 
 
 def moves_m_of_any_shape(layer_class):
@@ -368,15 +421,31 @@ OTHER_SOLUTIONS = [
     ("freeze_all_but_adapters", freeze_by_attribute),
     ("freeze_all_but_adapters", freeze_by_class(LoRALayer)),
     ("freeze_all_but_adapters", freeze_by_class(LinearWithLoRA)),
-    ("merge", lambda layer: merge_in_default_dtype(layer, torch.float64).to(layer.weight.dtype)),
+    (
+        "merge",
+        lambda layer: merge_in_default_dtype(layer, torch.float64).to(
+            layer.weight.dtype
+        ),
+    ),
     ("unit_vector", lambda v: v / v.norm().clamp(min=1e-30)),
     ("unit_vector", lambda v: v if not v.any() else F.normalize(v, dim=0, eps=0)),
     ("weight_norm_gradients", floats(weight_norm)),
     ("apply_update", lambda x, w, A, B: torch.addmm(F.linear(x, w), x @ A, B)),
-    ("apply_update", lambda x, w, A, B: F.linear(x, w) + torch.einsum("bi,ir,ro->bo", x, A, B)),
+    (
+        "apply_update",
+        lambda x, w, A, B: F.linear(x, w) + torch.einsum("bi,ir,ro->bo", x, A, B),
+    ),
     ("dora_output", factored_dora),
-    ("dora_output", lambda x, w, b, A, B, a, m: torch.addmm(b, x @ A, B) * 0 + dora(x, w, b, A, B, a, m)),
-    ("paired_difference", floats(lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5))),
+    (
+        "dora_output",
+        lambda x, w, b, A, B, a, m: (
+            torch.addmm(b, x @ A, B) * 0 + dora(x, w, b, A, B, a, m)
+        ),
+    ),
+    (
+        "paired_difference",
+        floats(lambda a, b: ((a - b).mean(), (a - b).std() / len(a) ** 0.5)),
+    ),
     ("magnitude_only", magnitudes_by_attribute),
     (
         "factored_squares",
@@ -389,13 +458,19 @@ OTHER_SOLUTIONS = [
         "factored_squares",
         lambda w, A, B, a: (
             torch.linalg.vector_norm(w, dim=1).square()
-            + torch.linalg.vecdot(torch.addmm(F.linear(A.T, w), A.T @ A, B, beta=2 * a, alpha=a**2), B, dim=0)
+            + torch.linalg.vecdot(
+                torch.addmm(F.linear(A.T, w), A.T @ A, B, beta=2 * a, alpha=a**2),
+                B,
+                dim=0,
+            )
         ),
     ),
     ("mixed_batch", mixed_by_einsum),
     (
         "mixed_batch",
-        lambda x, w, b, A, B, c, k: c[k] * (x @ w.T + torch.einsum("bi,bir,bro->bo", x, A[k], B[k])) + b,
+        lambda x, w, b, A, B, c, k: (
+            c[k] * (x @ w.T + torch.einsum("bi,bir,bro->bo", x, A[k], B[k])) + b
+        ),
     ),
     ("mixed_batch", mixed_by_vmap),
     ("mixed_batch", mixed_of_all),
@@ -701,7 +776,11 @@ def untouched(*_):
 
 
 def test_every_check_is_tested():
-    names = {name.removeprefix("check_") for name in vars(checks) if name.startswith("check_")}
+    names = {
+        name.removeprefix("check_")
+        for name in vars(checks)
+        if name.startswith("check_")
+    }
     assert names == SOLUTIONS.keys() == MISTAKES.keys()
 
 
@@ -759,10 +838,17 @@ def test_every_exercise_knows_four_mistakes_or_more(name):
     assert len({hint for _, hint in MISTAKES[name] if hint != "isn't right yet"}) >= 4
 
 
-# Exercises on a model. How each could be answered for one example alone stands among their mistakes.
+# Exercises on a model. How each could be answered for one example alone stands among
+# their mistakes.
 ON_MODELS = {"freeze_all_but_adapters", "merge", "magnitude_only", "finds_bug"}
 ON_VALUES = [name for name in SOLUTIONS if name not in ON_MODELS]
-ON_NUMBERS = {"adapter_parameters", "scaling", "multiplications", "standard_error", "enough_networks"}
+ON_NUMBERS = {
+    "adapter_parameters",
+    "scaling",
+    "multiplications",
+    "standard_error",
+    "enough_networks",
+}
 
 
 @pytest.mark.parametrize("name", ON_VALUES)
@@ -793,10 +879,13 @@ def test_a_right_answer_that_changes_what_it_was_given_is_refused(name):
 
 
 def with_tensors(answer, change):
-    """Return the answer with ``change`` applied to its tensors that aren't single numbers."""
+    """Return the answer with ``change`` applied to its tensors that aren't single
+    numbers."""
     if isinstance(answer, tuple):
         return tuple(with_tensors(part, change) for part in answer)
-    return change(answer) if isinstance(answer, torch.Tensor) and answer.ndim else answer
+    return (
+        change(answer) if isinstance(answer, torch.Tensor) and answer.ndim else answer
+    )
 
 
 RETURNS_TENSORS = [
@@ -819,7 +908,10 @@ RETURNS_TENSORS = [
 @pytest.mark.parametrize(
     ("change", "hint"),
     [
-        (lambda tensor: tensor.float(), "wrong dtype: torch.float32 instead of torch.float64"),
+        (
+            lambda tensor: tensor.float(),
+            "wrong dtype: torch.float32 instead of torch.float64",
+        ),
         (lambda tensor: tensor.unsqueeze(0), "right values in the wrong shape"),
         (lambda tensor: tensor[:1], "wrong shape"),
     ],
@@ -827,4 +919,6 @@ RETURNS_TENSORS = [
 )
 def test_right_values_of_another_kind_are_told_from_wrong_values(name, change, hint):
     with pytest.raises(ExerciseError, match=hint):
-        getattr(checks, f"check_{name}")(lambda *inputs: with_tensors(SOLUTIONS[name](*inputs), change))
+        getattr(checks, f"check_{name}")(
+            lambda *inputs: with_tensors(SOLUTIONS[name](*inputs), change)
+        )

@@ -1,4 +1,5 @@
-"""A notebook with the parameters of comparison.ipynb that computes nothing, so that a sweep takes seconds."""
+"""A notebook with the parameters of comparison.ipynb that computes nothing, so that a
+sweep takes seconds."""
 
 import _thread
 import json
@@ -17,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 # A sweep that takes longer is interrupted, so that it can't hold up all tests.
 SECONDS = 240
 
-# It fails where a test has planted it, waits where a test wants to interrupt it, and else makes up a result
-# that depends on all parameters.
+# It fails where a test has planted it, waits where a test wants to interrupt it, and
+# else makes up a result that depends on all parameters.
 BODY = """
 import hashlib, json, os, time
 from pathlib import Path
@@ -103,7 +104,8 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def sweep(arguments, monkeypatch, capfd):
-    """Run a sweep to its end in this process, which has loaded all that the command would load first."""
+    """Run a sweep to its end in this process, which has loaded all that the command
+    would load first."""
 
     def run(*more, out="out", **environment):
         with monkeypatch.context() as patch:
@@ -123,7 +125,8 @@ def sweep(arguments, monkeypatch, capfd):
 
 @pytest.fixture
 def kept(tmp_path):
-    """Return what a sweep keeps: the results by the run's name, those that failed, and all other names."""
+    """Return what a sweep keeps: the results by the run's name, those that failed, and
+    all other names."""
 
     def read(out="out"):
         folder = tmp_path / out

@@ -27,7 +27,8 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 def moved(control, bias=True, dtype=torch.float64):
-    """Return a control as training could have left it, with some factors below zero, and seven inputs, five outputs."""
+    """Return a control as training could have left it, with some factors below zero,
+    and seven inputs, five outputs."""
     layer = control(linear_layer(bias=bias, dtype=dtype), 3, 1.7)
     with torch.no_grad():
         for number, parameter in enumerate([layer.lora.A, layer.lora.B, getattr(layer, CONTROLS[control])]):
@@ -187,14 +188,16 @@ def test_a_new_control_is_the_linear_layer_bit_for_bit_in_the_dtype_of_its_weigh
     )
     assert layer.weight.dtype == layer(x).dtype == dtype
     if bias and control is not LinearWithRandomRows:
-        # The gain stands between product and bias, so there is a rounding more than in torch's one step.
+        # The gain stands between product and bias, so there is a rounding more than in
+        # torch's one step.
         assert_equal_but_for_rounding(layer(x), linear(x))
     else:
         assert torch.equal(layer(x), linear(x))
 
 
 def far_away(control, bias):
-    """Return a control of 7 inputs and 5 outputs with all its numbers moved: those beside A and B of both signs, and one zero."""
+    """Return a control of 7 inputs and 5 outputs with all its numbers moved: those
+    beside A and B of both signs, and one zero."""
     layer = control(linear_layer(bias=bias), 3, 1.7)
     with torch.no_grad():
         layer.lora.B.copy_(normal(3, 5, seed=11))

@@ -1,4 +1,5 @@
-"""What is decided is declared before the runs, refused if they can't answer it, and judged network by network."""
+"""What is decided is declared before the runs, refused if they can't answer it, and
+judged network by network."""
 
 import copy
 import json
@@ -30,7 +31,8 @@ DECLARED = {
         {"first": DORA, "second": "gain", "ranks": [1]},
     ],
 }
-# By how much DoRA is ahead of LoRA above each network, in the mean over shifts and ranks.
+# By how much DoRA is ahead of LoRA above each network, in the mean over shifts and
+# ranks.
 AHEAD = [0.03, 0.05, 0.02, 0.04, 0.06, 0.03, 0.05, 0.04]
 
 
@@ -43,7 +45,8 @@ def one_test(first=DORA, second="LoRA", ranks=(1,)):
 
 
 def scores(ahead=AHEAD, gain=0.001):
-    """DoRA's lead over LoRA differs between the ranks and is ``ahead`` in their mean."""
+    """DoRA's lead over LoRA differs between the ranks and is ``ahead`` in their
+    mean."""
     lora = [0.70 + 0.01 * place for place in range(len(ahead))]
     dora = {
         rank: [a + by + d for a, d in zip(lora, ahead, strict=True)] for rank, by in ((1, 0.2), (4, -0.2))
@@ -101,7 +104,8 @@ def test_the_intervals_level_goes_by_the_number_of_tests(count):
 
 
 def test_a_corrected_p_above_five_of_a_hundred_decides_nothing_whatever_the_interval():
-    # Six equal signs: p = 2/64 = 0.031 stands for one test, and not for two. The t interval excludes zero in both.
+    # Six equal signs: p = 2/64 = 0.031 stands for one test, and not for two. The t
+    # interval excludes zero in both.
     steady = scores([0.030, 0.031, 0.029, 0.030, 0.032, 0.028])
     alone = judged(both_shifts(steady), tests=one_test(ranks=[1, 4]))
     assert (alone["p_holm"].iloc[0], alone["verdict"].iloc[0]) == (pytest.approx(0.03125), "better")
@@ -177,7 +181,8 @@ def test_a_network_that_lacks_one_run_does_not_count(lacks):
 
 
 def test_what_only_describes_does_not_get_into_the_declared_tests():
-    """Further shifts, lengths, ranks and methods, and the same runs in another result, change nothing."""
+    """Further shifts, lengths, ranks and methods, and the same runs in another result,
+    change nothing."""
     answers = judged(both_shifts())
     far = {key: [value / 3 for value in values] for key, values in scores().items()}
     describing = [
@@ -316,7 +321,8 @@ def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-# Networks that have one of a test's ranks, or one of its shifts, and not the other, don't count when it is judged.
+# Networks that have one of a test's ranks, or one of its shifts, and not the other,
+# don't count when it is judged.
 @pytest.mark.parametrize("apart", [{"ranks": ([1], [4])}, {"shift": (["permutation"], ["inversion"])}])
 def test_enough_networks_must_have_all_of_a_tests_runs(apart):
     ((name, values),) = apart.items()
@@ -331,7 +337,8 @@ def test_enough_networks_must_have_all_of_a_tests_runs(apart):
         declaration.check(halves)
 
 
-# A test's mean over “rotation” would be one over two angles, and a network with one of them would still count.
+# A test's mean over “rotation” would be one over two angles, and a network with one of
+# them would still count.
 def test_a_declared_shift_is_one_task():
     runs = settings()
     read_declaration(declared()).check(runs)

@@ -1,4 +1,5 @@
-"""One run in a process of its own: a kernel that never answers is started again, another failure isn't."""
+"""One run in a process of its own: a kernel that never answers is started again,
+another failure isn't."""
 
 import json
 import subprocess
@@ -17,7 +18,8 @@ DIED = "RuntimeError: Kernel died before replying to kernel_info"
 
 @pytest.fixture
 def papermill(monkeypatch):
-    """Stand in for papermill: what its processes write to stderr, one after the other, and how many there were."""
+    """Stand in for papermill: what its processes write to stderr, one after the other,
+    and how many there were."""
     plan, started = [], []
 
     def run(command, *, cwd, **_):
@@ -63,7 +65,8 @@ def test_another_failure_is_not_tried_again(papermill):
     assert len(started) == 1
 
 
-# A signal that Python takes note of while the main thread is about to wait interrupts no wait.
+# A signal that Python takes note of while the main thread is about to wait interrupts
+# no wait.
 INTERRUPTED = """
 import _thread, threading
 from concurrent.futures import Future

@@ -1,4 +1,5 @@
-"""The protocol: all methods get the same, nothing is chosen by the test split, and networks share nothing."""
+"""The protocol: all methods get the same, nothing is chosen by the test split, and
+networks share nothing."""
 
 import copy
 import functools
@@ -87,7 +88,8 @@ def test_what_a_task_holds_comes_from_disjoint_splits_and_never_from_the_test_sp
 
 
 def test_images_that_nobody_may_see_change_nothing(monkeypatch):
-    """With other validation and test images the pretrained network and the training images are the same."""
+    """With other validation and test images the pretrained network and the training
+    images are the same."""
     spoilt = raw_splits()
     for digits in (spoilt.validation, spoilt.test):
         digits.images.fill_(0.5)
@@ -115,7 +117,8 @@ def test_each_network_has_its_own_splits_start_and_pixels(task):
             (mine.validation, splits.validation),
             (test, splits.test),
         ):
-            # In the same way in all splits: the mean of the training images is subtracted from each.
+            # In the same way in all splits: the mean of the training images is
+            # subtracted from each.
             expected = permute_pixels(original, network).images
             expected = expected - permute_pixels(splits.train, network).images.mean(dim=0)
             assert torch.allclose(part.images, expected, atol=1e-12)

@@ -1,4 +1,5 @@
-"""Grids become the right runs, wrong ones are refused before anything runs, and a run is known by what decides it."""
+"""Grids become the right runs, wrong ones are refused before anything runs, and a run
+is known by what decides it."""
 
 import json
 import re
@@ -149,7 +150,8 @@ def test_runs_that_differ_in_any_one_setting_are_two(defaults):
     assert list(OTHERS) == Settings.names()
     runs = [one, *(replace(one, **{name: value}) for name, value in OTHERS.items())]
     assert len({run_id(run, "a") for run in runs}) == len(runs)
-    # The order of seeds or networks is another run too, and so is another version of the code.
+    # The order of seeds or networks is another run too, and so is another version of
+    # the code.
     two = replace(one, seeds=[1, 2])
     assert run_id(two, "a") != run_id(replace(two, seeds=[2, 1]), "a")
     assert run_id(one, "a") != run_id(one, "b")
@@ -215,7 +217,7 @@ def test_the_version_changes_with_the_code_of_each_module_and_not_with_words(cop
     assert version not in versions
     assert len(versions) == len(code_of(EXPERIMENT))
     # What only shows results changes none.
-    for other in ("tables", "report", "declared", "comparison_plots"):
+    for other in ("tables", "report", "declared", "plots"):
         path = copied / "lowrank_utils/comparison" / f"{other}.py"
         path.write_text(path.read_text(encoding="utf-8") + "\nx = 1\n", encoding="utf-8")
     assert code_version(notebook) == version

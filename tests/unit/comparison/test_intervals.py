@@ -1,4 +1,5 @@
-"""Intervals hold as often as they say, tests are exact, and a verdict says no more than its interval."""
+"""Intervals hold as often as they say, tests are exact, and a verdict says no more than
+its interval."""
 
 import itertools
 import math
@@ -14,7 +15,8 @@ from lowrank_utils.comparison.intervals import Interval, holm, mean_interval, ne
 
 
 def p_by_hand(differences):
-    """Return the share of all choices of signs whose mean is as far from zero, by going through them."""
+    """Return the share of all choices of signs whose mean is as far from zero, by going
+    through them."""
     observed = abs(sum(differences))
     sums = [
         abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
@@ -30,7 +32,8 @@ def test_the_interval_of_a_mean_is_students(confidence):
     ends = stats.ttest_1samp(values, 0).confidence_interval(confidence)
     assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high), rel=1e-12)
     assert (interval.mean, interval.count) == (pytest.approx(sum(values) / 6), 6)
-    # By hand: mean 4, standard deviation √(20/3), and t with 3 degrees of freedom 3.182446.
+    # By hand: mean 4, standard deviation √(20/3), and t with 3 degrees of freedom
+    # 3.182446.
     assert mean_interval([1, 3, 5, 7]).high == pytest.approx(4 + 3.182446305284263 * math.sqrt(20 / 3) / 2)
 
 
@@ -104,7 +107,8 @@ def test_p_is_the_share_of_all_choices_of_signs_on_both_sides(count):
 
 @pytest.mark.parametrize("count", [7, 12])
 def test_ties_between_choices_of_signs_are_ties_whatever_the_rounding(count):
-    """Accuracies are thousandths, so sums are often equal; 0.71 − 0.70 isn't 0.01 to a computer, but counts as it."""
+    """Accuracies are thousandths, so sums are often equal; 0.71 − 0.70 isn't 0.01 to a
+    computer, but counts as it."""
     for seed in range(6):
         generator = np.random.default_rng(seed)
         thousandths = generator.integers(-6, 12, count)
@@ -135,7 +139,8 @@ def test_many_networks_have_a_p_that_is_the_same_each_time():
 
 
 def test_holms_correction_against_values_by_hand():
-    # 0.005 · 4, 0.01 · 3, 0.03 · 2, and 0.04 · 1, which isn't surer than the one before it.
+    # 0.005 · 4, 0.01 · 3, 0.03 · 2, and 0.04 · 1, which isn't surer than the one before
+    # it.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.02, 0.7]) == pytest.approx([1, 0.06, 1])
     assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
@@ -159,7 +164,8 @@ def test_how_many_networks_it_takes():
     assert (networks_needed(5), networks_needed(1)) == (8, 6)
     for tests in range(1, 6):
         needed = networks_needed(tests)
-        # With so many the surest outcome is significant after the correction, with one fewer it can't be.
+        # With so many the surest outcome is significant after the correction, with one
+        # fewer it can't be.
         for count, significant in ((needed, True), (needed - 1, False)):
             p_values = [sign_flip_test([1.0] * count)] + [1.0] * (tests - 1)
             assert (holm(p_values)[0] <= 0.05) == significant

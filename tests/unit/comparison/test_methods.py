@@ -1,4 +1,5 @@
-"""Each method of the comparison trains what it says, starts as the pretrained network, and freezes the rest."""
+"""Each method of the comparison trains what it says, starts as the pretrained network,
+and freezes the rest."""
 
 import copy
 
@@ -165,7 +166,8 @@ def test_how_many_parameters_each_trains_in_the_series_network(rank, trains_last
     lora = rank * (784 + 128 + 128 + 256 + (256 + 10) * (not trains_last_layer)) + 2570 * trains_last_layer
     outputs = 128 + 256 + 10 * (not trains_last_layer)
     added = {method: count - lora for method, count in counts.items() if method != "m alone"}
-    # One more rank in layer 2, and for more than m has in layer 4 as well; without layer 4 m has just as many.
+    # One more rank in layer 2, and for more than m has in layer 4 as well; without
+    # layer 4 m has just as many.
     assert added["LoRA matched below"] == 384 <= outputs <= added["LoRA matched above"]
     assert added["LoRA matched above"] == (384 if trains_last_layer else 650)
     assert {added[method] for method in added if not method.startswith("LoRA")} == {outputs}
@@ -220,7 +222,8 @@ def test_what_a_method_contains_is_a_method_that_trains_no_more():
 
 
 def test_methods_work_on_a_model_with_other_layers():
-    """Normalisation layers and embeddings are frozen where a method says that only something else is trained."""
+    """Normalisation layers and embeddings are frozen where a method says that only
+    something else is trained."""
     model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     for method, expected in (
         ("frozen", set()),

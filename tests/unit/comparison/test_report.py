@@ -1,4 +1,5 @@
-"""The report says what the tables say, judges whole sweeps alone, and each of its files is written in one step."""
+"""The report says what the tables say, judges whole sweeps alone, and each of its files
+is written in one step."""
 
 import re
 from pathlib import Path
@@ -169,7 +170,8 @@ def test_each_difference_stands_there_with_its_interval_and_verdict(tmp_path):
 
 
 def test_what_is_read_from_the_file_gives_the_same_verdicts(tmp_path):
-    """Accuracies are shares of about 500 images or of 1,000, which six digits don't hold."""
+    """Accuracies are shares of about 500 images or of 1,000, which six digits don't
+    hold."""
     shares = {
         key: [[round(v * (489 + 7 * place)) / (489 + 7 * place), v] for place, v in enumerate(values)]
         for key, values in scores().items()
@@ -229,7 +231,8 @@ def test_ranks_that_are_not_there_for_both_methods_or_networks_are_left_out(tmp_
 @pytest.mark.parametrize("name", ["sweep.csv", "sweep.md", "sweep_rank_4.png"])
 @pytest.mark.parametrize("step", ["write", "replace"])
 def test_a_file_that_cannot_be_written_leaves_the_older_one_and_no_half(tmp_path, monkeypatch, name, step):
-    """At whichever file and step it stops, each file is the whole older one or the whole new one."""
+    """At whichever file and step it stops, each file is the whole older one or the
+    whole new one."""
     older, newer = [result()], [result({key: [v / 2 for v in vs] for key, vs in SCORES.items()})]
     written(newer, tmp_path / "new")
     written(older, tmp_path / "out")

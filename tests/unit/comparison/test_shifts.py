@@ -1,4 +1,5 @@
-"""What is new in each shift, what the network knows before, and that nothing leaks from one into the other."""
+"""What is new in each shift, what the network knows before, and that nothing leaks from
+one into the other."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from lowrank_utils.comparison.shifts import ALL, SHIFTS, Shift, shifted_splits
 
 FIRST, LAST = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 
-# name → what happens to the pixels, the labels before, the new ones, whether the mean image is subtracted.
+# name → what happens to the pixels, the labels before, the new ones, whether the mean
+# image is subtracted.
 EXPECTED = {
     "rotation": (lambda digits: rotate(digits, 30.0), ALL, ALL, True),
     "permutation": (lambda digits: permute_pixels(digits, 7), ALL, ALL, True),
@@ -29,7 +31,8 @@ def noise(count, seed, brightness=1.0):
     return Digits(images, torch.arange(count) % 10)
 
 
-# Each split is of another brightness, so that the mean of one can't pass for that of another.
+# Each split is of another brightness, so that the mean of one can't pass for that of
+# another.
 SPLITS = Splits(noise(40, 1), noise(30, 2, 0.7), noise(20, 3, 0.4))
 
 
@@ -71,7 +74,8 @@ def test_the_pixels_of_all_splits_change_places_alike_and_those_of_another_netwo
 
 @pytest.mark.parametrize(("degrees", "place"), [(90, (5, 13)), (-90, (22, 14))])
 def test_positive_degrees_turn_counter_clockwise(degrees, place):
-    # A dot at three o'clock, beside a blank picture, so that the mean image leaves it the brightest pixel.
+    # A dot at three o'clock, beside a blank picture, so that the mean image leaves it
+    # the brightest pixel.
     pictures = torch.zeros(2, 28, 28, dtype=torch.float64)
     pictures[0, 13, 22] = 1
     dots = Digits(pictures.flatten(1), torch.tensor([0, 1]))
@@ -92,7 +96,8 @@ def test_neither_the_pretraining_digits_nor_any_mean_come_from_validation_or_tes
     assert torch.equal(familiar_then.labels, familiar.labels)
     assert torch.equal(then.train.images, new.train.images)
     assert torch.equal(then.train.labels, new.train.labels)
-    # Each split by itself, too: the test images are what they are whatever the validation images are, and conversely.
+    # Each split by itself, too: the test images are what they are whatever the
+    # validation images are, and conversely.
     _, mixed = shifted_splits(name, others._replace(test=SPLITS.test), 30.0, 7)
     assert torch.equal(mixed.test.images, new.test.images)
     assert torch.equal(mixed.validation.images, then.validation.images)
@@ -138,7 +143,8 @@ def test_a_rotation_by_90_degrees_is_a_quarter_turn_to_the_left():
 
 
 def test_the_rotation_of_the_comparison_turns_to_the_right():
-    # A bar from the centre to twelve o'clock, beside a blank picture, comes to half past one.
+    # A bar from the centre to twelve o'clock, beside a blank picture, comes to half
+    # past one.
     pictures = torch.zeros(2, 28, 28, dtype=torch.float64)
     pictures[0, 4:6, 13:15] = 1
     dots = Digits(pictures.flatten(1), torch.tensor([0, 1]))

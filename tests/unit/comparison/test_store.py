@@ -130,7 +130,8 @@ def test_a_declaration_is_written_in_one_step(store, monkeypatch, fails_at):
     assert json.loads((store.folder / "declared.json").read_text())["steps"] == [128]
 
 
-# Killed at the n-th call that changes a file's or folder's name, or removes one, and between any two writes.
+# Killed at the n-th call that changes a file's or folder's name, or removes one, and
+# between any two writes.
 KILLED = """
 import os, pathlib, shutil, sys
 from lowrank_utils.comparison.store import Outcome, Store

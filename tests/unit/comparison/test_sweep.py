@@ -1,4 +1,5 @@
-"""A sweep runs each combination once, in parallel, on this machine or on dask, and survives being killed."""
+"""A sweep runs each combination once, in parallel, on this machine or on dask, and
+survives being killed."""
 
 import contextlib
 import json
@@ -19,7 +20,8 @@ from lowrank_utils.comparison.command import main
 from lowrank_utils.comparison.grid import SweepError
 from lowrank_utils.comparison.sweep import local_workers
 
-# How many rows of the table a run with one rank is: two methods above two networks, with three seeds.
+# How many rows of the table a run with one rank is: two methods above two networks,
+# with three seeds.
 ROWS = 2 * 2 * 3
 RANKS = ("-p", "ranks", "1", "2", "4", "8")
 
@@ -110,7 +112,8 @@ def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
         given[place + 1 : place + 2] = ["[1, 2, 3, 4, 5, 6]", "[7, 8]"]
         return main(given), capsys.readouterr().err
 
-    # Six networks have all that the test needs, but one run of the sweep isn't there: it isn't looked at.
+    # Six networks have all that the test needs, but one run of the sweep isn't there:
+    # it isn't looked at.
     monkeypatch.setenv("PLANTED_NETWORK", "7")
     assert run(declaring())[0] == 1
     assert json.loads((out / "declared.json").read_text(encoding="utf-8")) == DECLARED
@@ -119,7 +122,8 @@ def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
     assert "p (Holm)" not in report
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
-    # A run is there: no other test may be declared now, and none may be left out, and nothing is run.
+    # A run is there: no other test may be declared now, and none may be left out, and
+    # nothing is run.
     swapped = {"first": "LoRA", "second": "DoRA with m's rate", "ranks": [1]}
     undeclared = tmp_path / "undeclared.yaml"
     undeclared.write_text("{shift: rotation, ranks: [1]}", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Tables hold each adaptation once, pair what belongs together, and count networks, not seeds."""
+"""Tables hold each adaptation once, pair what belongs together, and count networks, not
+seeds."""
 
 import copy
 import json
@@ -41,7 +42,8 @@ SETTINGS = {
     "dtype": "float64",
     "device": "cpu",
 }
-# (method, rank) → test accuracy above networks 11, 12 and 13; a list stands for the seeds 1, 2, ….
+# (method, rank) → test accuracy above networks 11, 12 and 13; a list stands for the
+# seeds 1, 2, ….
 SCORES = {
     ("frozen", None): [0.30, 0.31, 0.32],
     ("m alone", None): [0.60, 0.62, 0.61],
@@ -66,7 +68,8 @@ def result(scores=SCORES, steps=(SLOW,), networks=(), losses=None, tuned=None, e
         steps: lengths; all have the same numbers.
         networks: their seeds; 11, 12, … by default.
         losses: (method, rank) → training loss, above each network or above all.
-        tuned: the same for the score in the tuning; by default a hundredth below the accuracy.
+        tuned: the same for the score in the tuning; by default a hundredth below the
+            accuracy.
         extra: (method, rank) → further values of its runs and choices.
         settings: others than ``SETTINGS``.
     """
@@ -168,7 +171,8 @@ def test_an_adaptation_in_two_results_counts_once():
     ],
 )
 def test_runs_of_other_settings_are_other_adaptations(other):
-    """They are kept apart, or refused; a row that vanishes without a word would be the worst."""
+    """They are kept apart, or refused; a row that vanishes without a word would be the
+    worst."""
     better = {key: [value + 0.1 for value in values] for key, values in SCORES.items()}
     try:
         table = results_table([result(), result(better, **other)])
@@ -201,7 +205,8 @@ def test_means_are_over_networks_with_students_interval():
 
 
 def test_more_seeds_above_a_network_make_nothing_surer_and_move_no_weight():
-    """The unit is the network: three of them with twenty seeds are three, and each counts as much as another."""
+    """The unit is the network: three of them with twenty seeds are three, and each
+    counts as much as another."""
     few = results_table([result()])
     many = {key: [[values[0]] * 20, values[1], [values[2]] * 5] for key, values in SCORES.items()}
     more = results_table([result(many)])
@@ -298,7 +303,8 @@ def test_one_network_has_a_mean_and_no_verdict():
     assert (row["mean"], row["count"], row["verdict"]) == (pytest.approx(0.4), 1, "undecided")
 
 
-# DoRA is below m alone, which it contains, in training loss and in score, above each of four networks.
+# DoRA is below m alone, which it contains, in training loss and in score, above each of
+# four networks.
 HELD_BACK = {(DORA, 1): [0.70, 0.71, 0.72, 0.71], ("m alone", None): [0.80, 0.81, 0.80, 0.82]}
 LOSSES = {(DORA, 1): [0.60, 0.62, 0.61, 0.60], ("m alone", None): [0.40, 0.41, 0.40, 0.39]}
 

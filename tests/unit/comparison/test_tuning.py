@@ -1,4 +1,5 @@
-"""Tuning: every method gets as many tries, good points go on, and ranges grow only where they have to."""
+"""Tuning: every method gets as many tries, good points go on, and ranges grow only
+where they have to."""
 
 import math
 
@@ -13,7 +14,8 @@ EDGES = 14
 
 
 def spied(landscape):
-    """Return a score function that goes by ``landscape``, and the list of what it is asked."""
+    """Return a score function that goes by ``landscape``, and the list of what it is
+    asked."""
     asked = []
 
     def score(point, steps, seed):
@@ -95,7 +97,8 @@ def test_the_better_half_goes_on_to_the_second_seed_and_to_the_longer_run():
 
 def test_the_third_seed_is_for_the_better_quarter_by_the_mean_of_what_came_before():
     points = LINE.points(8, 3)
-    # The first seed favours one order and the second another, each by too little to make an edge clearly better.
+    # The first seed favours one order and the second another, each by too little to
+    # make an edge clearly better.
     marks = {101: [8, 7, 6, 5, 4, 3, 2, 1], 102: [1, 2, 9, 8, 9, 9, 9, 9], 103: [1] * 8}
     score, asked = spied(lambda point, _, seed: 0.5 + 0.001 * marks[seed][points.index(point)])
     (choice,) = tune(LINE, 8, 3, [10], [101, 102, 103], score)
