@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(prog="lowrank-compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="lowrank-compare", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "grid",
         nargs="?",
@@ -58,19 +60,38 @@ def parser() -> argparse.ArgumentParser:
         "-p ranks '[1, 2, 4]' is one",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("comparison"), help="folder for the runs (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("comparison"),
+        help="folder for the runs (default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default: one per core)")
     parser.add_argument(
-        "--threads", type=int, default=None, help="threads for each run (default: cores over jobs)"
+        "--jobs", type=int, default=None, help="runs at a time (default: one per core)"
     )
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="run on dask workers, such as tcp://host:8786")
     parser.add_argument(
-        "--notebook", type=Path, default=NOTEBOOK, help="default: comparison.ipynb of the series"
+        "--threads",
+        type=int,
+        default=None,
+        help="threads for each run (default: cores over jobs)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run on dask workers, such as tcp://host:8786",
+    )
+    parser.add_argument(
+        "--notebook",
+        type=Path,
+        default=NOTEBOOK,
+        help="default: comparison.ipynb of the series",
     )
     parser.add_argument("--dry-run", action="store_true", help="only show the runs")
-    parser.add_argument("--retry-failed", action="store_true", help="run just those that failed before")
-    parser.add_argument("--name", help="of the table and the report (default: the grid file's name)")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="run just those that failed before"
+    )
+    parser.add_argument(
+        "--name", help="of the table and the report (default: the grid file's name)"
+    )
     parser.add_argument(
         "--publish",
         type=Path,
@@ -82,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
     """Return the plan of the file, with the command line's values in the place of the
-    file's."""
+    file's.
+    """
     given: dict[str, Any] = {}
     for name, *values in arguments.parameters:
         if not values:
@@ -114,13 +136,20 @@ def declaration_of(plan: Plan, settings: Sequence[Settings]) -> "Declaration | N
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 @contextlib.contextmanager
-def workers(arguments: argparse.Namespace, wanted: int) -> Iterator[tuple[Executor, int, int]]:
+def workers(
+    arguments: argparse.Namespace, wanted: int
+) -> Iterator[tuple[Executor, int, int]]:
     """Yield where the runs are executed, how many at a time, and with how many threads
-    each."""
+    each.
+    """
     if arguments.scheduler:
         with dask_workers(arguments.scheduler) as (executor, slots):
             yield executor, slots, arguments.threads or 1
@@ -133,7 +162,8 @@ def workers(arguments: argparse.Namespace, wanted: int) -> Iterator[tuple[Execut
 
 def show(runs: Mapping[str, Settings], store: Store) -> None:
     """Print each run's name, state and those of its parameters that differ between the
-    runs."""
+    runs.
+    """
     differing = [
         name
         for name in Settings.names()
@@ -143,7 +173,10 @@ def show(runs: Mapping[str, Settings], store: Store) -> None:
         values = "  ".join(f"{name}={getattr(settings, name)}" for name in differing)
         print(f"{run}  {store.state(run):<6}  {values}")
     states = [store.state(run) for run in runs]
-    print(f"{len(runs)} runs: " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "failed", "to do")))
+    print(
+        f"{len(runs)} runs: "
+        + ", ".join(f"{states.count(s)} {s}" for s in ("done", "failed", "to do"))
+    )
 
 
 def sweep(arguments: argparse.Namespace) -> int:
@@ -179,14 +212,24 @@ def sweep(arguments: argparse.Namespace) -> int:
             from lowrank_utils.comparison.report import write_report
 
             results = [(run, store.result(run)) for run in done]
-            stem = arguments.name or (arguments.grid.stem if arguments.grid else "comparison")
+            stem = arguments.name or (
+                arguments.grid.stem if arguments.grid else "comparison"
+            )
             complete = len(done) == len(runs)
             # Half of the runs decide nothing.
             judged = declaration if complete else None
-            for folder in [store.folder, *([arguments.publish] if arguments.publish and complete else [])]:
-                print(f"written: {write_report(results, version, folder, stem, judged)}")
+            for folder in [
+                store.folder,
+                *([arguments.publish] if arguments.publish and complete else []),
+            ]:
+                print(
+                    f"written: {write_report(results, version, folder, stem, judged)}"
+                )
     for run in failed:
-        print(f"failed: {store.folder / 'failed' / run} (its notebook and error.txt)", file=sys.stderr)
+        print(
+            f"failed: {store.folder / 'failed' / run} (its notebook and error.txt)",
+            file=sys.stderr,
+        )
     print(
         f"{len(done)} of {len(runs)} runs done"
         + (f", {len(failed)} failed: --retry-failed" if failed else "")
@@ -197,20 +240,28 @@ def sweep(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def bar_for(total: int, slots: int) -> Iterator[Callable[[str, Outcome], None]]:
     """Show a bar with the runs done, running and left and the time to go; yield what
-    advances it."""
+    advances it.
+    """
     failures = 0
-    with tqdm(total=total, bar_format="{desc} |{bar}| {elapsed}, about {remaining} to go") as bar:
+    with tqdm(
+        total=total, bar_format="{desc} |{bar}| {elapsed}, about {remaining} to go"
+    ) as bar:
 
         def describe(done: int) -> None:
             running = min(slots, total - done)
             words = f"{done} done, {running} running, {total - done - running} left"
-            bar.set_description_str(words + f", {failures} failed" * (failures > 0), refresh=done == 0)
+            bar.set_description_str(
+                words + f", {failures} failed" * (failures > 0), refresh=done == 0
+            )
 
         def advance(run: str, outcome: Outcome) -> None:
             nonlocal failures
             if outcome.result is None:
                 failures += 1
-                bar.write(f"{run} failed: {outcome.error.strip().splitlines()[-1]}", file=sys.stderr)
+                bar.write(
+                    f"{run} failed: {outcome.error.strip().splitlines()[-1]}",
+                    file=sys.stderr,
+                )
             describe(bar.n + 1)
             bar.update()
 
@@ -220,7 +271,8 @@ def bar_for(total: int, slots: int) -> Iterator[Callable[[str, Outcome], None]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 if all runs are done, 1 if some failed, 2 if it can't
-    begin, 130 if interrupted."""
+    begin, 130 if interrupted.
+    """
     arguments = parser().parse_args(argv)
     try:
         return sweep(arguments)
@@ -235,9 +287,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         print(
-            f"lowrank-compare: {error}: is the disk full? What is done is kept, run it again", file=sys.stderr
+            f"lowrank-compare: {error}: is the disk full? What is done is kept, run it again",
+            file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. What is done is kept; run the same command again to go on.", file=sys.stderr)
+        print(
+            "\nInterrupted. What is done is kept; run the same command again to go on.",
+            file=sys.stderr,
+        )
         return 130

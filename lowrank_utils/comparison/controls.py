@@ -32,7 +32,9 @@ class LinearWithGain(AdaptedLinear):
         g: the gain, (out,), at first 1.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+    ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
         self.g = nn.Parameter(torch.ones_like(linear.weight[:, 0]))
 
@@ -62,7 +64,9 @@ class LinearWithPositiveGain(LinearWithGain):
         theta: the logarithm of the gain, (out,), at first 0.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+    ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
         del self.g
         self.theta = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))

@@ -1,5 +1,6 @@
 """The primary tests of a comparison: written down before the runs, so that nobody can
-choose by the results."""
+choose by the results.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +83,11 @@ class Declaration:
         tasks: dict[str, dict[str, Any]] = {}
         for settings in runs:
             if settings.shift in self.shifts:
-                task = {name: value for name, value in settings.as_dict().items() if name not in APART}
+                task = {
+                    name: value
+                    for name, value in settings.as_dict().items()
+                    if name not in APART
+                }
                 for name, value in tasks.setdefault(settings.shift, task).items():
                     if task[name] != value:
                         raise ValueError(
@@ -121,10 +126,22 @@ def read_declaration(declared: Any) -> Declaration:
     Raises:
         ValueError: it holds something else, an unknown name, or more than five tests.
     """
-    if not isinstance(declared, Mapping) or set(declared) != {"shifts", "steps", "tests"}:
-        raise ValueError(f"declared must have shifts, steps and tests; got {declared!r}")
-    shifts = [check_one_of("a shift", shift, SHIFTS) for shift in _list("shifts", declared["shifts"])]
-    lengths = [check_whole_number("steps", steps, minimum=1) for steps in _list("steps", declared["steps"])]
+    if not isinstance(declared, Mapping) or set(declared) != {
+        "shifts",
+        "steps",
+        "tests",
+    }:
+        raise ValueError(
+            f"declared must have shifts, steps and tests; got {declared!r}"
+        )
+    shifts = [
+        check_one_of("a shift", shift, SHIFTS)
+        for shift in _list("shifts", declared["shifts"])
+    ]
+    lengths = [
+        check_whole_number("steps", steps, minimum=1)
+        for steps in _list("steps", declared["steps"])
+    ]
     tests = [_test(entry) for entry in _list("tests", declared["tests"])]
     if len(tests) > MOST:
         raise ValueError(f"tests must be {MOST} or fewer; got {len(tests)}")
@@ -135,18 +152,27 @@ def _test(entry: Any) -> PrimaryTest:
     if not isinstance(entry, Mapping) or set(entry) != {"first", "second", "ranks"}:
         raise ValueError(f"a test must have first, second and ranks; got {entry!r}")
     with_rank = [name for name, method in METHODS.items() if method.has_rank]
-    first, second = (check_one_of(name, entry[name], with_rank) for name in ("first", "second"))
+    first, second = (
+        check_one_of(name, entry[name], with_rank) for name in ("first", "second")
+    )
     if first == second:
         raise ValueError(f"a test must compare two methods; got {first!r} twice")
-    ranks = [check_whole_number("a rank", rank, minimum=1) for rank in _list("ranks", entry["ranks"])]
+    ranks = [
+        check_whole_number("a rank", rank, minimum=1)
+        for rank in _list("ranks", entry["ranks"])
+    ]
     return PrimaryTest(first, second, tuple(ranks))
 
 
 def _list(name: str, values: Any) -> list[Any]:
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{name} must be a list with one entry or more; got {values!r}")
+        raise ValueError(
+            f"{name} must be a list with one entry or more; got {values!r}"
+        )
     if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{name} must have each entry once; got {twice[0]!r} more often")
+        raise ValueError(
+            f"{name} must have each entry once; got {twice[0]!r} more often"
+        )
     return values
 
 
@@ -173,18 +199,33 @@ def judge(table: pd.DataFrame, declaration: Declaration) -> pd.DataFrame:
     """
     rows = []
     for steps in declaration.steps:
-        answers = [_answer(test, table, declaration, steps) for test in declaration.tests]
+        answers = [
+            _answer(test, table, declaration, steps) for test in declaration.tests
+        ]
         for row, p in zip(answers, holm([row["p"] for row in answers]), strict=True):
             verdict = row["verdict"]
             if verdict in ("better", "worse") and p > 1 - CONFIDENCE:
                 verdict = UNDECIDED
             rows.append(row | {"p_holm": p, "verdict": verdict})
     return pd.DataFrame(
-        rows, columns=["steps", "test", "count", "mean", "low", "high", "p", "p_holm", "verdict"]
+        rows,
+        columns=[
+            "steps",
+            "test",
+            "count",
+            "mean",
+            "low",
+            "high",
+            "p",
+            "p_holm",
+            "verdict",
+        ],
     )
 
 
-def _answer(test: PrimaryTest, table: pd.DataFrame, declaration: Declaration, steps: int) -> dict[str, Any]:
+def _answer(
+    test: PrimaryTest, table: pd.DataFrame, declaration: Declaration, steps: int
+) -> dict[str, Any]:
     differences = network_differences(test, table, declaration.shifts, steps).tolist()
     if len(differences) < 2:
         raise ValueError(
@@ -204,10 +245,17 @@ def network_differences(
     test: PrimaryTest, table: pd.DataFrame, shifts: Sequence[str], steps: int
 ) -> "pd.Series[float]":
     """Return network → the mean of first − second over the shifts and the ranks, for
-    the networks with all of them."""
-    rows = table[table["shift"].isin(shifts) & (table["steps"] == steps) & table["rank"].isin(test.ranks)]
+    the networks with all of them.
+    """
+    rows = table[
+        table["shift"].isin(shifts)
+        & (table["steps"] == steps)
+        & table["rank"].isin(test.ranks)
+    ]
     networks = network_means(rows[rows["method"].isin([test.first, test.second])])
-    wide = networks.pivot_table(index=["shift", "rank", "network"], columns="method", values="test")
+    wide = networks.pivot_table(
+        index=["shift", "rank", "network"], columns="method", values="test"
+    )
     wide = wide.reindex(columns=[test.first, test.second])
     differences = (wide[test.first] - wide[test.second]).dropna().groupby("network")
     whole = differences.size() == len(shifts) * len(test.ranks)

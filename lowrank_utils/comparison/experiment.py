@@ -13,12 +13,22 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_utils.adapt import count_parameters
-from lowrank_utils.data import Digits, load_mnist, stratified_sample
-from lowrank_utils.comparison.methods import METHODS, Adapter, linear_layers, make_trainable
+from lowrank_utils.comparison.methods import (
+    METHODS,
+    Adapter,
+    linear_layers,
+    make_trainable,
+)
 from lowrank_utils.comparison.settings import DTYPES, Settings
 from lowrank_utils.comparison.shifts import SHIFTS, shifted_splits
-from lowrank_utils.training import MultilayerPerceptron, accuracy, train, warm_up_and_decay
 from lowrank_utils.comparison.tuning import Choice, Point, Range, Space, tune
+from lowrank_utils.data import Digits, load_mnist, stratified_sample
+from lowrank_utils.training import (
+    MultilayerPerceptron,
+    accuracy,
+    train,
+    warm_up_and_decay,
+)
 
 # Of each data set, how many images are held out to choose by. Of a thousand, half have
 # an unseen class.
@@ -45,7 +55,9 @@ class Task(NamedTuple):
     last_layer_rate: float | None = None
 
 
-def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Task, Digits]:
+def prepare(
+    settings: Settings, network: int, progress: bool = True
+) -> tuple[Task, Digits]:
     """Pretrain a network, shift the digits, and return the task and, apart from it, the
     shifted test split.
 
@@ -76,7 +88,9 @@ def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Ta
             f"{settings.data_set}; got {settings.adaptation_examples:,}"
         )
     torch.manual_seed(network)
-    pretrained = MultilayerPerceptron(784, 128, 256, 10).to(device=settings.device, dtype=dtype)
+    pretrained = MultilayerPerceptron(784, 128, 256, 10).to(
+        device=settings.device, dtype=dtype
+    )
     train(
         pretrained,
         familiar,
@@ -88,7 +102,9 @@ def prepare(settings: Settings, network: int, progress: bool = True) -> tuple[Ta
     )
     task = Task(network, pretrained, new.train, new.validation)
     if SHIFTS[settings.shift].trains_last_layer:
-        shortest = choose(task, replace(settings, steps=settings.steps[:1]), "last layer", None)[0]
+        shortest = choose(
+            task, replace(settings, steps=settings.steps[:1]), "last layer", None
+        )[0]
         task = task._replace(last_layer_rate=shortest.chosen.rate)
     return task, new.test
 
@@ -204,9 +220,12 @@ def adapt(
     return model, run
 
 
-def _factors(task: Task, method: str, model: nn.Module, point: Point) -> dict[str, float]:
+def _factors(
+    task: Task, method: str, model: nn.Module, point: Point
+) -> dict[str, float]:
     """Return what the learning rates of the method's part and of a trained last layer
-    are multiplied by."""
+    are multiplied by.
+    """
     factors = {}
     part = METHODS[method].part
     if part is not None and point.factor is not None:
@@ -228,14 +247,18 @@ def _negative_shares(model: nn.Module) -> dict[str, float]:
 
 def space_of(method: str) -> Space:
     """Return where the learning rates of a method are drawn from, and the factors of
-    its part."""
+    its part.
+    """
     rates, part = METHODS[method].rates, METHODS[method].part
     return Space(Range(*rates), None if part is None else Range(part.low, part.high))
 
 
-def choose(task: Task, settings: Settings, method: str, rank: int | None) -> list[Choice]:
+def choose(
+    task: Task, settings: Settings, method: str, rank: int | None
+) -> list[Choice]:
     """Choose a learning rate, and a factor where the method has a part, for each length
-    on the validation split."""
+    on the validation split.
+    """
 
     def score(point: Point, steps: int, seed: int) -> float:
         run = adapt(task, settings, method, rank, steps, point, seed)[1]
@@ -243,7 +266,12 @@ def choose(task: Task, settings: Settings, method: str, rank: int | None) -> lis
         return 0.0 if run.training_loss is None else run.validation
 
     return tune(
-        space_of(method), settings.tuning_points, task.network, settings.steps, settings.tuning_seeds, score
+        space_of(method),
+        settings.tuning_points,
+        task.network,
+        settings.steps,
+        settings.tuning_seeds,
+        score,
     )
 
 
@@ -265,7 +293,9 @@ class Tuned(NamedTuple):
     choice: Choice
 
 
-def run_experiment(settings: Settings, progress: bool = True) -> tuple[list[Tuned], list[Run]]:
+def run_experiment(
+    settings: Settings, progress: bool = True
+) -> tuple[list[Tuned], list[Run]]:
     """Pretrain each network, let each method choose its rates, adapt with each seed,
     and test each run once.
 
@@ -278,7 +308,11 @@ def run_experiment(settings: Settings, progress: bool = True) -> tuple[list[Tune
     """
     tuned: list[Tuned] = []
     runs: list[Run] = []
-    jobs = [(network, *pair) for network in settings.networks for pair in settings.configurations()]
+    jobs = [
+        (network, *pair)
+        for network in settings.networks
+        for pair in settings.configurations()
+    ]
     silenced = {} if progress else {"disable": True}
     task, test = None, None
     with tqdm(jobs, unit="method", leave=False, file=sys.stdout, **silenced) as bar:
@@ -304,7 +338,8 @@ def write_result(
     settings: Settings, tuned: list[Tuned], runs: list[Run], path: str | Path = ""
 ) -> dict[str, Any]:
     """Return all of an experiment as JSON holds it and, given a ``path``, write it
-    there in one step."""
+    there in one step.
+    """
     result = {
         "settings": settings.as_dict(),
         "choices": [
@@ -313,7 +348,9 @@ def write_result(
                 "method": one.method,
                 "rank": one.rank,
                 "steps": one.steps,
-                "points": [[*point, scores] for point, scores in one.choice.scores.items()],
+                "points": [
+                    [*point, scores] for point, scores in one.choice.scores.items()
+                ],
                 "learning_rate": one.choice.chosen.rate,
                 "factor": one.choice.chosen.factor,
                 "score": one.choice.score(one.choice.chosen),
@@ -326,6 +363,8 @@ def write_result(
     }
     if path:
         temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8", newline="\n")
+        temporary.write_text(
+            json.dumps(result, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
+        )
         temporary.replace(path)
     return result

@@ -67,7 +67,9 @@ def read_plan(path: Path) -> Plan:
         raise SweepError(f"{path} holds no grid")
     for grid in grids:
         if not isinstance(grid, dict) or not grid:
-            raise SweepError(f"{path} must hold parameters and their values, or a list of such; got {grid!r}")
+            raise SweepError(
+                f"{path} must hold parameters and their values, or a list of such; got {grid!r}"
+            )
     return Plan(grids, declared)
 
 
@@ -81,9 +83,14 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
         ) from None
     try:
         found = papermill.inspect_notebook(str(notebook))
-        return {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+        return {
+            name: ast.literal_eval(parameter["default"])
+            for name, parameter in found.items()
+        }
     except OSError as error:
-        raise SweepError(f"{notebook} can't be read ({error.strerror}); name one with --notebook") from None
+        raise SweepError(
+            f"{notebook} can't be read ({error.strerror}); name one with --notebook"
+        ) from None
 
 
 def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings"]:
@@ -109,7 +116,10 @@ def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings
             raise SweepError(
                 f"unknown: {', '.join(map(str, unknown))}; the parameters are {', '.join(known)}"
             )
-        values = {name: _values(value, isinstance(known[name], list)) for name, value in grid.items()}
+        values = {
+            name: _values(value, isinstance(known[name], list))
+            for name, value in grid.items()
+        }
         if empty := [name for name, value in values.items() if not value]:
             raise SweepError(f"no values for {', '.join(empty)}")
         for chosen in itertools.product(*values.values()):
@@ -117,7 +127,11 @@ def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings
             try:
                 run = Settings.of({**known, **combination})
             except (TypeError, ValueError) as error:
-                hint = " (YAML takes 5e-4 for text; write 5.0e-4)" if "(str)" in str(error) else ""
+                hint = (
+                    " (YAML takes 5e-4 for text; write 5.0e-4)"
+                    if "(str)" in str(error)
+                    else ""
+                )
                 raise SweepError(f"{combination}: {error}{hint}") from None
             if run not in runs:
                 runs.append(run)
@@ -139,31 +153,41 @@ def code_version(notebook: str) -> str:
     Args:
         notebook: its text.
     """
-    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"
+    ]
     sources = ["".join(cell["source"]) for cell in cells]
     written = max(
-        (place for place, source in enumerate(sources) if "result_path" in source), default=len(sources)
+        (place for place, source in enumerate(sources) if "result_path" in source),
+        default=len(sources),
     )
     files = [code for _, code in sorted(code_of(EXPERIMENT).items())]
     # A build's label such as +cpu doesn't change the digits.
-    parts = [*map(_bare_code, [*sources[: written + 1], *files]), metadata.version("torch").split("+")[0]]
+    parts = [
+        *map(_bare_code, [*sources[: written + 1], *files]),
+        metadata.version("torch").split("+")[0],
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def code_of(module: str) -> dict[str, str]:
     """Return name → source of a module and of all modules of this package that it
-    imports, at any depth."""
+    imports, at any depth.
+    """
     found: dict[str, str] = {}
     left = [module]
     while left:
         name = left.pop()
         if name in found:
             continue
-        found[name] = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+        found[name] = (ROOT / f"{name.replace('.', '/')}.py").read_text(
+            encoding="utf-8"
+        )
         left += [
             str(node.module)
             for node in ast.walk(ast.parse(found[name]))
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lowrank_utils.")
+            if isinstance(node, ast.ImportFrom)
+            and str(node.module).startswith("lowrank_utils.")
         ]
     return found
 

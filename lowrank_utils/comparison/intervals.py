@@ -1,5 +1,6 @@
 """Differences between methods, network by network, with intervals and tests that say
-how sure they are."""
+how sure they are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,12 @@ CONFIDENCE = 0.95
 # percentage point.
 MARGIN = 0.01
 
-BETTER, WORSE, EQUAL, UNDECIDED = "better", "worse", "no difference worth having", "undecided"
+BETTER, WORSE, EQUAL, UNDECIDED = (
+    "better",
+    "worse",
+    "no difference worth having",
+    "undecided",
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,15 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
         ValueError: there are no values, or one isn't finite.
     """
     array = _checked(values)
-    mean, error = float(array.mean()), float(stats.sem(array)) if len(array) > 1 else float("nan")
-    half = float(stats.t.ppf((1 + confidence) / 2, df=len(array) - 1)) * error if len(array) > 1 else error
+    mean, error = (
+        float(array.mean()),
+        float(stats.sem(array)) if len(array) > 1 else float("nan"),
+    )
+    half = (
+        float(stats.t.ppf((1 + confidence) / 2, df=len(array) - 1)) * error
+        if len(array) > 1
+        else error
+    )
     return Interval(mean, mean - half, mean + half, len(array))
 
 
@@ -118,14 +131,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     largest = 0.0
     for place, index in enumerate(order):
         # A test is never surer than one with a smaller p-value.
-        largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))
+        scaled = (len(p_values) - place) * float(p_values[index])
+        largest = max(largest, min(1.0, scaled))
         corrected[index] = largest
     return corrected
 
 
 def networks_needed(tests: int, level: float = 1 - CONFIDENCE) -> int:
     """Return how many networks it takes until the smallest p-value of as many tests can
-    be below ``level``."""
+    be below ``level``.
+    """
     count = 2
     while tests * 2 / 2**count > level:
         count += 1

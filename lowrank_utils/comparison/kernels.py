@@ -16,7 +16,9 @@ def kernel_environment(threads: int | None = None) -> dict[str, str]:
             take by themselves.
     """
     left_out = {"PYTEST_CURRENT_TEST", "MPLBACKEND"}
-    variables = {name: value for name, value in os.environ.items() if name not in left_out}
+    variables = {
+        name: value for name, value in os.environ.items() if name not in left_out
+    }
     variables["TQDM_DISABLE"] = "1"
     if threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM"):

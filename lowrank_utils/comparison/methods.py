@@ -1,5 +1,6 @@
 """The methods of the comparison: each makes what it trains trainable in a pretrained
-network, and freezes the rest."""
+network, and freezes the rest.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -9,7 +10,11 @@ import torch
 from torch import nn
 
 from lowrank_utils.adapt import replace_linear_layers
-from lowrank_utils.comparison.controls import LinearWithGain, LinearWithPositiveGain, LinearWithRandomRows
+from lowrank_utils.comparison.controls import (
+    LinearWithGain,
+    LinearWithPositiveGain,
+    LinearWithRandomRows,
+)
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 
@@ -39,17 +44,33 @@ class Adapter(NamedTuple):
     init: str
     targets: tuple[str, ...] | None = None
 
-    def put_in(self, model: nn.Module, layer_class: Callable[..., nn.Module], **options: Any) -> None:
+    def put_in(
+        self, model: nn.Module, layer_class: Callable[..., nn.Module], **options: Any
+    ) -> None:
         """Replace the linear layers of ``model`` that are meant, and freeze everything
-        but the adapters."""
+        but the adapters.
+        """
         model.requires_grad_(False)
         alpha = SCALINGS[self.scaling](self.alpha, self.rank)
-        replace_linear_layers(model, layer_class, self.rank, alpha, self.targets, init=self.init, **options)
+        replace_linear_layers(
+            model,
+            layer_class,
+            self.rank,
+            alpha,
+            self.targets,
+            init=self.init,
+            **options,
+        )
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
         """Return name and module of the linear layers that are meant, in the model's
-        order."""
-        return [(n, layer) for n, layer in linear_layers(model) if self.targets is None or n in self.targets]
+        order.
+        """
+        return [
+            (n, layer)
+            for n, layer in linear_layers(model)
+            if self.targets is None or n in self.targets
+        ]
 
 
 class Part(NamedTuple):
@@ -91,7 +112,11 @@ class Method(NamedTuple):
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Return name and module of each ``nn.Linear``, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def train_nothing(model: nn.Module, _: Adapter) -> None:
@@ -107,7 +132,8 @@ def train_last_layer(model: nn.Module, _: Adapter) -> None:
 
 def train_magnitudes(model: nn.Module, adapter: Adapter) -> None:
     """Train one number per output neuron: DoRA's m, with A and B frozen at their start,
-    where A·B = 0."""
+    where A·B = 0.
+    """
     adapter._replace(rank=1).put_in(model, LinearWithDoRA)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".m"))
@@ -120,8 +146,11 @@ def train_lora(model: nn.Module, adapter: Adapter) -> None:
 
 def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
     """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains
-    those alone)."""
-    biases = [layer.bias for _, layer in adapter.layers(model) if layer.bias is not None]
+    those alone).
+    """
+    biases = [
+        layer.bias for _, layer in adapter.layers(model) if layer.bias is not None
+    ]
     adapter.put_in(model, LinearWithLoRA)
     for bias in biases:
         bias.requires_grad_(True)
@@ -129,13 +158,15 @@ def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
 
 def train_smaller_lora(model: nn.Module, adapter: Adapter) -> None:
     """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
-    has, or just fewer."""
+    has, or just fewer.
+    """
     _train_matched_lora(model, adapter, below=True)
 
 
 def train_larger_lora(model: nn.Module, adapter: Adapter) -> None:
     """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
-    has, or just more."""
+    has, or just more.
+    """
     _train_matched_lora(model, adapter, below=False)
 
 
@@ -144,12 +175,20 @@ def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None
     magnitudes = sum(layer.out_features for _, layer in layers)
     # One more rank adds a column to A and a row to B.
     added = {name: layer.in_features + layer.out_features for name, layer in layers}
-    choices = [set(some) for n in range(len(added) + 1) for some in itertools.combinations(added, n)]
+    choices = [
+        set(some)
+        for n in range(len(added) + 1)
+        for some in itertools.combinations(added, n)
+    ]
     sums = [(sum(added[name] for name in some), some) for some in choices]
     if below:
-        _, larger = max(((n, some) for n, some in sums if n <= magnitudes), key=lambda pair: pair[0])
+        _, larger = max(
+            ((n, some) for n, some in sums if n <= magnitudes), key=lambda pair: pair[0]
+        )
     else:
-        _, larger = min(((n, some) for n, some in sums if n >= magnitudes), key=lambda pair: pair[0])
+        _, larger = min(
+            ((n, some) for n, some in sums if n >= magnitudes), key=lambda pair: pair[0]
+        )
     for name in added:
         of_one = adapter._replace(rank=adapter.rank + (name in larger), targets=(name,))
         of_one.put_in(model, LinearWithLoRA)
@@ -158,7 +197,8 @@ def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None
 
 def train_dora(model: nn.Module, adapter: Adapter) -> None:
     """Train A, B and m, with the norm as a constant in the backward pass (arXiv
-    2402.09353, §4.3)."""
+    2402.09353, §4.3).
+    """
     adapter.put_in(model, LinearWithDoRA, detach_norm=True)
 
 
@@ -201,7 +241,9 @@ OF_M = Part("*.m")
 
 METHODS: dict[str, Method] = {
     "frozen": Method(train_nothing, has_rank=False, adapts=False),
-    "last layer": Method(train_last_layer, has_rank=False, rates=(0.001, 0.3), adapts=False),
+    "last layer": Method(
+        train_last_layer, has_rank=False, rates=(0.001, 0.3), adapts=False
+    ),
     "m alone": Method(train_magnitudes, has_rank=False, rates=(0.005, 1.0)),
     "LoRA with one rate": Method(train_lora),
     # With a rate of its own for B this is LoRA+ (arXiv 2402.12354).
@@ -209,26 +251,42 @@ METHODS: dict[str, Method] = {
     "LoRA matched below": Method(train_smaller_lora, part=OF_B, contains=("LoRA",)),
     "LoRA matched above": Method(train_larger_lora, part=OF_B, contains=("LoRA",)),
     "LoRA with biases": Method(
-        train_lora_and_biases, part=Part("*.linear.bias"), contains=("LoRA with one rate",)
+        train_lora_and_biases,
+        part=Part("*.linear.bias"),
+        contains=("LoRA with one rate",),
     ),
     # LoRA isn't among what DoRA contains: for W + ΔW its m would have to move with
     # every step of A and B.
     "DoRA with one rate": Method(train_dora, contains=("m alone",)),
-    "DoRA with m's rate": Method(train_dora, part=OF_M, contains=("m alone", "DoRA with one rate")),
+    "DoRA with m's rate": Method(
+        train_dora, part=OF_M, contains=("m alone", "DoRA with one rate")
+    ),
     "DoRA norm kept with one rate": Method(train_dora_norm_kept, contains=("m alone",)),
     "DoRA norm kept with m's rate": Method(
-        train_dora_norm_kept, part=OF_M, contains=("m alone", "DoRA norm kept with one rate")
+        train_dora_norm_kept,
+        part=OF_M,
+        contains=("m alone", "DoRA norm kept with one rate"),
     ),
-    "gain": Method(train_gain, part=Part("*.g"), contains=("m alone", "LoRA with one rate", "LoRA")),
+    "gain": Method(
+        train_gain, part=Part("*.g"), contains=("m alone", "LoRA with one rate", "LoRA")
+    ),
     "positive gain": Method(
-        train_positive_gain, part=Part("*.theta"), contains=("LoRA with one rate", "LoRA")
+        train_positive_gain,
+        part=Part("*.theta"),
+        contains=("LoRA with one rate", "LoRA"),
     ),
-    "random rows": Method(train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")),
-    "full": Method(train_everything, has_rank=False, rates=(0.0001, 0.01), adapts=False),
+    "random rows": Method(
+        train_random_rows, part=Part("*.v"), contains=("LoRA with one rate", "LoRA")
+    ),
+    "full": Method(
+        train_everything, has_rank=False, rates=(0.0001, 0.01), adapts=False
+    ),
 }
 
 
-def make_trainable(method: str, model: nn.Module, adapter: Adapter, trains_last_layer: bool = False) -> None:
+def make_trainable(
+    method: str, model: nn.Module, adapter: Adapter, trains_last_layer: bool = False
+) -> None:
     """Change ``model`` in place, so that what the method trains is trainable and
     nothing else is.
 
@@ -243,7 +301,9 @@ def make_trainable(method: str, model: nn.Module, adapter: Adapter, trains_last_
         ValueError: the method is unknown.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(map(repr, METHODS))}")
+        raise ValueError(
+            f"unknown method {method!r}; there are {', '.join(map(repr, METHODS))}"
+        )
     *others, (_, last) = linear_layers(model)
     if trains_last_layer:
         adapter = adapter._replace(targets=tuple(name for name, _ in others))

@@ -1,5 +1,6 @@
 """The plots of the comparison: each method above each network, differences with their
-intervals, and longer runs."""
+intervals, and longer runs.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,8 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from lowrank_utils.comparison.intervals import MARGIN
 from lowrank_utils.comparison.methods import METHODS
-from lowrank_utils.plots import LOOKS, PALETTE, Look
 from lowrank_utils.comparison.tables import means, network_means, task_name
+from lowrank_utils.plots import LOOKS, PALETTE, Look
 
 GAIN = Look(PALETTE["ink"], "--", "P", "")
 RANDOM_ROWS = Look("#7A6A00", (0, (5, 1)), "X", "")  # type: ignore[arg-type]
@@ -36,7 +37,15 @@ METHOD_LOOKS: dict[str, Look] = {
     "random rows": RANDOM_ROWS,
     "full": LOOKS["full"],
 }
-FILLED = ("frozen", "m alone", "LoRA", "DoRA with m's rate", "gain", "random rows", "full")
+FILLED = (
+    "frozen",
+    "m alone",
+    "LoRA",
+    "DoRA with m's rate",
+    "gain",
+    "random rows",
+    "full",
+)
 
 
 def _style(method: str) -> dict[str, Any]:
@@ -51,14 +60,23 @@ def _style(method: str) -> dict[str, Any]:
 def _nothing_to_draw(what: str) -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 0.8))
     axes.set_axis_off()
-    axes.text(0.5, 0.5, f"These runs have no {what}.", ha="center", va="center", color=PALETTE["muted"])
+    axes.text(
+        0.5,
+        0.5,
+        f"These runs have no {what}.",
+        ha="center",
+        va="center",
+        color=PALETTE["muted"],
+    )
     return figure
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
     columns = min(count, 2)
     rows = -(-count // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(7.2, height * rows + 0.4), squeeze=False)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(7.2, height * rows + 0.4), squeeze=False
+    )
     for axes in grid.flat[count:]:
         axes.set_axis_off()
     return figure, list(grid.flat[:count])
@@ -90,17 +108,27 @@ def plot_networks(table: pd.DataFrame) -> Figure:
     ]
     methods = [method for method in METHODS if method in set(networks["method"])]
     figure, grid = _panels(len(panels), height=0.75 + 0.27 * len(methods))
-    for place, (axes, (task, steps, rank, group)) in enumerate(zip(grid, panels, strict=True)):
+    for place, (axes, (task, steps, rank, group)) in enumerate(
+        zip(grid, panels, strict=True)
+    ):
         for height, method in enumerate(methods):
             accuracy = 100 * group[group["method"] == method]["test"]
             style = _style(method)
-            axes.plot(accuracy, [height] * len(accuracy), ls="", ms=4, alpha=0.45, **style)
+            axes.plot(
+                accuracy, [height] * len(accuracy), ls="", ms=4, alpha=0.45, **style
+            )
             if len(accuracy) > 1:
-                axes.plot(accuracy.mean(), height, ls="", ms=9, markeredgewidth=1.5, **style)
+                axes.plot(
+                    accuracy.mean(), height, ls="", ms=9, markeredgewidth=1.5, **style
+                )
         labels = methods if place % 2 == 0 else [""] * len(methods)
         axes.set_yticks(range(len(methods)), labels=labels)
         # What all panels have in common needs no place in their titles.
-        parts = [task, f"r = {rank}" * (len(ranks) > 1), f"{steps:,} steps" * (len(lengths) > 1)]
+        parts = [
+            task,
+            f"r = {rank}" * (len(ranks) > 1),
+            f"{steps:,} steps" * (len(lengths) > 1),
+        ]
         axes.set(ylim=(len(methods) - 0.5, -0.5))
         axes.set_title(", ".join(filter(None, parts)), fontsize="medium")
         axes.grid(axis="x", alpha=0.4)
@@ -126,7 +154,8 @@ def plot_differences(rows: pd.DataFrame) -> Figure:
         for place, (_, row) in enumerate(group.iterrows()):
             _interval(axes, place, row, row["first"], row["second"])
         labels = [
-            ("" if pd.isna(row["rank"]) else f"r = {row['rank']}, ") + f"{row['steps']:,} steps"
+            ("" if pd.isna(row["rank"]) else f"r = {row['rank']}, ")
+            + f"{row['steps']:,} steps"
             for _, row in group.iterrows()
         ]
         axes.set_yticks(range(len(group)), labels=labels)
@@ -154,7 +183,10 @@ def plot_declared(answers: pd.DataFrame) -> Figure:
         for place, (_, row) in enumerate(group.iterrows()):
             first, _, second = row["test"].rpartition(", rank ")[0].partition(" − ")
             _interval(axes, place, row, first, second)
-        labels = [test.replace(" − ", "\n− ").replace(", rank", ", r =") for test in group["test"]]
+        labels = [
+            test.replace(" − ", "\n− ").replace(", rank", ", r =")
+            for test in group["test"]
+        ]
         axes.set_yticks(range(len(group)), labels=labels)
         axes.set(ylim=(tests - 0.5, -0.5), title=f"{steps:,} steps")
     figure.supxlabel(
@@ -166,14 +198,28 @@ def plot_declared(answers: pd.DataFrame) -> Figure:
 
 def _interval(axes: Any, place: int, row: pd.Series, first: str, second: str) -> None:
     """Draw one interval, in the colour of the method that is ahead; grey if neither
-    certainly is."""
+    certainly is.
+    """
     if place == 0:
-        axes.axvspan(-100 * MARGIN, 100 * MARGIN, color=PALETTE["muted"], alpha=0.18, lw=0, zorder=0)
+        axes.axvspan(
+            -100 * MARGIN,
+            100 * MARGIN,
+            color=PALETTE["muted"],
+            alpha=0.18,
+            lw=0,
+            zorder=0,
+        )
         axes.axvline(0, color=PALETTE["ink"], lw=1)
     color = PALETTE["muted"]
     if row["verdict"] in ("better", "worse"):
         color = METHOD_LOOKS[first if row["verdict"] == "better" else second].color
-    axes.plot([100 * row["low"], 100 * row["high"]], [place, place], color=color, lw=4, solid_capstyle="butt")
+    axes.plot(
+        [100 * row["low"], 100 * row["high"]],
+        [place, place],
+        color=color,
+        lw=4,
+        solid_capstyle="butt",
+    )
     axes.plot(100 * row["mean"], place, marker="D", ms=5, color=PALETTE["ink"])
 
 
@@ -187,7 +233,10 @@ def plot_accuracy_over_steps(table: pd.DataFrame, rank: int) -> Figure:
     """
     chosen = table[(table["rank"] == rank) | table["rank"].isna()]
     lengths = chosen["steps"].nunique()
-    whole = chosen.groupby(["shift", "method", "network"])["steps"].transform("nunique") == lengths
+    whole = (
+        chosen.groupby(["shift", "method", "network"])["steps"].transform("nunique")
+        == lengths
+    )
     summary = means(chosen[whole])
     if len(summary) == 0 or lengths < 2:
         return _nothing_to_draw("two lengths or more")
@@ -195,7 +244,10 @@ def plot_accuracy_over_steps(table: pd.DataFrame, rank: int) -> Figure:
     figure, panels = _panels(len(tasks), height=2.3)
     for axes, (name, group) in zip(panels, tasks, strict=True):
         for method, rows in group.groupby("method", sort=False):
-            style = _style(method) | {"linestyle": METHOD_LOOKS[method].line, "label": method}
+            style = _style(method) | {
+                "linestyle": METHOD_LOOKS[method].line,
+                "label": method,
+            }
             axes.plot(rows["steps"], 100 * rows["mean"], **style)
         steps = sorted(group["steps"].unique())
         axes.set(title=name, xscale="log")
@@ -211,8 +263,15 @@ def plot_accuracy_over_steps(table: pd.DataFrame, rank: int) -> Figure:
 def _legend(figure: Figure) -> None:
     handles = {}
     for axes in figure.axes:
-        handles.update(dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(handles)))
+        handles.update(
+            dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        )
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside upper center",
+        ncols=min(3, len(handles)),
+    )
 
 
 def plot_scores(scores: Mapping[str, float]) -> Figure:
@@ -224,8 +283,20 @@ def plot_scores(scores: Mapping[str, float]) -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 0.7 + 0.42 * len(scores)))
     for place, (method, score) in enumerate(scores.items()):
         look = METHOD_LOOKS[method]
-        axes.barh(place, 100 * score, color=PALETTE["paper"], edgecolor=look.color, hatch=look.hatch)
-        axes.text(100 * score + 1, place, f"{100 * score:.0f} %", va="center", color=look.color)
+        axes.barh(
+            place,
+            100 * score,
+            color=PALETTE["paper"],
+            edgecolor=look.color,
+            hatch=look.hatch,
+        )
+        axes.text(
+            100 * score + 1,
+            place,
+            f"{100 * score:.0f} %",
+            va="center",
+            color=look.color,
+        )
     axes.set_yticks(range(len(scores)), labels=list(scores))
     axes.set(xlim=(0, 100), ylim=(len(scores) - 0.5, -0.5), xlabel="test accuracy (%)")
     return figure

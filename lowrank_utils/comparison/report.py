@@ -1,5 +1,6 @@
 """The report of a comparison: what was declared and decided, tables, plots, and all
-that only describes."""
+that only describes.
+"""
 
 import contextlib
 import shutil
@@ -13,15 +14,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lowrank_utils.comparison.declared import Declaration, judge, network_differences
+from lowrank_utils.comparison.intervals import mean_interval
 from lowrank_utils.comparison.plots import (
     plot_accuracy_over_steps,
     plot_declared,
     plot_differences,
     plot_networks,
 )
-from lowrank_utils.comparison.declared import Declaration, judge, network_differences
-from lowrank_utils.comparison.intervals import mean_interval
-from lowrank_utils.plots import use_style
 from lowrank_utils.comparison.tables import (
     TASK,
     differences,
@@ -31,6 +31,7 @@ from lowrank_utils.comparison.tables import (
     task_name,
     under_tuned,
 )
+from lowrank_utils.plots import use_style
 
 # What the report asks besides what was declared: the first method minus the second.
 QUESTIONS = [
@@ -81,16 +82,27 @@ def write_report(
     ]
     plots: dict[str, Figure] = {}
     use_style()
-    if declaration is not None and (answers := judge_if_whole(table, declaration)) is not None:
-        lines += ["## What was declared before the runs", *declared_lines(answers, declaration)]
+    if (
+        declaration is not None
+        and (answers := judge_if_whole(table, declaration)) is not None
+    ):
+        lines += [
+            "## What was declared before the runs",
+            *declared_lines(answers, declaration),
+        ]
         plots["declared"] = plot_declared(answers)
         lines.append(_picture("declared", stem))
         if len(declaration.shifts) > 1:
-            lines += ["### The same without one of the tasks", without_one_task(table, declaration)]
+            lines += [
+                "### The same without one of the tasks",
+                without_one_task(table, declaration),
+            ]
     lines += _accuracies(table)
     for rank in sorted(table["rank"].dropna().unique()):
         name = f"rank_{rank}"
-        plots[name] = plot_networks(table[(table["rank"] == rank) | table["rank"].isna()])
+        plots[name] = plot_networks(
+            table[(table["rank"] == rank) | table["rank"].isna()]
+        )
         lines.append(_picture(name, stem))
     pairs = differences(table, "DoRA with m's rate", "LoRA")
     if len(pairs):
@@ -109,7 +121,9 @@ def write_report(
     return folder / f"{stem}.md"
 
 
-def judge_if_whole(table: pd.DataFrame, declaration: Declaration) -> pd.DataFrame | None:
+def judge_if_whole(
+    table: pd.DataFrame, declaration: Declaration
+) -> pd.DataFrame | None:
     """Return the declared tests' answers, or None as long as runs are missing."""
     try:
         return judge(table, declaration)
@@ -135,7 +149,8 @@ def _picture(name: str, stem: str) -> str:
 
 def _commit() -> str:
     """Return the commit that the code is at, if git is there and the code in a
-    repository."""
+    repository.
+    """
     git = shutil.which("git")
     if git is None:
         return ""
@@ -156,7 +171,8 @@ def _signed(value: float) -> str:
 
 def declared_lines(answers: pd.DataFrame, declaration: Declaration) -> list[str]:
     """Return the declared tests' answers as a Markdown table, and a sentence that says
-    how to read it."""
+    how to read it.
+    """
     lines = [
         "| steps | first − second | networks | difference | interval | p (Holm) | the first is |",
         "|---|---|---|---|---|---|---|",
@@ -177,9 +193,12 @@ def declared_lines(answers: pd.DataFrame, declaration: Declaration) -> list[str]
 
 def without_one_task(table: pd.DataFrame, declaration: Declaration) -> str:
     """Return how large each declared difference is if one task is left out, as a
-    Markdown table."""
+    Markdown table.
+    """
     lines = [
-        "| steps | first − second | " + " | ".join(f"without {name}" for name in declaration.shifts) + " |"
+        "| steps | first − second | "
+        + " | ".join(f"without {name}" for name in declaration.shifts)
+        + " |"
     ]
     lines.append("|---" * (len(declaration.shifts) + 2) + "|")
     for steps in declaration.steps:
@@ -197,14 +216,17 @@ def without_one_task(table: pd.DataFrame, declaration: Declaration) -> str:
 
 def _accuracies(table: pd.DataFrame) -> list[str]:
     """Return for each task and length a table of mean accuracies, a row per method and
-    a column per rank."""
+    a column per rank.
+    """
     suspects = under_tuned(table)
     parts = ["## Accuracy"]
     for values, group in means(table).groupby([*TASK, "steps"], sort=False):
         task = dict(zip([*TASK, "steps"], values, strict=True))
         ranks = sorted(group["rank"].dropna().unique())
         lines = [
-            "| method | " + " | ".join([*(f"r = {rank}" for rank in ranks), "without a rank"]) + " |",
+            "| method | "
+            + " | ".join([*(f"r = {rank}" for rank in ranks), "without a rank"])
+            + " |",
             "|---" * (len(ranks) + 2) + "|",
         ]
         for method, rows in group.groupby("method", sort=False):
@@ -214,22 +236,41 @@ def _accuracies(table: pd.DataFrame) -> list[str]:
                     (suspects["shift"] == row["shift"])
                     & (suspects["steps"] == row["steps"])
                     & (suspects["method"] == method)
-                    & (suspects["rank"].fillna(-1) == (-1 if pd.isna(row["rank"]) else row["rank"]))
+                    & (
+                        suspects["rank"].fillna(-1)
+                        == (-1 if pd.isna(row["rank"]) else row["rank"])
+                    )
                 ]
-                half = "" if row["count"] == 1 else f" ± {50 * (row['high'] - row['low']):.1f}"
+                half = (
+                    ""
+                    if row["count"] == 1
+                    else f" ± {50 * (row['high'] - row['low']):.1f}"
+                )
                 cells[None if pd.isna(row["rank"]) else row["rank"]] = (
                     f"{100 * row['mean']:.1f}{half} ({row['count']})"
                     + (f", dead {row['dead']:.0%}" if row["dead"] > 0 else "")
                     + (" †" if len(flagged) else "")
                 )
-            lines.append(f"| {method} | " + " | ".join(cells.get(rank, "") for rank in [*ranks, None]) + " |")
-        parts += [f"### {task_name(task).capitalize()}, {task['steps']:,} steps", "\n".join(lines)]
+            lines.append(
+                f"| {method} | "
+                + " | ".join(cells.get(rank, "") for rank in [*ranks, None])
+                + " |"
+            )
+        parts += [
+            f"### {task_name(task).capitalize()}, {task['steps']:,} steps",
+            "\n".join(lines),
+        ]
     parts.append(
         "Test accuracy in percent: mean over the networks ± half of its 95 % interval, in brackets how many networks. "
         "A run is dead if at the end its loss is no lower than guessing's. † Under-tuned: clearly worse than a "
         "submodel of its own, in training loss and in tuning score, so nothing may be concluded from it."
     )
-    return [*parts, *_under_tuned_lines(suspects), *_negative_lines(table), *_rate_lines(table)]
+    return [
+        *parts,
+        *_under_tuned_lines(suspects),
+        *_negative_lines(table),
+        *_rate_lines(table),
+    ]
 
 
 def _under_tuned_lines(suspects: pd.DataFrame) -> list[str]:
@@ -260,13 +301,22 @@ def _negative_lines(table: pd.DataFrame) -> list[str]:
     if not layers:
         return []
     summary = means(table)
-    rows = summary[summary[layers].notna().any(axis=1) & (summary["method"] != "positive gain")]
+    rows = summary[
+        summary[layers].notna().any(axis=1) & (summary["method"] != "positive gain")
+    ]
     heading = " | ".join(f"layer {name.removeprefix('negative_')}" for name in layers)
-    lines = [f"| task | steps | method | rank | {heading} |", "|---" * (4 + len(layers)) + "|"]
+    lines = [
+        f"| task | steps | method | rank | {heading} |",
+        "|---" * (4 + len(layers)) + "|",
+    ]
     for _, row in rows.iterrows():
-        shares = " | ".join("" if pd.isna(row[name]) else f"{row[name]:.0%}" for name in layers)
+        shares = " | ".join(
+            "" if pd.isna(row[name]) else f"{row[name]:.0%}" for name in layers
+        )
         rank = "" if pd.isna(row["rank"]) else row["rank"]
-        lines.append(f"| {task_name(row)} | {row['steps']:,} | {row['method']} | {rank} | {shares} |")
+        lines.append(
+            f"| {task_name(row)} | {row['steps']:,} | {row['method']} | {rank} | {shares} |"
+        )
     return [
         "## Signs",
         "How many entries of m, or of the gain, are below zero at the end. A negative m isn't a length: the neuron's "
@@ -277,14 +327,17 @@ def _negative_lines(table: pd.DataFrame) -> list[str]:
 
 def _rate_lines(table: pd.DataFrame) -> list[str]:
     """Return the chosen rates and factors: medians over the networks, and how often a
-    range grew."""
+    range grew.
+    """
     tuned = table.drop_duplicates([*TASK, "steps", "method", "rank", "network"])
     tuned = tuned[tuned["learning_rate"].notna()]
     lines = [
         "| task | steps | method | rank | rate | factor | ranges that grew | at an edge | networks |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for _, group in tuned.groupby([*TASK, "steps", "method", "rank"], sort=False, dropna=False):
+    for _, group in tuned.groupby(
+        [*TASK, "steps", "method", "rank"], sort=False, dropna=False
+    ):
         row = group.iloc[0]
         rank = "" if pd.isna(row["rank"]) else row["rank"]
         factor = group["factor"].median()
@@ -298,7 +351,10 @@ def _rate_lines(table: pd.DataFrame) -> list[str]:
 
 def _answers(table: pd.DataFrame) -> list[str]:
     """Return a table of differences for each question that the runs can answer."""
-    parts = ["## Differences, task by task", "These describe: what was tested stands at the top."]
+    parts = [
+        "## Differences, task by task",
+        "These describe: what was tested stands at the top.",
+    ]
     for first, second in QUESTIONS:
         rows = differences(table, first, second)
         if len(rows):
@@ -327,7 +383,11 @@ def difference_lines(rows: pd.DataFrame) -> str:
     ]
     for _, row in rows.iterrows():
         rank = "" if pd.isna(row["rank"]) else row["rank"]
-        ends = "" if row["count"] == 1 else f"{_signed(row['low'])} to {_signed(row['high'])}"
+        ends = (
+            ""
+            if row["count"] == 1
+            else f"{_signed(row['low'])} to {_signed(row['high'])}"
+        )
         lines.append(
             f"| {task_name(row)} | {row['steps']:,} | {rank} | {row['count']} | {_signed(row['mean'])} | {ends} | "
             f"{row['verdict']} |"
@@ -336,7 +396,10 @@ def difference_lines(rows: pd.DataFrame) -> str:
 
 
 def _spread_lines(spread: pd.DataFrame) -> str:
-    lines = ["| task | steps | networks | difference | 95 % interval |", "|---|---|---|---|---|"]
+    lines = [
+        "| task | steps | networks | difference | 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
     for (_, steps), group in spread.groupby(["shift", "steps"], sort=False):
         wide = group.pivot_table(index="network", columns="method", values="spread")
         wide = wide.reindex(columns=["DoRA with m's rate", "LoRA"])
@@ -344,7 +407,11 @@ def _spread_lines(spread: pd.DataFrame) -> str:
         if not both:
             continue
         interval = mean_interval(both)
-        ends = "" if interval.count == 1 else f"{_signed(interval.low)} to {_signed(interval.high)}"
+        ends = (
+            ""
+            if interval.count == 1
+            else f"{_signed(interval.low)} to {_signed(interval.high)}"
+        )
         lines.append(
             f"| {task_name(group.iloc[0])} | {steps:,} | {interval.count} | {_signed(interval.mean)} | {ends} |"
         )
@@ -365,7 +432,8 @@ def _write(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def _in_one_step(path: Path) -> Iterator[Path]:
     """Yield where to write what then takes the place of ``path``; if it can't be
-    written, nothing of it stays."""
+    written, nothing of it stays.
+    """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary

@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 
-from lowrank_utils._arguments import check_finite_number, check_one_of, check_seed, check_whole_number
-from lowrank_utils.data import DATA_SETS
-from lowrank_utils.lora import INITIALISATIONS
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_one_of,
+    check_seed,
+    check_whole_number,
+)
 from lowrank_utils.comparison.methods import METHODS, SCALINGS
 from lowrank_utils.comparison.shifts import SHIFTS
+from lowrank_utils.data import DATA_SETS
+from lowrank_utils.lora import INITIALISATIONS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -74,20 +79,36 @@ class Settings:
         check_one_of("shift", self.shift, SHIFTS)
         # 8 and 8.0 are one setting, and so one run.
         for name in ("rotation", "alpha"):
-            object.__setattr__(self, name, check_finite_number(name, getattr(self, name)))
+            object.__setattr__(
+                self, name, check_finite_number(name, getattr(self, name))
+            )
         check_one_of("scaling", self.scaling, SCALINGS)
         check_one_of("init", self.init, INITIALISATIONS)
         check_one_of("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "pretraining_epochs", "tuning_points"):
             check_whole_number(name, getattr(self, name), minimum=1)
         if self.tuning_points & (self.tuning_points - 1):
-            raise ValueError(f"tuning_points must be a power of two; got {self.tuning_points}")
+            raise ValueError(
+                f"tuning_points must be a power of two; got {self.tuning_points}"
+            )
         # Ten classes, each of which needs a digit.
         check_whole_number("adaptation_examples", self.adaptation_examples, minimum=10)
         _check_each("networks", self.networks, check_seed)
-        _check_each("methods", self.methods, lambda value: check_one_of("a method", value, METHODS))
-        _check_each("ranks", self.ranks, lambda value: check_whole_number("a rank", value, minimum=1))
-        _check_each("steps", self.steps, lambda value: check_whole_number("a number of steps", value, 1))
+        _check_each(
+            "methods",
+            self.methods,
+            lambda value: check_one_of("a method", value, METHODS),
+        )
+        _check_each(
+            "ranks",
+            self.ranks,
+            lambda value: check_whole_number("a rank", value, minimum=1),
+        )
+        _check_each(
+            "steps",
+            self.steps,
+            lambda value: check_whole_number("a number of steps", value, 1),
+        )
         if self.steps != sorted(self.steps):
             raise ValueError(f"steps must begin with the shortest; got {self.steps}")
         if odd := [steps for steps in self.steps if steps % self.steps_per_epoch]:
@@ -123,9 +144,12 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
         """Return the settings with the ``values``; an unknown or a missing name is an
-        error."""
+        error.
+        """
         if unknown := [name for name in values if name not in cls.names()]:
-            raise ValueError(f"unknown: {', '.join(unknown)}; the settings are {', '.join(cls.names())}")
+            raise ValueError(
+                f"unknown: {', '.join(unknown)}; the settings are {', '.join(cls.names())}"
+            )
         if missing := [name for name in cls.names() if name not in values]:
             raise ValueError(f"missing: {', '.join(missing)}")
         return cls(**values)
@@ -145,9 +169,12 @@ class Settings:
 
 def _check_each(name: str, values: Any, check: Callable[[Any], Any]) -> None:
     """Refuse anything but a list, an empty one, one with a repetition, and one with a
-    wrong entry."""
+    wrong entry.
+    """
     if not isinstance(values, list):
-        raise TypeError(f"{name} must be a list; got {values!r} ({type(values).__name__})")
+        raise TypeError(
+            f"{name} must be a list; got {values!r} ({type(values).__name__})"
+        )
     if not values:
         raise ValueError(f"{name} is empty; it needs at least one entry")
     for value in values:
@@ -170,7 +197,11 @@ def settings_of_notebook(namespace: Mapping[str, Any]) -> Settings:
             an unknown one.
     """
     # papermill writes what it was given into a cell that begins with this comment.
-    given = [source for source in namespace.get("In", ()) if source.startswith("# Parameters\n")]
+    given = [
+        source
+        for source in namespace.get("In", ())
+        if source.startswith("# Parameters\n")
+    ]
     names = [
         target.id
         for source in given
@@ -181,5 +212,9 @@ def settings_of_notebook(namespace: Mapping[str, Any]) -> Settings:
     ]
     known = [*Settings.names(), "result_path"]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown parameter: {', '.join(unknown)}; the parameters are {', '.join(known)}")
-    return Settings.of({name: namespace[name] for name in Settings.names() if name in namespace})
+        raise ValueError(
+            f"unknown parameter: {', '.join(unknown)}; the parameters are {', '.join(known)}"
+        )
+    return Settings.of(
+        {name: namespace[name] for name in Settings.names() if name in namespace}
+    )

@@ -1,5 +1,6 @@
 """The shifts of the comparison: what a network is pretrained on, and what is new when
-it is adapted."""
+it is adapted.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,7 +49,9 @@ SHIFTS: dict[str, Shift] = {
     # stays.
     "raw inversion": Shift(lambda digits, *_: invert(digits), centred=False),
     "unseen classes, frozen head": Shift(
-        lambda digits, *_: digits, pretrained_on=(0, 1, 2, 3, 4), adapted_to=(5, 6, 7, 8, 9)
+        lambda digits, *_: digits,
+        pretrained_on=(0, 1, 2, 3, 4),
+        adapted_to=(5, 6, 7, 8, 9),
     ),
 }
 
@@ -60,7 +63,9 @@ SHIFTS |= {
 }
 
 
-def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tuple[Digits, Splits]:
+def shifted_splits(
+    name: str, splits: Splits, degrees: float, seed: int
+) -> tuple[Digits, Splits]:
     """Return the digits to pretrain on, and the new ones to adapt to, to choose by and
     to report.
 
@@ -74,16 +79,21 @@ def shifted_splits(name: str, splits: Splits, degrees: float, seed: int) -> tupl
         ValueError: ``name`` is unknown.
     """
     if name not in SHIFTS:
-        raise ValueError(f"unknown shift {name!r}; there are {', '.join(map(repr, SHIFTS))}")
+        raise ValueError(
+            f"unknown shift {name!r}; there are {', '.join(map(repr, SHIFTS))}"
+        )
     shift = SHIFTS[name]
     familiar = _with_labels(splits.train, shift.pretrained_on)
-    new = Splits(*(shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits))
+    chosen = [_with_labels(digits, shift.adapted_to) for digits in splits]
+    new = Splits(*(shift.change(digits, degrees, seed) for digits in chosen))
     if not shift.centred:
         return familiar, new
     # The mean is the training images' in all three splits: a model never learns from
     # the others.
     mean = new.train.images.mean(dim=0)
-    return _minus(familiar, familiar.images.mean(dim=0)), Splits(*(_minus(digits, mean) for digits in new))
+    return _minus(familiar, familiar.images.mean(dim=0)), Splits(
+        *(_minus(digits, mean) for digits in new)
+    )
 
 
 def _with_labels(digits: Digits, labels: tuple[int, ...]) -> Digits:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 class Outcome(NamedTuple):
     """What a run left: its notebook as executed and, unless it failed, its result as
-    JSON."""
+    JSON.
+    """
 
     notebook: str
     result: str | None
@@ -118,12 +119,19 @@ class Store:
 
     def keep(self, run: str, settings: "Settings", outcome: Outcome) -> None:
         """Write down what a run left. It is there whole or not at all, also if the
-        machine stops."""
+        machine stops.
+        """
         if outcome.result is not None:
             files, place = {"result.json": outcome.result}, "runs"
         else:
             parameters = json.dumps(settings.as_dict(), indent=1)
-            files, place = {"error.txt": outcome.error + "\n", "parameters.json": parameters + "\n"}, "failed"
+            files, place = (
+                {
+                    "error.txt": outcome.error + "\n",
+                    "parameters.json": parameters + "\n",
+                },
+                "failed",
+            )
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
         try:
             for name, text in {"notebook.ipynb": outcome.notebook, **files}.items():

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from lowrank_utils.comparison.kernels import kernel_environment
 from lowrank_utils.comparison.grid import SweepError, code_version
+from lowrank_utils.comparison.kernels import kernel_environment
 from lowrank_utils.comparison.store import Outcome, Store
 
 # A worker starts the processes that compute, and needn't wait for torch itself.
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from lowrank_utils.comparison.settings import Settings
 
 # What jupyter_client says of a kernel that was of no use from the start.
-NEVER_STARTED = ("Kernel didn't respond in", "Kernel died before replying to kernel_info")
+NEVER_STARTED = (
+    "Kernel didn't respond in",
+    "Kernel died before replying to kernel_info",
+)
 
 
-def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: int) -> Outcome:
+def execute(
+    notebook: str, settings: Mapping[str, Any], version: str, threads: int
+) -> Outcome:
     """Run the notebook with the settings in a process of its own, and return what it
     left.
 
@@ -48,12 +53,24 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
         )
     with tempfile.TemporaryDirectory(prefix="lowrank-") as name:
         folder = Path(name)
-        files = {part: folder / part for part in ("in.ipynb", "parameters.yaml", "out.ipynb", "result.json")}
+        files = {
+            part: folder / part
+            for part in ("in.ipynb", "parameters.yaml", "out.ipynb", "result.json")
+        }
         files["in.ipynb"].write_text(notebook, encoding="utf-8")
         files["parameters.yaml"].write_text(
-            yaml.safe_dump({**settings, "result_path": str(files["result.json"])}), encoding="utf-8"
+            yaml.safe_dump({**settings, "result_path": str(files["result.json"])}),
+            encoding="utf-8",
         )
-        command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-f", "parameters.yaml"]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "in.ipynb",
+            "out.ipynb",
+            "-f",
+            "parameters.yaml",
+        ]
         # Kernels that start at the same moment may pick the same port, and then one of
         # them never answers, or dies.
         for _ in range(3):
@@ -70,15 +87,23 @@ def execute(notebook: str, settings: Mapping[str, Any], version: str, threads: i
             )
             if not any(said in run.stderr for said in NEVER_STARTED):
                 break
-        left = {part: f.read_text(encoding="utf-8") if f.is_file() else None for part, f in files.items()}
+        left = {
+            part: f.read_text(encoding="utf-8") if f.is_file() else None
+            for part, f in files.items()
+        }
         failed = run.returncode != 0 or left["result.json"] is None
         error = (run.stderr.strip() or "the notebook wrote no result") if failed else ""
-        return Outcome(left["out.ipynb"] or notebook, None if failed else left["result.json"], error)
+        return Outcome(
+            left["out.ipynb"] or notebook,
+            None if failed else left["result.json"],
+            error,
+        )
 
 
 def _end_with_the_sweep(sweep: int) -> None:
     """Let this worker, and all that it started, end when the sweep was killed; by
-    itself it would wait forever."""
+    itself it would wait forever.
+    """
     parent = psutil.Process(sweep)
 
     def watch() -> None:

@@ -1,5 +1,6 @@
 """Results of experiments as tables: a row per run, means over networks with intervals,
-and differences in pairs."""
+and differences in pairs.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,15 @@ from lowrank_utils.comparison.intervals import MARGIN, Interval, mean_interval
 from lowrank_utils.comparison.methods import METHODS
 
 # The settings that tell one task from another.
-TASK = ["data_set", "shift", "rotation", "adaptation_examples", "alpha", "scaling", "init"]
+TASK = [
+    "data_set",
+    "shift",
+    "rotation",
+    "adaptation_examples",
+    "alpha",
+    "scaling",
+    "init",
+]
 CELL = [*TASK, "steps", "method", "rank"]
 # The other settings that decide an adaptation; all runs of one task have the same.
 COMMON = ["batch_size", "pretraining_epochs", "tuning_points", "tuning_seeds", "dtype"]
@@ -46,19 +55,27 @@ def results_table(results: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         others = {name: result["settings"][name] for name in COMMON}
         for name, value in common.setdefault(tuple(task.values()), others).items():
             if others[name] != value:
-                raise ValueError(f"runs of {task['shift']} differ in {name}: {value!r} and {others[name]!r}")
+                raise ValueError(
+                    f"runs of {task['shift']} differ in {name}: {value!r} and {others[name]!r}"
+                )
         choices = {
-            (one["network"], one["method"], one["rank"], one["steps"]): one for one in result["choices"]
+            (one["network"], one["method"], one["rank"], one["steps"]): one
+            for one in result["choices"]
         }
         for run in result["runs"]:
             values = {name: value for name, value in run.items() if name != "negative"}
-            choice = choices.get((run["network"], run["method"], run["rank"], run["steps"]), {})
+            choice = choices.get(
+                (run["network"], run["method"], run["rank"], run["steps"]), {}
+            )
             tuned = {name: choice.get(name) for name in ("score", "widened", "at_edge")}
             negative = {
-                f"negative_{layer.removeprefix('layers.')}": share for layer, share in run["negative"].items()
+                f"negative_{layer.removeprefix('layers.')}": share
+                for layer, share in run["negative"].items()
             }
             rows.append(task | values | tuned | negative)
-    table = pd.DataFrame(rows).astype({"rank": "Int64", "learning_rate": "float64", "factor": "float64"})
+    table = pd.DataFrame(rows).astype(
+        {"rank": "Int64", "learning_rate": "float64", "factor": "float64"}
+    )
     return table.drop_duplicates([*CELL, "network", "seed"], ignore_index=True)
 
 
@@ -76,7 +93,8 @@ def task_name(task: Mapping[str, Any]) -> str:
 
 def network_means(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each task, length, method, rank and network: means over its
-    adaptation seeds."""
+    adaptation seeds.
+    """
     columns = ["score", "training_loss", "validation", "test", "dead"]
     columns += [name for name in table.columns if name.startswith("negative_")]
     numbers = table.assign(**{name: table[name].astype("float64") for name in columns})
@@ -132,16 +150,32 @@ def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     suspects = {_cell(row) for _, row in under_tuned(table).iterrows()}
     rows = []
     for values, one, two in _pairs(networks, first, second):
-        paired = (one.set_index("network")["test"] - two.set_index("network")["test"]).dropna()
+        paired = (
+            one.set_index("network")["test"] - two.set_index("network")["test"]
+        ).dropna()
         interval = mean_interval(paired.tolist())
         verdict = interval.verdict()
         if suspects & {_cell(one.iloc[0]), _cell(two.iloc[0])}:
             verdict = UNDER_TUNED
         rank = one.iloc[0]["rank"] if METHODS[first].has_rank else two.iloc[0]["rank"]
         rows.append(
-            values | {"first": first, "second": second, "rank": rank} | vars(interval) | {"verdict": verdict}
+            values
+            | {"first": first, "second": second, "rank": rank}
+            | vars(interval)
+            | {"verdict": verdict}
         )
-    columns = [*TASK, "steps", "first", "second", "rank", "count", "mean", "low", "high", "verdict"]
+    columns = [
+        *TASK,
+        "steps",
+        "first",
+        "second",
+        "rank",
+        "count",
+        "mean",
+        "low",
+        "high",
+        "verdict",
+    ]
     return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64"})
 
 
@@ -149,15 +183,25 @@ def _pairs(
     networks: pd.DataFrame, first: str, second: str
 ) -> Iterable[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
     """Yield task and length with the rows of both methods, for each pair of ranks that
-    belong together."""
+    belong together.
+    """
     for values, group in networks.groupby([*TASK, "steps"], sort=False):
         sides = [
-            [rows for _, rows in group[group["method"] == method].groupby("rank", sort=False, dropna=False)]
+            [
+                rows
+                for _, rows in group[group["method"] == method].groupby(
+                    "rank", sort=False, dropna=False
+                )
+            ]
             for method in (first, second)
         ]
         for one in sides[0]:
             for two in sides[1]:
-                ranks = {rank for rank in (one.iloc[0]["rank"], two.iloc[0]["rank"]) if not pd.isna(rank)}
+                ranks = {
+                    rank
+                    for rank in (one.iloc[0]["rank"], two.iloc[0]["rank"])
+                    if not pd.isna(rank)
+                }
                 if len(ranks) <= 1 and set(one["network"]) & set(two["network"]):
                     yield dict(zip([*TASK, "steps"], values, strict=True)), one, two
 
@@ -187,27 +231,41 @@ def under_tuned(table: pd.DataFrame) -> pd.DataFrame:
         for submodel in (method, *METHODS[method].contains):
             for values, one, two in _submodels(networks, method, submodel):
                 columns = ["score", "training_loss"]
-                paired = (one.set_index("network")[columns] - two.set_index("network")[columns]).dropna()
+                paired = (
+                    one.set_index("network")[columns]
+                    - two.set_index("network")[columns]
+                ).dropna()
                 if len(paired) == 0:
                     continue
                 score = mean_interval(paired["score"].tolist())
                 loss = mean_interval(paired["training_loss"].tolist())
-                if _clearly_above(score, MARGIN, sign=-1) and _clearly_above(loss, LOSS_MARGIN):
+                lower_score = _clearly_above(score, MARGIN, sign=-1)
+                if lower_score and _clearly_above(loss, LOSS_MARGIN):
                     rows.append(
                         values
                         | {"submodel": submodel, "submodel_rank": two.iloc[0]["rank"]}
-                        | {"score": score.mean, "training_loss": loss.mean, "count": score.count}
+                        | {
+                            "score": score.mean,
+                            "training_loss": loss.mean,
+                            "count": score.count,
+                        }
                     )
     columns = [*CELL, "submodel", "submodel_rank", "score", "training_loss", "count"]
-    return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64", "submodel_rank": "Int64"})
+    return pd.DataFrame(rows, columns=columns).astype(
+        {"rank": "Int64", "submodel_rank": "Int64"}
+    )
 
 
 def _submodels(
     networks: pd.DataFrame, method: str, submodel: str
 ) -> Iterable[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
     for values, group in networks.groupby([*TASK, "steps"], sort=False):
-        for rank, one in group[group["method"] == method].groupby("rank", sort=False, dropna=False):
-            for other, two in group[group["method"] == submodel].groupby("rank", sort=False, dropna=False):
+        for rank, one in group[group["method"] == method].groupby(
+            "rank", sort=False, dropna=False
+        ):
+            for other, two in group[group["method"] == submodel].groupby(
+                "rank", sort=False, dropna=False
+            ):
                 smaller = pd.isna(other) or (not pd.isna(rank) and other <= rank)
                 if smaller and (method, rank) != (submodel, other):
                     cell = dict(zip([*TASK, "steps"], values, strict=True))

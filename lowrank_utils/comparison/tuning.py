@@ -1,5 +1,6 @@
 """Learning rates: where to look, and what to keep. Every method gets as many tries as
-every other."""
+every other.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -48,7 +49,11 @@ class Range:
     def beyond(self, above: bool) -> "Range":
         """Return the range of a third of this width that adjoins it, above or below."""
         wider = (self.high / self.low) ** WIDER
-        return Range(self.high, self.high * wider) if above else Range(self.low / wider, self.low)
+        return (
+            Range(self.high, self.high * wider)
+            if above
+            else Range(self.low / wider, self.low)
+        )
 
     def including(self, other: "Range") -> "Range":
         """Return the smallest range with both in it."""
@@ -79,7 +84,10 @@ class Space:
         # Drawn in powers of two, as the sequence is balanced for those alone.
         places = sequence.random_base2(math.ceil(math.log2(count)))[:count]
         return [
-            Point(self.rate.at(float(row[0])), None if self.factor is None else self.factor.at(float(row[1])))
+            Point(
+                self.rate.at(float(row[0])),
+                None if self.factor is None else self.factor.at(float(row[1])),
+            )
             for row in places
         ]
 
@@ -102,8 +110,11 @@ class Choice:
 
     def ranked(self) -> list[Point]:
         """Return the points, the best first: those with the most seeds, and among them
-        by their mean."""
-        return sorted(self.scores, key=lambda p: (-len(self.scores[p]), -self.score(p), p.rate))
+        by their mean.
+        """
+        return sorted(
+            self.scores, key=lambda p: (-len(self.scores[p]), -self.score(p), p.rate)
+        )
 
     def score(self, point: Point) -> float:
         """Return the mean score of a point over the seeds that it was tried with."""
@@ -173,17 +184,21 @@ def _halve(
     at_least: int = 1,
 ) -> None:
     """Try the candidates with one seed after the other, each time with the better half
-    of them alone."""
+    of them alone.
+    """
     left = list(candidates)
     for seed in tuning_seeds:
         for point in left:
             choice.scores.setdefault(point, []).append(score(point, length, seed))
-        left = sorted(left, key=lambda p: (-choice.score(p), p.rate))[: max(at_least, -(-len(left) // 2))]
+        left = sorted(left, key=lambda p: (-choice.score(p), p.rate))[
+            : max(at_least, -(-len(left) // 2))
+        ]
 
 
 def _wider(space: Space, choice: Choice) -> tuple[Space, Space] | None:
     """Return the space with a range grown, and what was added to it; None if no range
-    has to."""
+    has to.
+    """
     best = choice.chosen
     for name in ("rate", "factor"):
         span: Range | None = getattr(space, name)
@@ -193,10 +208,14 @@ def _wider(space: Space, choice: Choice) -> tuple[Space, Space] | None:
         if OUTER <= place <= 1 - OUTER:
             continue
         interior = [
-            choice.score(p) for p in choice.scores if OUTER <= span.place(getattr(p, name)) <= 1 - OUTER
+            choice.score(p)
+            for p in choice.scores
+            if OUTER <= span.place(getattr(p, name)) <= 1 - OUTER
         ]
         if interior and choice.score(best) - max(interior) <= CLEARLY:
             continue
         strip = span.beyond(above=place > 0.5)
-        return replace(space, **{name: span.including(strip)}), replace(space, **{name: strip})
+        return replace(space, **{name: span.including(strip)}), replace(
+            space, **{name: strip}
+        )
     return None

@@ -256,16 +256,15 @@ MISTAKES = [
     Mistake(
         "each split has its pixels permuted in another way",
         "comparison/shifts.py",
-        "shift.change(_with_labels(digits, shift.adapted_to), degrees, seed) for digits in splits",
-        "shift.change(_with_labels(digits, shift.adapted_to), degrees, seed + place) "
-        "for place, digits in enumerate(splits)",
+        "shift.change(digits, degrees, seed) for digits in chosen",
+        "shift.change(digits, degrees, seed + i) for i, digits in enumerate(chosen)",
         "comparison/test_shifts.py::test_a_permutation_moves_each_pixel_and_another_seed_moves_it_elsewhere",
     ),
     Mistake(
         "rates are chosen with the seeds that are reported",
         "comparison/experiment.py",
-        "settings.steps, settings.tuning_seeds, score",
-        "settings.steps, settings.seeds, score",
+        "        settings.tuning_seeds,\n        score,",
+        "        settings.seeds,\n        score,",
         "comparison/test_experiment.py::test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone",
     ),
     Mistake(
@@ -378,8 +377,8 @@ MISTAKES = [
     Mistake(
         "a method is called under-tuned if one of the two, score or loss, is worse",
         "comparison/tables.py",
-        "if _clearly_above(score, MARGIN, sign=-1) and _clearly_above(loss, LOSS_MARGIN):",
-        "if _clearly_above(score, MARGIN, sign=-1) or _clearly_above(loss, LOSS_MARGIN):",
+        "if lower_score and _clearly_above(loss, LOSS_MARGIN):",
+        "if lower_score or _clearly_above(loss, LOSS_MARGIN):",
         "comparison/test_tables.py::test_what_is_not_clearly_worse_in_both_is_not_called_under_tuned",
     ),
     Mistake(
@@ -406,8 +405,8 @@ MISTAKES = [
     Mistake(
         "Holm's correction makes a test surer than one with a smaller p",
         "comparison/intervals.py",
-        "largest = max(largest, min(1.0, (len(p_values) - place) * float(p_values[index])))",
-        "largest = min(1.0, (len(p_values) - place) * float(p_values[index]))",
+        "largest = max(largest, min(1.0, scaled))",
+        "largest = min(1.0, scaled)",
         "comparison/test_intervals.py::test_holms_correction_against_values_by_hand",
     ),
     Mistake(

@@ -61,7 +61,9 @@ Path(result_path).write_text(json.dumps(result))
 def notebook(tmp_path):
     """The stand-in's path."""
     source = nbformat.read(ROOT / "notebooks" / "comparison.ipynb", as_version=4)
-    (parameters,) = [cell for cell in source.cells if "parameters" in cell.metadata.get("tags", [])]
+    (parameters,) = [
+        cell for cell in source.cells if "parameters" in cell.metadata.get("tags", [])
+    ]
     copy = nbformat.v4.new_notebook(metadata=source.metadata)
     copy.cells = [
         nbformat.v4.new_code_cell(parameters.source, metadata={"tags": ["parameters"]}),
@@ -77,7 +79,14 @@ def arguments(notebook, tmp_path):
     """The arguments of a sweep of the stand-in, into ``tmp_path / "out"``."""
 
     def build(*more, out="out"):
-        fixed = ["-p", "networks", "[7, 8]", "-p", "methods", "[LoRA, DoRA with m's rate]"]
+        fixed = [
+            "-p",
+            "networks",
+            "[7, 8]",
+            "-p",
+            "methods",
+            "[LoRA, DoRA with m's rate]",
+        ]
         fixed += ["-p", "seeds", "[1, 2, 3]", "--out", str(tmp_path / out)]
         return ["--notebook", str(notebook), *map(str, more), *fixed]
 
@@ -89,7 +98,12 @@ def command(arguments):
     """The command line of such a sweep, for a process of its own."""
 
     def build(*more, out="out"):
-        return [sys.executable, "-m", "lowrank_utils.comparison", *arguments(*more, out=out)]
+        return [
+            sys.executable,
+            "-m",
+            "lowrank_utils.comparison",
+            *arguments(*more, out=out),
+        ]
 
     return build
 
@@ -131,10 +145,14 @@ def kept(tmp_path):
     def read(out="out"):
         folder = tmp_path / out
         results = {
-            path.name: json.loads((path / "result.json").read_text()) for path in (folder / "runs").iterdir()
+            path.name: json.loads((path / "result.json").read_text())
+            for path in (folder / "runs").iterdir()
         }
         for path in (folder / "runs").iterdir():
-            assert {file.name for file in path.iterdir()} == {"notebook.ipynb", "result.json"}
+            assert {file.name for file in path.iterdir()} == {
+                "notebook.ipynb",
+                "result.json",
+            }
             nbformat.validate(nbformat.read(path / "notebook.ipynb", as_version=4))
         failed = {path.name: path for path in (folder / "failed").iterdir()}
         return results, failed

@@ -5,6 +5,8 @@ import pytest
 from test_declared import DECLARED, both_shifts
 from test_tables import DORA, LONG, SCORES, SLOW, result
 
+from lowrank_utils.comparison.declared import judge, read_declaration
+from lowrank_utils.comparison.methods import METHODS
 from lowrank_utils.comparison.plots import (
     FILLED,
     METHOD_LOOKS,
@@ -13,10 +15,8 @@ from lowrank_utils.comparison.plots import (
     plot_differences,
     plot_networks,
 )
-from lowrank_utils.comparison.declared import judge, read_declaration
-from lowrank_utils.comparison.methods import METHODS
-from lowrank_utils.plots import PALETTE
 from lowrank_utils.comparison.tables import differences, results_table
+from lowrank_utils.plots import PALETTE
 
 
 @pytest.fixture
@@ -26,12 +26,19 @@ def table():
 
 def test_every_method_has_a_look_of_its_own():
     assert list(METHOD_LOOKS) == list(METHODS)
-    cues = [(look.color, look.marker, name in FILLED) for name, look in METHOD_LOOKS.items()]
+    cues = [
+        (look.color, look.marker, name in FILLED) for name, look in METHOD_LOOKS.items()
+    ]
     assert len(set(cues)) == len(cues), "marks are told apart"
-    lines = [(look.color, str(look.line), look.marker) for look in METHOD_LOOKS.values()]
+    lines = [
+        (look.color, str(look.line), look.marker) for look in METHOD_LOOKS.values()
+    ]
     assert len(set(lines)) == len(lines), "and so are lines"
     # A table with all methods is drawn.
-    scores = {(name, 1 if method.has_rank else None): [0.5, 0.6] for name, method in METHODS.items()}
+    scores = {
+        (name, 1 if method.has_rank else None): [0.5, 0.6]
+        for name, method in METHODS.items()
+    }
     all_methods = results_table([result(scores), result(scores, steps=(LONG,))])
     (first, _) = plot_networks(all_methods).axes
     assert [label.get_text() for label in first.get_yticklabels()] == list(METHODS)
@@ -41,7 +48,11 @@ def test_every_method_has_a_look_of_its_own():
 
 def drawn_at(axes, height):
     """Return the x data of the lines at a height, those of single networks first."""
-    return [list(map(float, line.get_xdata())) for line in axes.lines if set(line.get_ydata()) == {height}]
+    return [
+        list(map(float, line.get_xdata()))
+        for line in axes.lines
+        if set(line.get_ydata()) == {height}
+    ]
 
 
 def test_each_network_and_the_mean_a_panel_for_each_task_length_and_rank(table):
@@ -55,7 +66,11 @@ def test_each_network_and_the_mean_a_panel_for_each_task_length_and_rank(table):
     figure = plot_networks(table)
     # What all panels have in common isn't repeated.
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"{task}, r = {rank}" for task in ("rotation −45°", "inversion") for rank in (1, 4)]
+    assert titles == [
+        f"{task}, r = {rank}"
+        for task in ("rotation −45°", "inversion")
+        for rank in (1, 4)
+    ]
     assert figure.get_supxlabel() == "test accuracy (%)"
     methods = ["frozen", "m alone", "LoRA", DORA]
     for place, axes in enumerate(figure.axes):
@@ -63,14 +78,18 @@ def test_each_network_and_the_mean_a_panel_for_each_task_length_and_rank(table):
         assert labels == (methods if place % 2 == 0 else [""] * 4)
         assert axes.get_ylim() == (3.5, -0.5)
         for height, method in enumerate(methods):
-            values = SCORES[method, None if method in methods[:2] else (1, 4)[place % 2]]
+            values = SCORES[
+                method, None if method in methods[:2] else (1, 4)[place % 2]
+            ]
             networks, (mean,) = drawn_at(axes, height)
             assert networks == pytest.approx([100 * value for value in values])
             assert mean == pytest.approx(100 * sum(values) / 3)
 
 
 def test_one_network_alone_has_no_mark_for_a_mean():
-    (axes,) = plot_networks(results_table([result({("full", None): [[0.5, 0.7]]})])).axes
+    (axes,) = plot_networks(
+        results_table([result({("full", None): [[0.5, 0.7]]})])
+    ).axes
     assert axes.get_title() == "rotation −45°"
     assert drawn_at(axes, 0) == [pytest.approx([60])]
 
@@ -86,7 +105,10 @@ def intervals(axes):
 
 def shown(rows):
     return [
-        (pytest.approx([100 * row["low"], 100 * row["high"]]), pytest.approx([100 * row["mean"]]))
+        (
+            pytest.approx([100 * row["low"], 100 * row["high"]]),
+            pytest.approx([100 * row["mean"]]),
+        )
         for _, row in rows.iterrows()
     ]
 
@@ -100,19 +122,28 @@ def test_differences_are_a_line_each_and_a_panel_per_task(table):
     rows = differences(table, DORA, "LoRA")
     figure = plot_differences(rows)
     assert [axes.get_title() for axes in figure.axes] == ["rotation −45°", "inversion"]
-    assert f"{DORA} − LoRA (percentage points)\nshaded: within ±1" in figure.get_supxlabel()
-    for axes, (_, group) in zip(figure.axes, rows.groupby("shift", sort=False), strict=True):
+    assert (
+        f"{DORA} − LoRA (percentage points)\nshaded: within ±1"
+        in figure.get_supxlabel()
+    )
+    for axes, (_, group) in zip(
+        figure.axes, rows.groupby("shift", sort=False), strict=True
+    ):
         labels = [label.get_text() for label in axes.get_yticklabels()]
         assert labels == ["r = 1, 64 steps", "r = 4, 64 steps"]
         assert list(intervals(axes)) == shown(group)
         assert_margin_is_shaded(axes)
     without_ranks = plot_differences(differences(table, "m alone", "frozen")).axes[0]
-    assert [label.get_text() for label in without_ranks.get_yticklabels()] == ["64 steps"]
+    assert [label.get_text() for label in without_ranks.get_yticklabels()] == [
+        "64 steps"
+    ]
 
 
 def test_the_declared_tests_are_a_line_each_and_a_panel_per_length():
     results = [*both_shifts(), *both_shifts(steps=(LONG,))]
-    answers = judge(results_table(results), read_declaration(DECLARED | {"steps": [SLOW, LONG]}))
+    answers = judge(
+        results_table(results), read_declaration(DECLARED | {"steps": [SLOW, LONG]})
+    )
     figure = plot_declared(answers)
     assert [axes.get_title() for axes in figure.axes] == ["64 steps", "128 steps"]
     assert "(percentage points); shaded: within ±1" in figure.get_supxlabel()
@@ -143,16 +174,25 @@ def test_an_interval_has_the_colour_of_the_method_that_is_ahead(table, verdict, 
 
 
 def test_longer_runs_are_a_line_per_method_over_the_networks_that_have_all_lengths():
-    longer = {key: [value + 0.1 for value in values[:2]] for key, values in SCORES.items() if key[1] != 4}
+    longer = {
+        key: [value + 0.1 for value in values[:2]]
+        for key, values in SCORES.items()
+        if key[1] != 4
+    }
     del longer["frozen", None]
     table = results_table([result(), result(longer, steps=(LONG,))])
     figure = plot_accuracy_over_steps(table, 1)
     (axes,) = figure.axes
     assert axes.get_title() == "rotation −45°"
-    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("steps", "test accuracy (%)")
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == (
+        "steps",
+        "test accuracy (%)",
+    )
     assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "128"]
     lines = {line.get_label(): line for line in axes.lines}
-    assert set(lines) == {"m alone", "LoRA", DORA}, "the frozen network ran at one length alone"
+    assert set(lines) == {"m alone", "LoRA", DORA}, (
+        "the frozen network ran at one length alone"
+    )
     for method, line in lines.items():
         # Network 13 has no long run, and so no part in the short one's mean either.
         short = sum(SCORES[method, None if method == "m alone" else 1][:2]) / 2

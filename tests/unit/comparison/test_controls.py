@@ -17,10 +17,18 @@ from support import (
 from torch import nn
 
 from lowrank_utils.adapt import count_parameters, merge_adapters, replace_linear_layers
-from lowrank_utils.comparison.controls import LinearWithGain, LinearWithPositiveGain, LinearWithRandomRows
+from lowrank_utils.comparison.controls import (
+    LinearWithGain,
+    LinearWithPositiveGain,
+    LinearWithRandomRows,
+)
 from lowrank_utils.lora import LinearWithLoRA
 
-CONTROLS = {LinearWithGain: "g", LinearWithPositiveGain: "theta", LinearWithRandomRows: "v"}
+CONTROLS = {
+    LinearWithGain: "g",
+    LinearWithPositiveGain: "theta",
+    LinearWithRandomRows: "v",
+}
 
 every_control = pytest.mark.parametrize("control", CONTROLS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -31,7 +39,9 @@ def moved(control, bias=True, dtype=torch.float64):
     and seven inputs, five outputs."""
     layer = control(linear_layer(bias=bias, dtype=dtype), 3, 1.7)
     with torch.no_grad():
-        for number, parameter in enumerate([layer.lora.A, layer.lora.B, getattr(layer, CONTROLS[control])]):
+        for number, parameter in enumerate(
+            [layer.lora.A, layer.lora.B, getattr(layer, CONTROLS[control])]
+        ):
             parameter.add_(normal(*parameter.shape, seed=10 + number, dtype=dtype))
     return layer
 
@@ -77,13 +87,23 @@ def test_a_control_starts_at_exactly_the_pretrained_weight(control, dtype):
 
 
 @every_control
-def test_all_that_is_trained_gets_a_finite_gradient_that_is_that_of_the_merged_weight(control):
+def test_all_that_is_trained_gets_a_finite_gradient_that_is_that_of_the_merged_weight(
+    control,
+):
     layer = moved(control)
-    parameters = {name: p for name, p in layer.named_parameters() if not name.startswith("linear.")}
+    parameters = {
+        name: p
+        for name, p in layer.named_parameters()
+        if not name.startswith("linear.")
+    }
     assert set(parameters) == {"lora.A", "lora.B", CONTROLS[control]}
     x, to_y = normal(4, 7, seed=5), normal(4, 5, seed=6)
-    through_forward = torch.autograd.grad((layer(x) * to_y).sum(), [*parameters.values()])
-    through_weight = torch.autograd.grad(((x @ layer.weight.T) * to_y).sum(), [*parameters.values()])
+    through_forward = torch.autograd.grad(
+        (layer(x) * to_y).sum(), [*parameters.values()]
+    )
+    through_weight = torch.autograd.grad(
+        ((x @ layer.weight.T) * to_y).sum(), [*parameters.values()]
+    )
     for one, other in zip(through_forward, through_weight, strict=True):
         assert one.isfinite().all()
         assert one.abs().max() > 0
@@ -121,7 +141,10 @@ def test_only_the_plain_gain_can_turn_negative():
             optimizer.step()
         assert layer.gain.min() < 0.5, "the steps did nothing"
         assert bool((layer.gain < 0).any()) == negative
-    names = {name for name, _ in LinearWithPositiveGain(linear_layer(), 3, 1.7).named_parameters()}
+    names = {
+        name
+        for name, _ in LinearWithPositiveGain(linear_layer(), 3, 1.7).named_parameters()
+    }
     assert "g" not in names
 
 
@@ -178,14 +201,16 @@ def test_random_rows_differ_from_layer_to_layer_and_leave_the_draw_of_a_alone():
 @every_control
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_new_control_is_the_linear_layer_bit_for_bit_in_the_dtype_of_its_weight(control, bias, dtype):
+def test_a_new_control_is_the_linear_layer_bit_for_bit_in_the_dtype_of_its_weight(
+    control, bias, dtype
+):
     linear = linear_layer(bias=bias, dtype=dtype)
     layer = control(linear, 3, 1.7)
     x = normal(2, 4, 7, dtype=dtype)
     assert torch.equal(layer.weight, linear.weight)
-    assert {name: tensor.dtype for name, tensor in snapshot(layer).items()} == dict.fromkeys(
-        layer.state_dict(), dtype
-    )
+    assert {
+        name: tensor.dtype for name, tensor in snapshot(layer).items()
+    } == dict.fromkeys(layer.state_dict(), dtype)
     assert layer.weight.dtype == layer(x).dtype == dtype
     if bias and control is not LinearWithRandomRows:
         # The gain stands between product and bias, so there is a rounding more than in
@@ -201,7 +226,9 @@ def far_away(control, bias):
     layer = control(linear_layer(bias=bias), 3, 1.7)
     with torch.no_grad():
         layer.lora.B.copy_(normal(3, 5, seed=11))
-        getattr(layer, CONTROLS[control]).copy_(torch.tensor([-1.5, 0.0, 0.4, -0.2, 2.0]))
+        getattr(layer, CONTROLS[control]).copy_(
+            torch.tensor([-1.5, 0.0, 0.4, -0.2, 2.0])
+        )
     return layer
 
 
@@ -211,7 +238,9 @@ def written_out(control, x, W, b, A, B, numbers, R):
     if control is LinearWithRandomRows:
         changed = V + torch.diag(numbers) @ R
     else:
-        changed = torch.diag(numbers if control is LinearWithGain else numbers.exp()) @ V
+        changed = (
+            torch.diag(numbers if control is LinearWithGain else numbers.exp()) @ V
+        )
     y = x @ changed.T
     return y if b is None else y + b
 
@@ -219,7 +248,9 @@ def written_out(control, x, W, b, A, B, numbers, R):
 @every_control
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
-def test_outputs_and_all_gradients_are_those_of_the_formula_written_out(control, bias, batch):
+def test_outputs_and_all_gradients_are_those_of_the_formula_written_out(
+    control, bias, batch
+):
     layer = far_away(control, bias)
     x, to_y = normal(*batch, 7, seed=5).requires_grad_(), normal(*batch, 5, seed=6)
     inner = [layer.linear.weight, layer.linear.bias, layer.lora.A, layer.lora.B]
@@ -241,13 +272,20 @@ def test_outputs_and_all_gradients_are_those_of_the_formula_written_out(control,
 
 @every_control
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_state_has_these_names_and_brings_another_control_to_the_same_outputs(control, bias):
-    layer, other = far_away(control, bias), control(linear_layer(bias=bias, seed=5), 3, 1.7)
+def test_the_state_has_these_names_and_brings_another_control_to_the_same_outputs(
+    control, bias
+):
+    layer, other = (
+        far_away(control, bias),
+        control(linear_layer(bias=bias, seed=5), 3, 1.7),
+    )
     names = {"linear.weight", "lora.A", "lora.B", CONTROLS[control]}
     names |= {"linear.bias"} if bias else set()
     trained = set(dict(layer.named_parameters()))
     assert trained == names
-    assert set(layer.state_dict()) == names | ({"R"} if control is LinearWithRandomRows else set())
+    assert set(layer.state_dict()) == names | (
+        {"R"} if control is LinearWithRandomRows else set()
+    )
     x = normal(4, 7)
     assert not torch.allclose(other(x), layer(x))
     other.load_state_dict(layer.state_dict())
@@ -275,7 +313,9 @@ def test_a_positive_gain_is_positive_whatever_theta_is(theta):
     assert layer.gain.min() > 0
     # No output changes its side of the bias.
     x = normal(20, 7)
-    assert torch.equal((layer(x) - layer.bias).sign(), (layer.linear(x) - layer.bias).sign())
+    assert torch.equal(
+        (layer(x) - layer.bias).sign(), (layer.linear(x) - layer.bias).sign()
+    )
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -283,7 +323,9 @@ def test_a_seed_fixes_the_rows_that_of_the_generator_or_without_one_that_of_torc
     def rows(seed):
         torch.manual_seed(0 if own else seed)
         options = {"generator": generator(seed)} if own else {}
-        return [LinearWithRandomRows(linear_layer(), 3, 1.7, **options).R for _ in range(2)]
+        return [
+            LinearWithRandomRows(linear_layer(), 3, 1.7, **options).R for _ in range(2)
+        ]
 
     first, again, other = rows(5), rows(5), rows(6)
     for number in range(2):

@@ -49,14 +49,18 @@ def scores(ahead=AHEAD, gain=0.001):
     mean."""
     lora = [0.70 + 0.01 * place for place in range(len(ahead))]
     dora = {
-        rank: [a + by + d for a, d in zip(lora, ahead, strict=True)] for rank, by in ((1, 0.2), (4, -0.2))
+        rank: [a + by + d for a, d in zip(lora, ahead, strict=True)]
+        for rank, by in ((1, 0.2), (4, -0.2))
     }
     return {
         ("LoRA", 1): lora,
         ("LoRA", 4): lora,
         (DORA, 1): dora[1],
         (DORA, 4): dora[4],
-        ("gain", 1): [value - gain * (-1) ** place / (1 + place) for place, value in enumerate(dora[1])],
+        ("gain", 1): [
+            value - gain * (-1) ** place / (1 + place)
+            for place, value in enumerate(dora[1])
+        ],
     }
 
 
@@ -72,7 +76,11 @@ def judged(results, **changes):
 def test_a_tests_answer_is_the_mean_over_shifts_and_ranks_of_each_network():
     answers = judged(both_shifts())
     row, other = (row for _, row in answers.iterrows())
-    assert (row["steps"], row["count"], row["test"]) == (64, 8, f"{DORA} − LoRA, rank 1 and 4")
+    assert (row["steps"], row["count"], row["test"]) == (
+        64,
+        8,
+        f"{DORA} − LoRA, rank 1 and 4",
+    )
     assert row["mean"] == pytest.approx(np.mean(AHEAD))
     # Two tests, so that each interval has 97.5 %.
     ends = stats.ttest_1samp(AHEAD, 0).confidence_interval(0.975)
@@ -108,7 +116,10 @@ def test_a_corrected_p_above_five_of_a_hundred_decides_nothing_whatever_the_inte
     # interval excludes zero in both.
     steady = scores([0.030, 0.031, 0.029, 0.030, 0.032, 0.028])
     alone = judged(both_shifts(steady), tests=one_test(ranks=[1, 4]))
-    assert (alone["p_holm"].iloc[0], alone["verdict"].iloc[0]) == (pytest.approx(0.03125), "better")
+    assert (alone["p_holm"].iloc[0], alone["verdict"].iloc[0]) == (
+        pytest.approx(0.03125),
+        "better",
+    )
     two = judged(both_shifts(steady)).iloc[0]
     assert two["low"] > 0.01
     assert (two["p"], two["p_holm"], two["verdict"]) == (
@@ -117,18 +128,24 @@ def test_a_corrected_p_above_five_of_a_hundred_decides_nothing_whatever_the_inte
         "undecided",
     )
     worse = judged(
-        both_shifts(steady), tests=[*one_test("LoRA", DORA, [1, 4]), *one_test("gain", DORA)]
+        both_shifts(steady),
+        tests=[*one_test("LoRA", DORA, [1, 4]), *one_test("gain", DORA)],
     ).iloc[0]
     assert worse["high"] < -0.01
     assert worse["verdict"] == "undecided"
     # That a difference is within a point is no claim that needs a p.
-    small = judged(both_shifts(scores([0.001, -0.001] * 4)), tests=one_test(ranks=[1, 4])).iloc[0]
+    small = judged(
+        both_shifts(scores([0.001, -0.001] * 4)), tests=one_test(ranks=[1, 4])
+    ).iloc[0]
     assert small["p"] > 0.05
     assert small["verdict"] == "no difference worth having"
 
 
 def test_each_length_is_a_family_of_its_own():
-    long = {key: [value + 0.001 * len(key[0]) for value in values] for key, values in scores().items()}
+    long = {
+        key: [value + 0.001 * len(key[0]) for value in values]
+        for key, values in scores().items()
+    }
     results = [*both_shifts(), *both_shifts(long, steps=(LONG,))]
     answers = judged(results, steps=[64, LONG])
     assert answers["steps"].tolist() == [64, 64, LONG, LONG]
@@ -142,10 +159,16 @@ def test_each_length_is_a_family_of_its_own():
 def test_more_seeds_make_nothing_surer_and_move_no_weight_between_networks():
     answers = judged(both_shifts())
     seeds = [1, 20, 3, 1, 1, 7, 1, 2]
-    more = {key: [[v] * n for v, n in zip(values, seeds, strict=True)] for key, values in scores().items()}
+    more = {
+        key: [[v] * n for v, n in zip(values, seeds, strict=True)]
+        for key, values in scores().items()
+    }
     pd.testing.assert_frame_equal(judged(both_shifts(more)), answers)
     # Nor do more seeds on one of the shifts, or at one of the ranks.
-    uneven = {key: [[v] * 9 for v in values] if key[1] == 4 else values for key, values in scores().items()}
+    uneven = {
+        key: [[v] * 9 for v in values] if key[1] == 4 else values
+        for key, values in scores().items()
+    }
     first, second = DECLARED["shifts"]
     mixed = [result(uneven, shift=first), result(scores(), shift=second)]
     pd.testing.assert_frame_equal(judged(mixed), answers)
@@ -156,7 +179,9 @@ def test_it_is_the_same_whatever_the_order_of_the_rows():
     answers = judge(table, read_declaration(declared()))
     for seed in range(3):
         mixed = table.sample(frac=1, random_state=seed)
-        pd.testing.assert_frame_equal(judge(mixed, read_declaration(declared())), answers)
+        pd.testing.assert_frame_equal(
+            judge(mixed, read_declaration(declared())), answers
+        )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +199,9 @@ def test_a_network_that_lacks_one_run_does_not_count(lacks):
     gone = table["network"] == NETWORKS[2]
     for name, value in lacks.items():
         gone &= (table[name] == value).fillna(value=False)
-    row = judge(table[~gone], read_declaration(declared(tests=one_test(ranks=[1, 4])))).iloc[0]
+    row = judge(
+        table[~gone], read_declaration(declared(tests=one_test(ranks=[1, 4])))
+    ).iloc[0]
     rest = [value for place, value in enumerate(AHEAD) if place != 2]
     assert (row["count"], row["mean"]) == (7, pytest.approx(np.mean(rest)))
     assert row["p"] == pytest.approx(sign_flip_test(rest))
@@ -200,7 +227,10 @@ def test_what_only_describes_does_not_get_into_the_declared_tests():
 def test_fewer_than_two_whole_networks_are_no_answer(count):
     table = results_table(both_shifts())
     left = table[(table["network"] < 11 + count) | (table["method"] != "LoRA")]
-    with pytest.raises(ValueError, match=r"needs two networks or more with all its runs of 64 steps; there"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs two networks or more with all its runs of 64 steps; there",
+    ):
         judge(left, read_declaration(declared()))
 
 
@@ -217,17 +247,25 @@ RUNS = {
 
 def grid(**changes):
     """All shifts that are declared, each with all methods, ranks and networks."""
-    lists = {name: [value] if isinstance(value, list) else value for name, value in (RUNS | changes).items()}
+    lists = {
+        name: [value] if isinstance(value, list) else value
+        for name, value in (RUNS | changes).items()
+    }
     return {"shift": DECLARED["shifts"], **lists}
 
 
 def settings(**changes):
-    return [Settings.of(SETTINGS | RUNS | {"shift": shift} | changes) for shift in DECLARED["shifts"]]
+    return [
+        Settings.of(SETTINGS | RUNS | {"shift": shift} | changes)
+        for shift in DECLARED["shifts"]
+    ]
 
 
 TEST = f"“{DORA} − LoRA, rank 1 and 4” is declared, but "
 GAIN = f"“{DORA} − gain, rank 1” is declared, but "
-FEW = " networks in common; 2 tests need 7 or more: with n networks p can't be below 2/2ⁿ"
+FEW = (
+    " networks in common; 2 tests need 7 or more: with n networks p can't be below 2/2ⁿ"
+)
 SIX = [{**test, "ranks": [rank]} for rank in (1, 4, 8) for test in DECLARED["tests"]]
 
 WRONG = {
@@ -237,28 +275,52 @@ WRONG = {
         [grid()],
         "first must be one of 'DoRA norm kept with m's rate'",
     ),
-    "a method without a rank": (declared(tests=one_test(DORA, "m alone")), [grid()], "second must be one of"),
+    "a method without a rank": (
+        declared(tests=one_test(DORA, "m alone")),
+        [grid()],
+        "second must be one of",
+    ),
     "one method twice": (
         declared(tests=one_test("LoRA", "LoRA")),
         [grid()],
         "a test must compare two methods; got 'LoRA' twice",
     ),
-    "an unknown shift": (declared(shifts=["mirror"]), [grid()], "a shift must be one of"),
+    "an unknown shift": (
+        declared(shifts=["mirror"]),
+        [grid()],
+        "a shift must be one of",
+    ),
     "no tests": (
         {"shifts": ["inversion"], "steps": [64]},
         [grid()],
         "declared must have shifts, steps and tests; got",
     ),
-    "another key": (declared(level=0.1), [grid()], "declared must have shifts, steps and tests; got"),
+    "another key": (
+        declared(level=0.1),
+        [grid()],
+        "declared must have shifts, steps and tests; got",
+    ),
     "a list": ([1], [grid()], "declared must have shifts, steps and tests; got [1]"),
     "no second": (
         declared(tests=[{"first": DORA, "ranks": [1]}]),
         [grid()],
         "a test must have first, second and ranks; got {'first'",
     ),
-    "no ranks": (declared(tests=one_test(ranks=[])), [grid()], "ranks must be a list with one entry or more"),
-    "empty tests": (declared(tests=[]), [grid()], "tests must be a list with one entry or more; got []"),
-    "one rank twice": (declared(tests=one_test(ranks=[1, 1])), [grid()], "ranks must have each entry once"),
+    "no ranks": (
+        declared(tests=one_test(ranks=[])),
+        [grid()],
+        "ranks must be a list with one entry or more",
+    ),
+    "empty tests": (
+        declared(tests=[]),
+        [grid()],
+        "tests must be a list with one entry or more; got []",
+    ),
+    "one rank twice": (
+        declared(tests=one_test(ranks=[1, 1])),
+        [grid()],
+        "ranks must have each entry once",
+    ),
     "rank 0": (
         declared(tests=one_test(ranks=[0])),
         [grid()],
@@ -287,13 +349,20 @@ WRONG = {
     ),
     "a pair that isn't run together": (
         DECLARED,
-        [grid(methods=["LoRA", DORA], ranks=[1]), grid(methods=["LoRA"], ranks=[4]), grid(methods=["gain"])],
+        [
+            grid(methods=["LoRA", DORA], ranks=[1]),
+            grid(methods=["LoRA"], ranks=[4]),
+            grid(methods=["gain"]),
+        ],
         TEST + f"{DORA} isn't run with rank 4 and 64 steps",
     ),
     "six networks": (DECLARED, [grid(networks=NETWORKS[:6])], (TEST, "6" + FEW)),
     "networks of their own": (
         DECLARED,
-        [grid(methods=["LoRA"]), grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS])],
+        [
+            grid(methods=["LoRA"]),
+            grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS]),
+        ],
         (TEST, "3" + FEW),
     ),
     "few networks with the last method": (
@@ -310,8 +379,13 @@ def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(
 ):
     content, grids, said = WRONG[case]
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"declared": content, "grids": grids}, sort_keys=False), encoding="utf-8")
-    monkeypatch.setattr(comparison, "run_all", lambda *_: pytest.fail("something is trained"))
+    path.write_text(
+        yaml.safe_dump({"declared": content, "grids": grids}, sort_keys=False),
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(
+        comparison, "run_all", lambda *_: pytest.fail("something is trained")
+    )
     assert main([str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lowrank-compare: ")
@@ -323,14 +397,20 @@ def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(
 
 # Networks that have one of a test's ranks, or one of its shifts, and not the other,
 # don't count when it is judged.
-@pytest.mark.parametrize("apart", [{"ranks": ([1], [4])}, {"shift": (["permutation"], ["inversion"])}])
+@pytest.mark.parametrize(
+    "apart", [{"ranks": ([1], [4])}, {"shift": (["permutation"], ["inversion"])}]
+)
 def test_enough_networks_must_have_all_of_a_tests_runs(apart):
     ((name, values),) = apart.items()
     declaration = read_declaration(declared(tests=one_test(ranks=[1, 4])))
     halves = [
         run
-        for value, networks in zip(values, (NETWORKS, [n + 100 for n in NETWORKS]), strict=True)
-        for run in settings(networks=networks, **({"ranks": value} if name == "ranks" else {}))
+        for value, networks in zip(
+            values, (NETWORKS, [n + 100 for n in NETWORKS]), strict=True
+        )
+        for run in settings(
+            networks=networks, **({"ranks": value} if name == "ranks" else {})
+        )
         if name == "ranks" or [run.shift] == value
     ]
     with pytest.raises(ValueError, match=re.escape(TEST)):
@@ -342,13 +422,20 @@ def test_enough_networks_must_have_all_of_a_tests_runs(apart):
 def test_a_declared_shift_is_one_task():
     runs = settings()
     read_declaration(declared()).check(runs)
-    for change in ({"alpha": 4.0}, {"adaptation_examples": 500}, {"batch_size": 32, "steps": [64]}):
+    for change in (
+        {"alpha": 4.0},
+        {"adaptation_examples": 500},
+        {"batch_size": 32, "steps": [64]},
+    ):
         with pytest.raises(ValueError, match=next(iter(change))):
             read_declaration(declared()).check([*runs, replace(runs[0], **change)])
 
 
 def test_what_the_runs_can_answer_is_taken_from_several_grids():
-    runs = [*settings(methods=["LoRA", DORA]), *settings(methods=["gain"], networks=NETWORKS[:7])]
+    runs = [
+        *settings(methods=["LoRA", DORA]),
+        *settings(methods=["gain"], networks=NETWORKS[:7]),
+    ]
     read_declaration(DECLARED).check(runs)
     read_declaration(DECLARED).check([*runs, *settings(networks=[1], methods=["full"])])
 
@@ -395,7 +482,9 @@ def test_after_a_run_it_may_not(store, earlier):
         declared(tests=DECLARED["tests"][:1]),
         None if earlier else DECLARED,
     ):
-        with pytest.raises(SweepError, match=r"was declared before them, .*choose another --out"):
+        with pytest.raises(
+            SweepError, match=r"was declared before them, .*choose another --out"
+        ):
             store.declare(later)
         assert on_disk(store) == earlier
 

@@ -87,7 +87,9 @@ rescue.cancel()
 
 
 def test_an_interruption_that_comes_just_before_a_wait_is_noticed():
-    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=True
+    )
     assert run.stdout == "the run is left\n"
 
 
@@ -96,9 +98,13 @@ def test_what_is_done_is_kept_when_a_worker_ends_at_the_same_moment():
     futures["lost"].set_exception(RuntimeError("a worker was ended"))
     futures["done"].set_result(sweep.Outcome("executed", "{}", ""))
     settings = {run: SimpleNamespace(as_dict=lambda name=run: name) for run in futures}
-    executor = SimpleNamespace(submit=lambda _execute, _notebook, name, *_: futures[name])
+    executor = SimpleNamespace(
+        submit=lambda _execute, _notebook, name, *_: futures[name]
+    )
     kept = {}
-    store = SimpleNamespace(keep=lambda run, _settings, outcome: kept.update({run: outcome.result}))
+    store = SimpleNamespace(
+        keep=lambda run, _settings, outcome: kept.update({run: outcome.result})
+    )
     with pytest.raises(RuntimeError, match="a worker was ended"):
         sweep.run_all(executor, store, settings, NOTEBOOK, 1, lambda *_: None)
     assert kept == {"done": json.dumps({})}

@@ -13,12 +13,20 @@ import torch
 from test_settings import GOOD
 
 from lowrank_utils.comparison import experiment
-from lowrank_utils.data import Digits, Splits, load_mnist, permute_pixels
-from lowrank_utils.comparison.experiment import Task, adapt, choose, prepare, run_experiment, space_of, write_result
+from lowrank_utils.comparison.experiment import (
+    Task,
+    adapt,
+    choose,
+    prepare,
+    run_experiment,
+    space_of,
+    write_result,
+)
 from lowrank_utils.comparison.methods import METHODS
 from lowrank_utils.comparison.settings import Settings
-from lowrank_utils.training import History, accuracy
 from lowrank_utils.comparison.tuning import Point
+from lowrank_utils.data import Digits, Splits, load_mnist, permute_pixels
+from lowrank_utils.training import History, accuracy
 
 SETTINGS = Settings.of(GOOD | {"pretraining_epochs": 2, "steps": [4], "networks": [3]})
 POINT = Point(0.02, 10.0)
@@ -67,15 +75,27 @@ def test_the_network_is_pretrained_on_the_training_split_alone(trainings):
     splits = raw_splits()
     assert rows(images) == rows(splits.train.images)
     assert len(images) == len(labels) == 3_000
-    assert not rows(images) & (rows(splits.validation.images) | rows(splits.test.images))
+    assert not rows(images) & (
+        rows(splits.validation.images) | rows(splits.test.images)
+    )
     assert options["seed"] == 3
     assert options["epochs"] == 2
 
 
-def test_what_a_task_holds_comes_from_disjoint_splits_and_never_from_the_test_split(task, test_split):
-    assert Task._fields == ("network", "pretrained", "train", "validation", "last_layer_rate")
+def test_what_a_task_holds_comes_from_disjoint_splits_and_never_from_the_test_split(
+    task, test_split
+):
+    assert Task._fields == (
+        "network",
+        "pretrained",
+        "train",
+        "validation",
+        "last_layer_rate",
+    )
     sets = [rows(digits.images) for digits in (task.train, task.validation, test_split)]
-    assert [len(digits.labels) for digits in (task.train, task.validation, test_split)] == [
+    assert [
+        len(digits.labels) for digits in (task.train, task.validation, test_split)
+    ] == [
         3_000,
         1_000,
         1_000,
@@ -83,7 +103,9 @@ def test_what_a_task_holds_comes_from_disjoint_splits_and_never_from_the_test_sp
     assert not sets[0] & sets[1]
     assert not (sets[0] | sets[1]) & sets[2]
     splits = raw_splits()
-    for part, original in zip((task.train, task.validation, test_split), splits, strict=True):
+    for part, original in zip(
+        (task.train, task.validation, test_split), splits, strict=True
+    ):
         assert torch.equal(part.labels, original.labels)
 
 
@@ -98,14 +120,18 @@ def test_images_that_nobody_may_see_change_nothing(monkeypatch):
     other, _ = prepare(SETTINGS, network=3, progress=False)
     task, _ = prepared()
     assert torch.equal(other.train.images, task.train.images)
-    for mine, its in zip(other.pretrained.parameters(), task.pretrained.parameters(), strict=True):
+    for mine, its in zip(
+        other.pretrained.parameters(), task.pretrained.parameters(), strict=True
+    ):
         assert torch.equal(mine, its)
 
 
 def test_each_network_has_its_own_splits_start_and_pixels(task):
     other, other_test = prepare(SETTINGS, network=4, progress=False)
     assert other.network == 4
-    assert not torch.equal(other.pretrained.layers[0].weight, task.pretrained.layers[0].weight)
+    assert not torch.equal(
+        other.pretrained.layers[0].weight, task.pretrained.layers[0].weight
+    )
     assert rows(other_test.images) != rows(prepared()[1].images)
     shuffled = replace(SETTINGS, shift="permutation")
     orders = []
@@ -120,9 +146,15 @@ def test_each_network_has_its_own_splits_start_and_pixels(task):
             # In the same way in all splits: the mean of the training images is
             # subtracted from each.
             expected = permute_pixels(original, network).images
-            expected = expected - permute_pixels(splits.train, network).images.mean(dim=0)
+            expected = expected - permute_pixels(splits.train, network).images.mean(
+                dim=0
+            )
             assert torch.allclose(part.images, expected, atol=1e-12)
-        orders.append(permute_pixels(Digits(torch.arange(784.0)[None], torch.zeros(1)), network).images)
+        orders.append(
+            permute_pixels(
+                Digits(torch.arange(784.0)[None], torch.zeros(1)), network
+            ).images
+        )
     assert not torch.equal(*orders)
 
 
@@ -135,7 +167,8 @@ def test_unseen_classes_are_unseen():
     assert len(task.validation.labels) == 500, "enough to choose by"
     too_many = replace(settings, adaptation_examples=1491, steps=[24])
     with pytest.raises(
-        ValueError, match="adaptation_examples must be at most 1,490 for unseen classes on mnist-5k"
+        ValueError,
+        match="adaptation_examples must be at most 1,490 for unseen classes on mnist-5k",
     ):
         prepare(too_many, network=3, progress=False)
 
@@ -149,9 +182,18 @@ def test_a_trained_last_layer_has_one_rate_in_all_methods_with_adapters(training
     trainings.clear()
     methods = ("LoRA", "DoRA with one rate", "m alone", "full", "last layer")
     for method in methods:
-        adapt(task, settings, method, 2, 4, POINT if METHODS[method].part else Point(0.02), seed=1)
+        adapt(
+            task,
+            settings,
+            method,
+            2,
+            4,
+            POINT if METHODS[method].part else Point(0.02),
+            seed=1,
+        )
     rates = [
-        options["learning_rate"] * options["factors"].get("layers.4.*", 0.0) for *_, options in trainings
+        options["learning_rate"] * options["factors"].get("layers.4.*", 0.0)
+        for *_, options in trainings
     ]
     assert rates == pytest.approx([task.last_layer_rate] * 3 + [0.0] * 2)
     assert trainings[0][2]["factors"]["*.lora.B"] == 10.0
@@ -159,7 +201,14 @@ def test_a_trained_last_layer_has_one_rate_in_all_methods_with_adapters(training
 
 
 def test_methods_of_one_seed_see_the_same_digits_in_the_same_order(task, trainings):
-    methods = ("last layer", "LoRA", "LoRA matched above", "DoRA with m's rate", "random rows", "full")
+    methods = (
+        "last layer",
+        "LoRA",
+        "LoRA matched above",
+        "DoRA with m's rate",
+        "random rows",
+        "full",
+    )
     for method in methods:
         adapt(task, SETTINGS, method, 2, 4, POINT, seed=1)
     adapt(task, SETTINGS, "LoRA", 2, 4, POINT, seed=2)
@@ -178,15 +227,24 @@ def test_methods_of_one_seed_see_the_same_digits_in_the_same_order(task, trainin
     assert torch.bincount(first[1]).tolist() == [10] * 10
 
 
-def test_methods_of_one_seed_start_from_the_same_a_and_another_seed_from_another(task, monkeypatch):
+def test_methods_of_one_seed_start_from_the_same_a_and_another_seed_from_another(
+    task, monkeypatch
+):
     starts = []
 
     def note(model, *_, **__):
-        starts.append([model.layers[index].lora.A.detach().clone() for index in (0, 2, 4)])
+        starts.append(
+            [model.layers[index].lora.A.detach().clone() for index in (0, 2, 4)]
+        )
         return History(loss=[0.5])
 
     monkeypatch.setattr(experiment, "train", note)
-    for method, seed in (("LoRA", 1), ("DoRA with m's rate", 1), ("random rows", 1), ("LoRA", 2)):
+    for method, seed in (
+        ("LoRA", 1),
+        ("DoRA with m's rate", 1),
+        ("random rows", 1),
+        ("LoRA", 2),
+    ):
         adapt(task, SETTINGS, method, 2, 4, POINT, seed)
     first, *others, another = starts
     for index in range(3):
@@ -196,7 +254,15 @@ def test_methods_of_one_seed_start_from_the_same_a_and_another_seed_from_another
 
 def test_a_method_trains_at_its_rate_and_its_part_at_the_factor(task, trainings):
     for method in ("LoRA", "DoRA with m's rate", "DoRA with one rate", "gain", "full"):
-        adapt(task, SETTINGS, method, 2, 4, POINT if METHODS[method].part else Point(0.02), seed=1)
+        adapt(
+            task,
+            SETTINGS,
+            method,
+            2,
+            4,
+            POINT if METHODS[method].part else Point(0.02),
+            seed=1,
+        )
     assert [options["factors"] for *_, options in trainings] == [
         {"*.lora.B": 10.0},
         {"*.m": 10.0},
@@ -210,14 +276,29 @@ def test_a_method_trains_at_its_rate_and_its_part_at_the_factor(task, trainings)
 def test_the_pretrained_network_stays_as_it_was(task):
     before = copy.deepcopy(task.pretrained.state_dict())
     for method in METHODS:
-        point = None if method == "frozen" else POINT if METHODS[method].part else Point(0.02)
+        point = (
+            None
+            if method == "frozen"
+            else POINT
+            if METHODS[method].part
+            else Point(0.02)
+        )
         adapt(task, SETTINGS, method, 2, 4, point, seed=1)
-    assert all(torch.equal(value, before[name]) for name, value in task.pretrained.state_dict().items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in task.pretrained.state_dict().items()
+    )
 
 
 def test_a_frozen_network_is_measured_and_not_trained(task):
     model, run = adapt(task, SETTINGS, "frozen", None, 4, None, seed=1)
-    assert (run.trainable, run.learning_rate, run.training_loss, run.dead, run.negative) == (
+    assert (
+        run.trainable,
+        run.learning_rate,
+        run.training_loss,
+        run.dead,
+        run.negative,
+    ) == (
         0,
         None,
         None,
@@ -231,7 +312,13 @@ def test_a_frozen_network_is_measured_and_not_trained(task):
 
 def test_a_run_says_what_it_was(task):
     model, run = adapt(task, SETTINGS, "DoRA with m's rate", 2, 4, POINT, seed=5)
-    assert (run.network, run.method, run.rank, run.steps, run.seed) == (3, "DoRA with m's rate", 2, 4, 5)
+    assert (run.network, run.method, run.rank, run.steps, run.seed) == (
+        3,
+        "DoRA with m's rate",
+        2,
+        4,
+        5,
+    )
     assert (run.learning_rate, run.factor, run.test) == (0.02, 10.0, None)
     assert run.trainable == 2 * (784 + 128 + 128 + 256 + 256 + 10) + 394
     assert run.validation == accuracy(model, task.validation)
@@ -244,22 +331,34 @@ def test_negative_entries_are_counted_layer_by_layer(task, monkeypatch):
     def turn(model, *_, **__):
         with torch.no_grad():
             for place, index in enumerate((0, 2, 4)):
-                part = getattr(model.layers[index], "m", getattr(model.layers[index], "g", None))
+                part = getattr(
+                    model.layers[index], "m", getattr(model.layers[index], "g", None)
+                )
                 part[: place + 1] = -1.0
         return History(loss=[0.5])
 
     monkeypatch.setattr(experiment, "train", turn)
     expected = {"layers.0": 1 / 128, "layers.2": 2 / 256, "layers.4": 3 / 10}
     for method in ("DoRA with m's rate", "gain", "m alone"):
-        assert adapt(task, SETTINGS, method, 2, 4, POINT, seed=1)[1].negative == pytest.approx(expected)
+        assert adapt(task, SETTINGS, method, 2, 4, POINT, seed=1)[
+            1
+        ].negative == pytest.approx(expected)
     monkeypatch.undo()
     assert adapt(task, SETTINGS, "LoRA", 2, 4, POINT, seed=1)[1].negative == {}
 
 
 @pytest.mark.parametrize(
-    ("loss", "dead"), [(math.log(10) + 1e-6, True), (math.log(10) - 1e-3, False), (0.1, False), (None, True)]
+    ("loss", "dead"),
+    [
+        (math.log(10) + 1e-6, True),
+        (math.log(10) - 1e-3, False),
+        (0.1, False),
+        (None, True),
+    ],
 )
-def test_a_run_that_ends_no_better_than_guessing_is_dead_and_counts(task, monkeypatch, loss, dead):
+def test_a_run_that_ends_no_better_than_guessing_is_dead_and_counts(
+    task, monkeypatch, loss, dead
+):
     def end(*_, **__):
         if loss is None:
             raise FloatingPointError("the loss is nan in epoch 1")
@@ -272,9 +371,13 @@ def test_a_run_that_ends_no_better_than_guessing_is_dead_and_counts(task, monkey
 
 
 def test_guessing_is_among_the_classes_that_a_task_has(monkeypatch):
-    task, _ = prepare(replace(SETTINGS, shift="unseen classes"), network=3, progress=False)
+    task, _ = prepare(
+        replace(SETTINGS, shift="unseen classes"), network=3, progress=False
+    )
     monkeypatch.setattr(experiment, "train", lambda *_, **__: History(loss=[2.0]))
-    assert adapt(task, replace(SETTINGS, shift="unseen classes"), "LoRA", 2, 4, POINT, seed=1)[1].dead
+    assert adapt(
+        task, replace(SETTINGS, shift="unseen classes"), "LoRA", 2, 4, POINT, seed=1
+    )[1].dead
     assert math.log(5) < 2.0 < math.log(10)
 
 
@@ -287,12 +390,17 @@ def test_rates_that_blow_up_score_nothing_and_stop_no_experiment(task, monkeypat
     monkeypatch.setattr(experiment, "train", blow_up)
     (choice,) = choose(task, replace(SETTINGS, tuning_points=4), "LoRA", 2)
     assert choice.chosen.rate < 0.005
-    assert {score for point, scores in choice.scores.items() if point.rate > 0.005 for score in scores} == {
-        0.0
-    }
+    assert {
+        score
+        for point, scores in choice.scores.items()
+        if point.rate > 0.005
+        for score in scores
+    } == {0.0}
 
 
-def test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone(task, monkeypatch, trainings):
+def test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone(
+    task, monkeypatch, trainings
+):
     looks = []
 
     def spy(model, digits, **options):
@@ -300,7 +408,11 @@ def test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone(task, mo
         return accuracy(model, digits, **options)
 
     monkeypatch.setattr(experiment, "accuracy", spy)
-    monkeypatch.setattr(experiment, "load_mnist", lambda *_, **__: pytest.fail("the data is loaded again"))
+    monkeypatch.setattr(
+        experiment,
+        "load_mnist",
+        lambda *_, **__: pytest.fail("the data is loaded again"),
+    )
     settings = replace(SETTINGS, steps=[2, 4], tuning_points=4)
     choices = choose(task, settings, "gain", 2)
     assert len(choices) == 2
@@ -309,7 +421,9 @@ def test_a_choice_is_made_by_validation_and_with_the_tuning_seeds_alone(task, mo
     assert {options["seed"] for *_, options in trainings} == {101, 102}
     assert {options["epochs"] for *_, options in trainings} == {1, 2}
     for choice in choices:
-        assert all(0 <= score <= 1 for scores in choice.scores.values() for score in scores)
+        assert all(
+            0 <= score <= 1 for scores in choice.scores.values() for score in scores
+        )
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "frozen"])
@@ -322,14 +436,24 @@ def test_points_are_drawn_from_what_the_method_says(method):
         assert (space.factor.low, space.factor.high) == (part.low, part.high)
 
 
-def test_methods_look_at_the_same_points_above_one_network_and_at_others_above_another(task, monkeypatch):
+def test_methods_look_at_the_same_points_above_one_network_and_at_others_above_another(
+    task, monkeypatch
+):
     monkeypatch.setattr(experiment, "train", lambda *_, **__: History(loss=[0.5]))
     settings = replace(SETTINGS, tuning_points=4)
 
     def points(method, task):
-        return [point for choice in choose(task, settings, method, 2) for point in list(choice.scores)[:4]]
+        return [
+            point
+            for choice in choose(task, settings, method, 2)
+            for point in list(choice.scores)[:4]
+        ]
 
-    assert points("gain", task) == points("random rows", task) == points("DoRA with m's rate", task)
+    assert (
+        points("gain", task)
+        == points("random rows", task)
+        == points("DoRA with m's rate", task)
+    )
     assert points("LoRA with one rate", task) == points("DoRA with one rate", task)
     assert points("gain", task) != points("gain", task._replace(network=4))
 
@@ -346,12 +470,16 @@ def small():
     )
 
 
-def test_every_method_rank_and_length_runs_with_every_seed_above_every_network(small, monkeypatch):
+def test_every_method_rank_and_length_runs_with_every_seed_above_every_network(
+    small, monkeypatch
+):
     order = []
     original = experiment.accuracy
 
     def spy(model, digits, **options):
-        order.append("test" if len(digits.labels) == 1_000 and digits is tests[-1] else "other")
+        order.append(
+            "test" if len(digits.labels) == 1_000 and digits is tests[-1] else "other"
+        )
         return original(model, digits, **options)
 
     tests = []
@@ -368,19 +496,27 @@ def test_every_method_rank_and_length_runs_with_every_seed_above_every_network(s
     cells = [
         (network, method, rank, steps)
         for network in (3, 4)
-        for method, rank in [("frozen", None), ("LoRA", 1), ("LoRA", 2), ("m alone", None)]
+        for method, rank in [
+            ("frozen", None),
+            ("LoRA", 1),
+            ("LoRA", 2),
+            ("m alone", None),
+        ]
         for steps in (2, 4)
     ]
-    assert [(run.network, run.method, run.rank, run.steps, run.seed) for run in runs] == [
-        (*cell, seed) for cell in cells for seed in (1, 2)
-    ]
+    assert [
+        (run.network, run.method, run.rank, run.steps, run.seed) for run in runs
+    ] == [(*cell, seed) for cell in cells for seed in (1, 2)]
     assert [(one.network, one.method, one.rank, one.steps) for one in tuned] == [
         cell for cell in cells if cell[1] != "frozen"
     ]
     # Each network is prepared once, and its test split is looked at once for each run.
     assert len(tests) == 2
     assert order.count("test") == len(runs)
-    chosen = {(one.network, one.method, one.rank, one.steps): one.choice.chosen for one in tuned}
+    chosen = {
+        (one.network, one.method, one.rank, one.steps): one.choice.chosen
+        for one in tuned
+    }
     for run in runs:
         assert 0 <= run.test <= 1
         point = chosen.get((run.network, run.method, run.rank, run.steps), Point(None))
@@ -395,17 +531,23 @@ def test_the_test_labels_decide_nothing_but_the_test_accuracy(small, monkeypatch
     def spoilt(*arguments, **options):
         splits = original(*arguments, **options)
         return Splits(
-            splits.train, splits.validation, Digits(splits.test.images, (splits.test.labels + 1) % 10)
+            splits.train,
+            splits.validation,
+            Digits(splits.test.images, (splits.test.labels + 1) % 10),
         )
 
     monkeypatch.setattr(experiment, "load_mnist", spoilt)
     fooled = run_experiment(settings, progress=False)
     assert honest[0] == fooled[0]
-    assert [run._replace(test=None) for run in honest[1]] == [run._replace(test=None) for run in fooled[1]]
+    assert [run._replace(test=None) for run in honest[1]] == [
+        run._replace(test=None) for run in fooled[1]
+    ]
     assert any(a.test != b.test for a, b in zip(honest[1], fooled[1], strict=True))
 
 
-def test_a_result_is_written_whole_and_reads_back_as_it_was(small, tmp_path, monkeypatch):
+def test_a_result_is_written_whole_and_reads_back_as_it_was(
+    small, tmp_path, monkeypatch
+):
     settings = replace(small, networks=[3], ranks=[1], steps=[2])
     tuned, runs = run_experiment(settings, progress=False)
     path = tmp_path / "result.json"
@@ -413,12 +555,16 @@ def test_a_result_is_written_whole_and_reads_back_as_it_was(small, tmp_path, mon
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     read = json.loads(path.read_text())
     assert (
-        read == json.loads(json.dumps(result)) == json.loads(json.dumps(write_result(settings, tuned, runs)))
+        read
+        == json.loads(json.dumps(result))
+        == json.loads(json.dumps(write_result(settings, tuned, runs)))
     )
     assert Settings.of(read["settings"]) == settings
     assert [run["test"] for run in read["runs"]] == [run.test for run in runs]
     first, of_tuned = read["choices"][0], tuned[0].choice
-    assert first["points"] == [[*point, scores] for point, scores in of_tuned.scores.items()]
+    assert first["points"] == [
+        [*point, scores] for point, scores in of_tuned.scores.items()
+    ]
     assert (first["learning_rate"], first["factor"]) == of_tuned.chosen
     assert first["score"] == of_tuned.score(of_tuned.chosen)
     # Cut off at any moment before its last one, writing leaves what was there.
@@ -430,10 +576,18 @@ def test_a_result_is_written_whole_and_reads_back_as_it_was(small, tmp_path, mon
 
 def test_float32_and_a_device_are_taken():
     task, test = prepare(
-        replace(SETTINGS, dtype="float32", device="cpu", pretraining_epochs=1), network=3, progress=False
+        replace(SETTINGS, dtype="float32", device="cpu", pretraining_epochs=1),
+        network=3,
+        progress=False,
     )
-    dtypes = {task.pretrained.layers[0].weight.dtype, task.train.images.dtype, test.images.dtype}
+    dtypes = {
+        task.pretrained.layers[0].weight.dtype,
+        task.train.images.dtype,
+        test.images.dtype,
+    }
     assert dtypes == {torch.float32}
-    model, run = adapt(task, replace(SETTINGS, dtype="float32"), "random rows", 1, 4, POINT, seed=1)
+    model, run = adapt(
+        task, replace(SETTINGS, dtype="float32"), "random rows", 1, 4, POINT, seed=1
+    )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert run.training_loss > 0

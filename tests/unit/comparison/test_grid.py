@@ -38,7 +38,14 @@ def defaults():
 
 def test_each_combination_once_and_the_notebooks_defaults_for_the_rest(defaults):
     runs = expand(
-        [{"shift": ["rotation", "inversion"], "ranks": [1, [2, 4]], "pretraining_epochs": 3}], defaults
+        [
+            {
+                "shift": ["rotation", "inversion"],
+                "ranks": [1, [2, 4]],
+                "pretraining_epochs": 3,
+            }
+        ],
+        defaults,
     )
     assert [(run.shift, run.ranks, run.pretraining_epochs) for run in runs] == [
         ("rotation", [1], 3),
@@ -105,7 +112,9 @@ def test_a_file_is_a_grid_or_several_with_what_is_declared_beside_them(tmp_path)
         "ranks: [1]": Plan([{"ranks": [1]}]),
         "[{ranks: [1]}, {ranks: [2]}]": Plan([{"ranks": [1]}, {"ranks": [2]}]),
         "grids: {ranks: [1]}": Plan([{"ranks": [1]}]),
-        "{grids: [{ranks: [1]}], declared: {steps: [64]}}": Plan([{"ranks": [1]}], {"steps": [64]}),
+        "{grids: [{ranks: [1]}], declared: {steps: [64]}}": Plan(
+            [{"ranks": [1]}], {"steps": [64]}
+        ),
     }.items():
         path.write_text(text, encoding="utf-8")
         assert read_plan(path) == plan
@@ -118,7 +127,14 @@ def test_the_default_grid_can_decide_what_it_declares_and_runs_every_method(defa
     assert 1 <= len(declaration.tests) <= 5
     assert {method for run in runs for method in run.methods} == set(METHODS)
     # All methods get the same data, the same tries and the same seeds.
-    for name in ("adaptation_examples", "batch_size", "tuning_points", "tuning_seeds", "seeds", "dtype"):
+    for name in (
+        "adaptation_examples",
+        "batch_size",
+        "tuning_points",
+        "tuning_seeds",
+        "seeds",
+        "dtype",
+    ):
         assert len({str(getattr(run, name)) for run in runs}) == 1, name
 
 
@@ -163,7 +179,9 @@ def test_a_whole_number_is_the_same_run_as_its_decimal_fraction(name, value, def
     runs = [expand([{name: v}], defaults)[0] for v in (value, float(value))]
     assert run_id(runs[0], "a") == run_id(runs[1], "a")
     # And the same as that of a sweep in another process.
-    assert run_id(Settings.of(json.loads(json.dumps(runs[0].as_dict()))), "a") == run_id(runs[1], "a")
+    assert run_id(
+        Settings.of(json.loads(json.dumps(runs[0].as_dict()))), "a"
+    ) == run_id(runs[1], "a")
     assert len(expand([{name: [value, float(value)]}], defaults)) == 1
 
 
@@ -175,7 +193,11 @@ def test_the_version_covers_all_code_that_an_experiment_runs():
     found = code_of(EXPERIMENT)
     # The folder's own file holds no code.
     assert set(loaded) - {"lowrank_utils.comparison"} == found.keys()
-    assert {"lowrank_utils.comparison.tuning", "lowrank_utils.lora", "lowrank_utils._arguments"} <= found.keys()
+    assert {
+        "lowrank_utils.comparison.tuning",
+        "lowrank_utils.lora",
+        "lowrank_utils._arguments",
+    } <= found.keys()
 
 
 def test_code_is_found_at_any_depth_and_in_a_circle(tmp_path, monkeypatch):
@@ -189,7 +211,9 @@ def test_code_is_found_at_any_depth_and_in_a_circle(tmp_path, monkeypatch):
     }.items():
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr(grid, "ROOT", tmp_path)
-    assert set(code_of("lowrank_utils.first")) == {f"lowrank_utils.{n}" for n in ("first", "second", "third")}
+    assert set(code_of("lowrank_utils.first")) == {
+        f"lowrank_utils.{n}" for n in ("first", "second", "third")
+    }
 
 
 @pytest.fixture
@@ -219,21 +243,35 @@ def test_the_version_changes_with_the_code_of_each_module_and_not_with_words(cop
     # What only shows results changes none.
     for other in ("tables", "report", "declared", "plots"):
         path = copied / "lowrank_utils/comparison" / f"{other}.py"
-        path.write_text(path.read_text(encoding="utf-8") + "\nx = 1\n", encoding="utf-8")
+        path.write_text(
+            path.read_text(encoding="utf-8") + "\nx = 1\n", encoding="utf-8"
+        )
     assert code_version(notebook) == version
 
 
 def test_the_version_changes_with_the_notebook_up_to_where_it_writes_its_result():
     notebook = SERIES.read_text(encoding="utf-8")
     version = code_version(notebook)
-    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
-    (written,) = [place for place, cell in enumerate(cells) if "write_result(" in "".join(cell["source"])]
+    cells = [
+        cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"
+    ]
+    (written,) = [
+        place
+        for place, cell in enumerate(cells)
+        if "write_result(" in "".join(cell["source"])
+    ]
     for place in range(len(cells)):
-        for added, changes in (("\nx = 1", place <= written), ("\n# A comment.", False)):
+        for added, changes in (
+            ("\nx = 1", place <= written),
+            ("\n# A comment.", False),
+        ):
             changed = json.loads(notebook)
             code = [cell for cell in changed["cells"] if cell["cell_type"] == "code"]
             code[place]["source"] = ["".join(code[place]["source"]), added]
-            assert (code_version(json.dumps(changed)) != version) == changes, (place, added)
+            assert (code_version(json.dumps(changed)) != version) == changes, (
+                place,
+                added,
+            )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +288,9 @@ def test_the_version_changes_with_the_notebook_up_to_where_it_writes_its_result(
         (["--threads", "-2"], "--threads must be 1 or more; got -2"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_runs_nothing(arguments, said, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_line_is_one_line_and_runs_nothing(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     printed = capsys.readouterr()

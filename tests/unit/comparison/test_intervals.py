@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_utils.comparison.intervals import Interval, holm, mean_interval, networks_needed, sign_flip_test
+from lowrank_utils.comparison.intervals import (
+    Interval,
+    holm,
+    mean_interval,
+    networks_needed,
+    sign_flip_test,
+)
 
 
 def p_by_hand(differences):
@@ -30,11 +36,15 @@ def test_the_interval_of_a_mean_is_students(confidence):
     values = [0.02, -0.01, 0.03, 0.05, 0.011, 0.02]
     interval = mean_interval(values, confidence)
     ends = stats.ttest_1samp(values, 0).confidence_interval(confidence)
-    assert (interval.low, interval.high) == pytest.approx((ends.low, ends.high), rel=1e-12)
+    assert (interval.low, interval.high) == pytest.approx(
+        (ends.low, ends.high), rel=1e-12
+    )
     assert (interval.mean, interval.count) == (pytest.approx(sum(values) / 6), 6)
     # By hand: mean 4, standard deviation √(20/3), and t with 3 degrees of freedom
     # 3.182446.
-    assert mean_interval([1, 3, 5, 7]).high == pytest.approx(4 + 3.182446305284263 * math.sqrt(20 / 3) / 2)
+    assert mean_interval([1, 3, 5, 7]).high == pytest.approx(
+        4 + 3.182446305284263 * math.sqrt(20 / 3) / 2
+    )
 
 
 def test_ninety_five_of_a_hundred_intervals_hold_the_true_mean():
@@ -82,7 +92,9 @@ def test_the_margin_is_a_point_and_another_can_be_named():
     interval = Interval(0.0, -0.015, 0.015, 10)
     assert interval.verdict() == "undecided"
     assert interval.verdict(0.02) == "no difference worth having"
-    with pytest.raises(ValueError, match="margin must be a finite number larger than 0"):
+    with pytest.raises(
+        ValueError, match="margin must be a finite number larger than 0"
+    ):
         interval.verdict(0)
 
 
@@ -90,17 +102,23 @@ def test_the_margin_is_a_point_and_another_can_be_named():
 def test_where_all_signs_are_equal_p_is_two_of_all_choices(count):
     differences = [0.01 + 0.001 * place for place in range(count)]
     assert sign_flip_test(differences) == pytest.approx(2 / 2**count, rel=1e-9)
-    assert sign_flip_test([-value for value in differences]) == pytest.approx(2 / 2**count, rel=1e-9)
+    assert sign_flip_test([-value for value in differences]) == pytest.approx(
+        2 / 2**count, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("count", [3, 8, 12])
 def test_p_is_the_share_of_all_choices_of_signs_on_both_sides(count):
     for seed in range(3):
-        differences = np.random.default_rng(seed).normal(0.3, 1, count).round(3).tolist()
+        differences = (
+            np.random.default_rng(seed).normal(0.3, 1, count).round(3).tolist()
+        )
         p = sign_flip_test(differences)
         assert p == pytest.approx(p_by_hand(differences), rel=1e-9)
         # Neither the order nor which of the two methods comes first matters.
-        assert sign_flip_test([-value for value in differences]) == pytest.approx(p, rel=1e-9)
+        assert sign_flip_test([-value for value in differences]) == pytest.approx(
+            p, rel=1e-9
+        )
         assert sign_flip_test(differences[::-1]) == pytest.approx(p, rel=1e-9)
     assert sign_flip_test([0.0] * count) == 1
 
@@ -113,8 +131,12 @@ def test_ties_between_choices_of_signs_are_ties_whatever_the_rounding(count):
         generator = np.random.default_rng(seed)
         thousandths = generator.integers(-6, 12, count)
         seconds = generator.integers(600, 900, count)
-        differences = [(b + d) / 1000 - b / 1000 for b, d in zip(seconds, thousandths, strict=True)]
-        assert sign_flip_test(differences) == pytest.approx(p_by_hand(thousandths.tolist()), rel=1e-9)
+        differences = [
+            (b + d) / 1000 - b / 1000 for b, d in zip(seconds, thousandths, strict=True)
+        ]
+        assert sign_flip_test(differences) == pytest.approx(
+            p_by_hand(thousandths.tolist()), rel=1e-9
+        )
 
 
 def test_five_of_a_hundred_sweeps_without_a_difference_are_called_one_at_most():
@@ -135,7 +157,9 @@ def test_many_networks_have_a_p_that_is_the_same_each_time():
     assert p == sign_flip_test(differences)
     assert np.random.get_state()[1].tolist() == state  # noqa: NPY002
     assert p == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.03)
-    assert 1e-4 <= sign_flip_test([1.0] * 30) <= 1e-3, "a random test can't be surer than its draws"
+    assert 1e-4 <= sign_flip_test([1.0] * 30) <= 1e-3, (
+        "a random test can't be surer than its draws"
+    )
 
 
 def test_holms_correction_against_values_by_hand():
@@ -148,8 +172,12 @@ def test_holms_correction_against_values_by_hand():
     assert holm([]) == []
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_holms_correction_keeps_the_order_and_lies_between_none_and_bonferronis(p_values, random):
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=6), st.randoms(use_true_random=False)
+)
+def test_holms_correction_keeps_the_order_and_lies_between_none_and_bonferronis(
+    p_values, random
+):
     corrected = holm(p_values)
     for p, q in zip(p_values, corrected, strict=True):
         assert p <= q <= min(1, len(p_values) * p)
@@ -157,7 +185,9 @@ def test_holms_correction_keeps_the_order_and_lies_between_none_and_bonferronis(
         if p_values[one] <= p_values[two]:
             assert corrected[one] <= corrected[two]
     places = random.sample(range(len(p_values)), len(p_values))
-    assert holm([p_values[place] for place in places]) == [corrected[place] for place in places]
+    assert holm([p_values[place] for place in places]) == [
+        corrected[place] for place in places
+    ]
 
 
 def test_how_many_networks_it_takes():
@@ -186,5 +216,7 @@ def test_what_has_no_mean_is_refused(function, values, said):
 
 
 def test_one_difference_has_no_test():
-    with pytest.raises(ValueError, match="a sign-flip test needs at least two differences; got one"):
+    with pytest.raises(
+        ValueError, match="a sign-flip test needs at least two differences; got one"
+    ):
         sign_flip_test([0.1])

@@ -14,7 +14,13 @@ from test_tables import DORA, HELD_BACK, LONG, LOSSES, ONE_RATE, SCORES, result
 from lowrank_utils.comparison.declared import judge, read_declaration
 from lowrank_utils.comparison.intervals import mean_interval
 from lowrank_utils.comparison.report import write_report
-from lowrank_utils.comparison.tables import differences, means, read_table, results_table, under_tuned
+from lowrank_utils.comparison.tables import (
+    differences,
+    means,
+    read_table,
+    results_table,
+    under_tuned,
+)
 
 DECLARATION = read_declaration(DECLARED)
 
@@ -34,12 +40,19 @@ def files(folder):
 
 def section(text, title):
     """Return what stands below a title, down to the next one of its kind."""
-    (found,) = re.findall(rf"^#+ {re.escape(title)}\n\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    (found,) = re.findall(
+        rf"^#+ {re.escape(title)}\n\n(.*?)(?=^#|\Z)",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
     return found
 
 
 def cells(line):
-    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+    return [
+        cell.strip()
+        for cell in line.strip().removeprefix("|").removesuffix("|").split("|")
+    ]
 
 
 def signed(value):
@@ -49,7 +62,10 @@ def signed(value):
 def test_all_files_are_there_and_each_picture_is_shown(tmp_path):
     results = [*both_shifts(), *both_shifts(steps=(LONG, 256))]
     text = written(results, tmp_path / "new folder", DECLARATION)
-    pictures = {f"sweep_{name}.png" for name in ("declared", "rank_1", "rank_4", "differences", "steps")}
+    pictures = {
+        f"sweep_{name}.png"
+        for name in ("declared", "rank_1", "rank_4", "differences", "steps")
+    }
     assert files(tmp_path / "new folder").keys() == {"sweep.md", "sweep.csv", *pictures}
     shown = re.findall(r"!\[([^]]+)\]\((\S+)\)", text)
     assert {target for _, target in shown} == pictures
@@ -64,7 +80,9 @@ def test_all_files_are_there_and_each_picture_is_shown(tmp_path):
 def test_what_was_declared_stands_first_with_its_numbers(tmp_path):
     text = written(both_shifts(), tmp_path, DECLARATION)
     answers = judge(results_table(both_shifts()), DECLARATION)
-    assert text.index("## What was declared before the runs") < text.index("## Accuracy")
+    assert text.index("## What was declared before the runs") < text.index(
+        "## Accuracy"
+    )
     lines = section(text, "What was declared before the runs").splitlines()[2:4]
     for line, (_, row) in zip(lines, answers.iterrows(), strict=True):
         assert cells(line) == [
@@ -99,7 +117,9 @@ def test_the_accuracies_are_the_means_with_half_their_interval(tmp_path):
 
     def cell(method, rank):
         interval = mean_interval(SCORES[method, rank])
-        return f"{100 * interval.mean:.1f} ± {50 * (interval.high - interval.low):.1f} (3)"
+        return (
+            f"{100 * interval.mean:.1f} ± {50 * (interval.high - interval.low):.1f} (3)"
+        )
 
     assert found["LoRA"] == [cell("LoRA", 1), cell("LoRA", 4), ""]
     assert found["m alone"] == ["", "", cell("m alone", None)]
@@ -111,13 +131,26 @@ def test_the_accuracies_are_the_means_with_half_their_interval(tmp_path):
 def test_an_under_tuned_method_is_marked_wherever_it_stands(tmp_path):
     text = written([result(HELD_BACK, losses=LOSSES)], tmp_path)
     accuracy = section(text, "Rotation −45°, 64 steps")
-    assert re.search(rf"^\| {DORA} \| 71\.0 ± \d\.\d \(4\) † \|", accuracy, flags=re.MULTILINE)
-    assert "†" not in "".join(line for line in accuracy.splitlines() if line.startswith("| m alone"))
+    assert re.search(
+        rf"^\| {DORA} \| 71\.0 ± \d\.\d \(4\) † \|", accuracy, flags=re.MULTILINE
+    )
+    assert "†" not in "".join(
+        line for line in accuracy.splitlines() if line.startswith("| m alone")
+    )
     (line,) = section(text, "Under-tuned").strip().splitlines()[2:]
-    assert cells(line) == ["rotation −45°", "64", f"{DORA}, r = 1", "m alone", "−9.8", "+0.21", "4"]
+    assert cells(line) == [
+        "rotation −45°",
+        "64",
+        f"{DORA}, r = 1",
+        "m alone",
+        "−9.8",
+        "+0.21",
+        "4",
+    ]
     scores = {("LoRA", 1): [0.6, 0.61, 0.62, 0.6], **HELD_BACK}
     pairs = section(
-        written([result(scores, losses={**LOSSES, ("LoRA", 1): 0.5})], tmp_path), f"{DORA} − LoRA"
+        written([result(scores, losses={**LOSSES, ("LoRA", 1): 0.5})], tmp_path),
+        f"{DORA} − LoRA",
     )
     assert pairs.strip().splitlines()[2].endswith("| under-tuned |")
     fine = written([result(losses=dict.fromkeys(SCORES, 0.5))], tmp_path)
@@ -140,22 +173,32 @@ def test_signs_rates_and_grown_ranges_are_told(tmp_path):
     assert cells(header)[4:] == ["layer 0", "layer 4"]
     assert cells(line) == ["rotation −45°", "64", DORA, "1", "25%", "0%"]
     rates = [
-        cells(line) for line in section(text, "Chosen rates").splitlines() if line.startswith("| rotation")
+        cells(line)
+        for line in section(text, "Chosen rates").splitlines()
+        if line.startswith("| rotation")
     ]
     assert ["rotation −45°", "64", DORA, "1", "0.0321", "78", "3", "3", "3"] in rates
     assert ["rotation −45°", "64", "m alone", "", "0.0123", "", "0", "0", "3"] in rates
-    assert {rate[2] for rate in rates} == {"m alone", "LoRA", DORA}, "the frozen network has no rate"
+    assert {rate[2] for rate in rates} == {"m alone", "LoRA", DORA}, (
+        "the frozen network has no rate"
+    )
     assert "## Signs" not in written([result()], tmp_path)
 
 
 def test_each_difference_stands_there_with_its_interval_and_verdict(tmp_path):
-    more = {**SCORES, (ONE_RATE, 1): [0.70, 0.70, 0.70], ("gain", 1): [0.711, 0.761, 0.751]}
+    more = {
+        **SCORES,
+        (ONE_RATE, 1): [0.70, 0.70, 0.70],
+        ("gain", 1): [0.711, 0.761, 0.751],
+    }
     results = [result(more), result(more, shift="inversion")]
     text = written(results, tmp_path)
     for second in ("LoRA", ONE_RATE, "gain"):
         rows = differences(results_table(results), DORA, second)
         lines = [
-            line for line in section(text, f"{DORA} − {second}").splitlines()[2:] if line.startswith("|")
+            line
+            for line in section(text, f"{DORA} − {second}").splitlines()[2:]
+            if line.startswith("|")
         ]
         assert [cells(line)[2:] for line in lines] == [
             [
@@ -173,10 +216,15 @@ def test_what_is_read_from_the_file_gives_the_same_verdicts(tmp_path):
     """Accuracies are shares of about 500 images or of 1,000, which six digits don't
     hold."""
     shares = {
-        key: [[round(v * (489 + 7 * place)) / (489 + 7 * place), v] for place, v in enumerate(values)]
+        key: [
+            [round(v * (489 + 7 * place)) / (489 + 7 * place), v]
+            for place, v in enumerate(values)
+        ]
         for key, values in scores().items()
     }
-    results = both_shifts({**shares, ("m alone", None): [0.95] * 8}, losses={("m alone", None): 0.1})
+    results = both_shifts(
+        {**shares, ("m alone", None): [0.95] * 8}, losses={("m alone", None): 0.1}
+    )
     written(results, tmp_path, DECLARATION)
     table, read = results_table(results), read_table(tmp_path / "sweep.csv")
     for made in (
@@ -188,10 +236,14 @@ def test_what_is_read_from_the_file_gives_the_same_verdicts(tmp_path):
     ):
         before, after = made(table), made(read)
         assert len(before) > 0
-        pd.testing.assert_frame_equal(before, after, check_dtype=False, rtol=1e-4, atol=1e-6)
+        pd.testing.assert_frame_equal(
+            before, after, check_dtype=False, rtol=1e-4, atol=1e-6
+        )
     # What is tested exactly is exactly the same.
     pd.testing.assert_series_equal(
-        judge(table, DECLARATION)["p_holm"], judge(read, DECLARATION)["p_holm"], rtol=1e-12
+        judge(table, DECLARATION)["p_holm"],
+        judge(read, DECLARATION)["p_holm"],
+        rtol=1e-12,
     )
 
 
@@ -219,21 +271,32 @@ def test_whatever_was_run_has_a_report(tmp_path, values, steps):
 
 
 @pytest.mark.parametrize("lora", [[11, 12, 13], [21, 22, 23]])
-def test_ranks_that_are_not_there_for_both_methods_or_networks_are_left_out(tmp_path, lora):
+def test_ranks_that_are_not_there_for_both_methods_or_networks_are_left_out(
+    tmp_path, lora
+):
     both = {key: values for key, values in SCORES.items() if key[1]}
     only = {key: values for key, values in both.items() if key[0] == "LoRA"}
     rest = {key: values for key, values in both.items() if key[0] != "LoRA"}
-    results = [result(only, networks=lora), result(rest), result(only, shift="inversion")]
+    results = [
+        result(only, networks=lora),
+        result(rest),
+        result(only, shift="inversion"),
+    ]
     results.append(result({(DORA, 1): SCORES[DORA, 1]}, shift="inversion"))
     assert "## Accuracy" in written(results, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sweep.csv", "sweep.md", "sweep_rank_4.png"])
 @pytest.mark.parametrize("step", ["write", "replace"])
-def test_a_file_that_cannot_be_written_leaves_the_older_one_and_no_half(tmp_path, monkeypatch, name, step):
+def test_a_file_that_cannot_be_written_leaves_the_older_one_and_no_half(
+    tmp_path, monkeypatch, name, step
+):
     """At whichever file and step it stops, each file is the whole older one or the
     whole new one."""
-    older, newer = [result()], [result({key: [v / 2 for v in vs] for key, vs in SCORES.items()})]
+    older, newer = (
+        [result()],
+        [result({key: [v / 2 for v in vs] for key, vs in SCORES.items()})],
+    )
     written(newer, tmp_path / "new")
     written(older, tmp_path / "out")
     before, after = files(tmp_path / "out"), files(tmp_path / "new")

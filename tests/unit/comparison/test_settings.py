@@ -32,9 +32,19 @@ GOOD = {
 @pytest.mark.parametrize(
     ("name", "value", "error", "said"),
     [
-        ("data_set", "cifar", ValueError, "data_set must be one of 'mnist', 'mnist-5k'; got 'cifar'"),
+        (
+            "data_set",
+            "cifar",
+            ValueError,
+            "data_set must be one of 'mnist', 'mnist-5k'; got 'cifar'",
+        ),
         ("shift", "mirror", ValueError, "shift must be one of"),
-        ("rotation", "45", TypeError, "rotation must be a finite number; got '45' (str)"),
+        (
+            "rotation",
+            "45",
+            TypeError,
+            "rotation must be a finite number; got '45' (str)",
+        ),
         ("rotation", float("nan"), ValueError, "rotation must be a finite number"),
         (
             "adaptation_examples",
@@ -42,7 +52,12 @@ GOOD = {
             ValueError,
             "adaptation_examples must be a whole number, 10 or more; got 9",
         ),
-        ("adaptation_examples", 99.5, TypeError, "adaptation_examples must be a whole number"),
+        (
+            "adaptation_examples",
+            99.5,
+            TypeError,
+            "adaptation_examples must be a whole number",
+        ),
         ("methods", "LoRA", TypeError, "methods must be a list; got 'LoRA' (str)"),
         ("methods", [], ValueError, "methods is empty"),
         ("methods", ["LoRA", "QLoRA"], ValueError, "a method must be one of "),
@@ -55,20 +70,45 @@ GOOD = {
         ("methods", [["LoRA"]], ValueError, "a method must be one of"),
         ("ranks", 4, TypeError, "ranks must be a list; got 4 (int)"),
         ("ranks", [], ValueError, "ranks is empty"),
-        ("ranks", [4, 0], ValueError, "a rank must be a whole number, 1 or more; got 0"),
+        (
+            "ranks",
+            [4, 0],
+            ValueError,
+            "a rank must be a whole number, 1 or more; got 0",
+        ),
         ("ranks", [-1], ValueError, "a rank must be a whole number, 1 or more; got -1"),
-        ("ranks", [2.5], TypeError, "a rank must be a whole number, 1 or more; got 2.5 (float)"),
+        (
+            "ranks",
+            [2.5],
+            TypeError,
+            "a rank must be a whole number, 1 or more; got 2.5 (float)",
+        ),
         ("ranks", [True], TypeError, "a rank must be"),
-        ("ranks", [4, 4], ValueError, "ranks must have each entry once; got [4] more often"),
+        (
+            "ranks",
+            [4, 4],
+            ValueError,
+            "ranks must have each entry once; got [4] more often",
+        ),
         ("alpha", float("inf"), ValueError, "alpha must be a finite number"),
         ("scaling", "alpha/r", ValueError, "scaling must be one of"),
         ("init", "zeros", ValueError, "init must be one of"),
         ("networks", [], ValueError, "networks is empty"),
         ("networks", 3, TypeError, "networks must be a list; got 3 (int)"),
-        ("networks", [3, 3], ValueError, "networks must have each entry once; got [3] more often"),
+        (
+            "networks",
+            [3, 3],
+            ValueError,
+            "networks must have each entry once; got [3] more often",
+        ),
         ("networks", [1.5], TypeError, "seed must be a whole number"),
         ("steps", [], ValueError, "steps is empty"),
-        ("steps", [0], ValueError, "a number of steps must be a whole number, 1 or more; got 0"),
+        (
+            "steps",
+            [0],
+            ValueError,
+            "a number of steps must be a whole number, 1 or more; got 0",
+        ),
         ("steps", [4, 2], ValueError, "steps must begin with the shortest; got [4, 2]"),
         (
             "steps",
@@ -76,17 +116,42 @@ GOOD = {
             ValueError,
             "steps must be whole epochs, multiples of 2 with 100 examples in batches of 64",
         ),
-        ("tuning_points", 0, ValueError, "tuning_points must be a whole number, 1 or more; got 0"),
+        (
+            "tuning_points",
+            0,
+            ValueError,
+            "tuning_points must be a whole number, 1 or more; got 0",
+        ),
         ("tuning_points", 6, ValueError, "tuning_points must be a power of two; got 6"),
         ("tuning_seeds", [], ValueError, "tuning_seeds is empty"),
         ("batch_size", "64", TypeError, "batch_size must be"),
         ("seeds", [], ValueError, "seeds is empty"),
-        ("seeds", [1, 2, 1], ValueError, "seeds must have each entry once; got [1] more often"),
+        (
+            "seeds",
+            [1, 2, 1],
+            ValueError,
+            "seeds must have each entry once; got [1] more often",
+        ),
         ("seeds", [-1], ValueError, "seed must be a whole number"),
-        ("tuning_seeds", [2], ValueError, "seeds and tuning_seeds must have none in common; got [2] in both"),
+        (
+            "tuning_seeds",
+            [2],
+            ValueError,
+            "seeds and tuning_seeds must have none in common; got [2] in both",
+        ),
         ("pretraining_epochs", 0, ValueError, "pretraining_epochs must be"),
-        ("dtype", "float16", ValueError, "dtype must be one of 'float32', 'float64'; got 'float16'"),
-        ("device", "tpu9", ValueError, "device must be one that torch has here, such as 'cpu'; got 'tpu9'"),
+        (
+            "dtype",
+            "float16",
+            ValueError,
+            "dtype must be one of 'float32', 'float64'; got 'float16'",
+        ),
+        (
+            "device",
+            "tpu9",
+            ValueError,
+            "device must be one that torch has here, such as 'cpu'; got 'tpu9'",
+        ),
         ("device", 3.5, ValueError, "device must be one that torch has here"),
     ],
 )
@@ -96,7 +161,9 @@ def test_a_wrong_setting_is_refused_by_name(name, value, error, said):
 
 
 def test_unknown_and_missing_names_are_refused():
-    with pytest.raises(ValueError, match="unknown: rnak; the settings are data_set, shift"):
+    with pytest.raises(
+        ValueError, match="unknown: rnak; the settings are data_set, shift"
+    ):
         Settings.of(GOOD | {"rnak": 4})
     with pytest.raises(ValueError, match="missing: seeds"):
         Settings.of({name: value for name, value in GOOD.items() if name != "seeds"})
@@ -119,7 +186,12 @@ def test_a_whole_number_and_the_same_one_with_a_point_are_one_setting():
 def test_an_epoch_has_as_many_steps_as_batches():
     assert Settings.of(GOOD).steps_per_epoch == 2
     assert Settings.of(GOOD | {"batch_size": 50}).steps_per_epoch == 2
-    assert Settings.of(GOOD | {"adaptation_examples": 1000, "steps": [320, 1280]}).steps_per_epoch == 16
+    assert (
+        Settings.of(
+            GOOD | {"adaptation_examples": 1000, "steps": [320, 1280]}
+        ).steps_per_epoch
+        == 16
+    )
 
 
 def test_only_methods_with_a_rank_run_with_each():
@@ -150,6 +222,7 @@ def test_what_papermill_was_given_besides_is_refused():
     # papermill itself only logs it, and the run would use the default ranks.
     history = ["", "# Parameters\nrank = 16\nsteps = [2]\nsede = 1\n"]
     with pytest.raises(
-        ValueError, match=r"unknown parameter: rank, sede; the parameters are data_set, .*, result_path"
+        ValueError,
+        match=r"unknown parameter: rank, sede; the parameters are data_set, .*, result_path",
     ):
         settings_of_notebook(GOOD | {"In": history, "rank": 16, "sede": 1})

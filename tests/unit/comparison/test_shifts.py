@@ -5,9 +5,9 @@ import pytest
 import torch
 from support import generator
 
-from lowrank_utils.data import Digits, Splits, blur, invert, permute_pixels, rotate
 from lowrank_utils.comparison.settings import Settings
 from lowrank_utils.comparison.shifts import ALL, SHIFTS, Shift, shifted_splits
+from lowrank_utils.data import Digits, Splits, blur, invert, permute_pixels, rotate
 
 FIRST, LAST = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 
@@ -27,7 +27,9 @@ EXPECTED |= {f"{name}, trained last layer": EXPECTED[name] for name in TRAINED}
 
 
 def noise(count, seed, brightness=1.0):
-    images = brightness * torch.rand(count, 784, generator=generator(seed), dtype=torch.float64)
+    images = brightness * torch.rand(
+        count, 784, generator=generator(seed), dtype=torch.float64
+    )
     return Digits(images, torch.arange(count) % 10)
 
 
@@ -37,12 +39,18 @@ SPLITS = Splits(noise(40, 1), noise(30, 2, 0.7), noise(20, 3, 0.4))
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_each_split_is_changed_alike_and_centred_by_the_mean_of_its_own_domains_training_images(name):
+def test_each_split_is_changed_alike_and_centred_by_the_mean_of_its_own_domains_training_images(
+    name,
+):
     assert set(SHIFTS) == set(EXPECTED)
     change, before, after, centred = EXPECTED[name]
 
     def chosen(digits, labels):
-        places = [place for place, label in enumerate(digits.labels.tolist()) if label in labels]
+        places = [
+            place
+            for place, label in enumerate(digits.labels.tolist())
+            if label in labels
+        ]
         return Digits(digits.images[places], digits.labels[places])
 
     familiar, new = shifted_splits(name, SPLITS, 30.0, 7)
@@ -55,12 +63,17 @@ def test_each_split_is_changed_alike_and_centred_by_the_mean_of_its_own_domains_
     for original, shifted in zip(SPLITS, new, strict=True):
         expected = change(chosen(original, after))
         assert shifted.labels.tolist() == expected.labels.tolist()
-        torch.testing.assert_close(shifted.images, expected.images - mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            shifted.images, expected.images - mean, rtol=0, atol=1e-12
+        )
 
 
 def test_the_last_layer_is_trained_where_the_name_says_so_and_where_classes_are_new():
     trained = {name for name, shift in SHIFTS.items() if shift.trains_last_layer}
-    assert trained == {"unseen classes", *(f"{name}, trained last layer" for name in TRAINED)}
+    assert trained == {
+        "unseen classes",
+        *(f"{name}, trained last layer" for name in TRAINED),
+    }
 
 
 def test_the_pixels_of_all_splits_change_places_alike_and_those_of_another_network_otherwise():
@@ -88,7 +101,9 @@ def test_positive_degrees_turn_counter_clockwise(degrees, place):
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_neither_the_pretraining_digits_nor_any_mean_come_from_validation_or_test_images(name):
+def test_neither_the_pretraining_digits_nor_any_mean_come_from_validation_or_test_images(
+    name,
+):
     familiar, new = shifted_splits(name, SPLITS, 30.0, 7)
     others = Splits(SPLITS.train, noise(30, 12, 5.0), noise(20, 13, 9.0))
     familiar_then, then = shifted_splits(name, others, 30.0, 7)
@@ -109,7 +124,11 @@ def test_neither_the_pretraining_digits_nor_any_mean_come_from_validation_or_tes
 def test_the_network_knows_some_labels_before_and_meets_some_afterwards(name):
     familiar, new = shifted_splits(name, SPLITS, 30.0, 7)
     unseen = name.startswith("unseen classes")
-    assert set(SHIFTS[name].pretrained_on) == set(familiar.labels.tolist()) == set(FIRST if unseen else ALL)
+    assert (
+        set(SHIFTS[name].pretrained_on)
+        == set(familiar.labels.tolist())
+        == set(FIRST if unseen else ALL)
+    )
     for split in new:
         assert set(split.labels.tolist()) == set(LAST if unseen else ALL)
     assert set(SHIFTS[name].adapted_to) == set(new.train.labels.tolist())
@@ -119,7 +138,9 @@ def test_the_network_knows_some_labels_before_and_meets_some_afterwards(name):
 def test_the_mean_image_of_both_domains_is_zero_after_centring_and_only_then(name):
     familiar, new = shifted_splits(name, SPLITS, 30.0, 7)
     for domain in (familiar, new.train):
-        assert (domain.images.mean(dim=0).abs().max() < 1e-12) == (name != "raw inversion")
+        assert (domain.images.mean(dim=0).abs().max() < 1e-12) == (
+            name != "raw inversion"
+        )
     # Those that aren't learnt from keep what is left of theirs.
     for split in (new.validation, new.test):
         assert split.images.mean(dim=0).abs().max() > 0.01
@@ -129,7 +150,10 @@ def test_the_mean_image_of_both_domains_is_zero_after_centring_and_only_then(nam
 def test_a_shift_leaves_the_digits_that_it_was_given_as_they_were(name):
     images = [split.images.clone() for split in SPLITS]
     shifted_splits(name, SPLITS, 30.0, 7)
-    assert all(torch.equal(split.images, image) for split, image in zip(SPLITS, images, strict=True))
+    assert all(
+        torch.equal(split.images, image)
+        for split, image in zip(SPLITS, images, strict=True)
+    )
 
 
 def pictures_less_their_mean(pictures):
@@ -139,7 +163,9 @@ def pictures_less_their_mean(pictures):
 def test_a_rotation_by_90_degrees_is_a_quarter_turn_to_the_left():
     turned = torch.rot90(SPLITS.train.images.unflatten(1, (28, 28)), 1, dims=(1, 2))
     new = shifted_splits("rotation", SPLITS, 90.0, 7)[1]
-    torch.testing.assert_close(new.train.images, pictures_less_their_mean(turned), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        new.train.images, pictures_less_their_mean(turned), rtol=0, atol=1e-12
+    )
 
 
 def test_the_rotation_of_the_comparison_turns_to_the_right():
@@ -175,19 +201,27 @@ def test_a_permutation_moves_each_pixel_and_another_seed_moves_it_elsewhere():
     assert order != list(range(784))
     for split in new:
         assert torch.equal(split.images, new.train.images)
-    other = shifted_splits("permutation", Splits(numbered, numbered, numbered), 0.0, 8)[1]
+    other = shifted_splits("permutation", Splits(numbered, numbered, numbered), 0.0, 8)[
+        1
+    ]
     assert (other.train.images[0] == new.train.images[0]).double().mean() < 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in SHIFTS if not name.startswith("rotation")])
+@pytest.mark.parametrize(
+    "name", [name for name in SHIFTS if not name.startswith("rotation")]
+)
 def test_only_the_rotation_goes_by_the_angle(name):
-    first, second = (shifted_splits(name, SPLITS, degrees, 7)[1] for degrees in (10.0, 80.0))
+    first, second = (
+        shifted_splits(name, SPLITS, degrees, 7)[1] for degrees in (10.0, 80.0)
+    )
     assert torch.equal(first.train.images, second.train.images)
 
 
 def test_an_unknown_shift_is_refused_with_all_the_names():
     names = ", ".join(repr(name) for name in SHIFTS)
-    with pytest.raises(ValueError, match=f"^unknown shift 'blurred'; there are {names}$"):
+    with pytest.raises(
+        ValueError, match=f"^unknown shift 'blurred'; there are {names}$"
+    ):
         shifted_splits("blurred", SPLITS, 30.0, 7)
 
 
@@ -213,4 +247,6 @@ def test_a_row_in_the_table_is_all_that_a_new_shift_needs(monkeypatch):
     familiar, new = shifted_splits("fainter even digits", SPLITS, 3.0, 6)
     assert set(familiar.labels.tolist()) == {1, 3}
     chosen = (SPLITS.test.labels == 0) | (SPLITS.test.labels == 2)
-    torch.testing.assert_close(new.test.images, SPLITS.test.images[chosen] / 2, rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        new.test.images, SPLITS.test.images[chosen] / 2, rtol=0, atol=1e-15
+    )

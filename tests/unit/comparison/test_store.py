@@ -9,7 +9,12 @@ import sys
 
 import pytest
 
-from lowrank_utils.comparison.grid import NOTEBOOK, SweepError, expand, notebook_defaults
+from lowrank_utils.comparison.grid import (
+    NOTEBOOK,
+    SweepError,
+    expand,
+    notebook_defaults,
+)
 from lowrank_utils.comparison.settings import Settings
 from lowrank_utils.comparison.store import Outcome, Store
 
@@ -26,7 +31,9 @@ def store(tmp_path):
 
 
 def names(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".lock"}
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+    } - {".lock"}
 
 
 def test_a_run_that_is_done(store):
@@ -43,7 +50,10 @@ def test_a_run_that_failed_and_then_did_not(store):
     assert store.state("a") == "failed"
     assert (store.folder / "failed" / "a" / "error.txt").read_text() == "another\n"
     assert (
-        Settings.of(json.loads((store.folder / "failed" / "a" / "parameters.json").read_text())) == SETTINGS
+        Settings.of(
+            json.loads((store.folder / "failed" / "a" / "parameters.json").read_text())
+        )
+        == SETTINGS
     )
     store.keep("a", SETTINGS, DONE)
     assert store.state("a") == "done"
@@ -82,18 +92,25 @@ def test_what_a_killed_sweep_left_half_written_is_removed(tmp_path):
 def test_one_at_a_time(store):
     with (
         pytest.raises(
-            SweepError, match=r"another sweep is at work in .*; wait for it or choose another --out"
+            SweepError,
+            match=r"another sweep is at work in .*; wait for it or choose another --out",
         ),
         Store(store.folder).locked(),
     ):
         pytest.fail("both are in")
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is read-only to root or on Windows")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0,
+    reason="nothing is read-only to root or on Windows",
+)
 def test_a_read_only_folder_is_one_clear_line(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(SweepError, match="can't be written"), Store(tmp_path).locked():
+        with (
+            pytest.raises(SweepError, match="can't be written"),
+            Store(tmp_path).locked(),
+        ):
             pass
     finally:
         tmp_path.chmod(0o700)
@@ -103,7 +120,9 @@ def test_an_altered_result_is_named(store):
     store.keep("a", SETTINGS, DONE)
     path = store.folder / "runs" / "a" / "result.json"
     path.write_text('{"runs": [')
-    with pytest.raises(SweepError, match=r"result\.json can't be read .*; remove its folder"):
+    with pytest.raises(
+        SweepError, match=r"result\.json can't be read .*; remove its folder"
+    ):
         store.result("a")
     shutil.rmtree(path.parent)
     assert store.state("a") == "to do"
@@ -164,12 +183,16 @@ with store.locked():
 
 
 @pytest.mark.parametrize("calls", range(7))
-def test_whenever_a_sweep_is_killed_a_run_and_a_declaration_are_the_old_or_the_new_one(tmp_path, calls):
+def test_whenever_a_sweep_is_killed_a_run_and_a_declaration_are_the_old_or_the_new_one(
+    tmp_path, calls
+):
     store = Store(tmp_path)
     with store.locked():
         store.declare({"old": 1})
         store.keep("a", SETTINGS, FAILED)
-    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(calls)], check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(calls)], check=False
+    )
     # Two for the declaration, two files, the rename and the older failure's removal.
     assert run.returncode == (9 if calls < 6 else 0)
     with store.locked():

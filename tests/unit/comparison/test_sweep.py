@@ -27,16 +27,25 @@ RANKS = ("-p", "ranks", "1", "2", "4", "8")
 
 
 def ranks_of(results):
-    return sorted({run["rank"] for result in results.values() for run in result["runs"]})
+    return sorted(
+        {run["rank"] for result in results.values() for run in result["runs"]}
+    )
 
 
-def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(command, kept, tmp_path):
+def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(
+    command, kept, tmp_path
+):
     published = tmp_path / "published"
     words = ("--jobs", 2, "--publish", published, "--name", "small")
     # As a user types it, in a process of its own.
     typed = command("-p", "ranks", 1, 4, "-p", "shift", "rotation", "inversion", *words)
     run = subprocess.run(
-        typed, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
+        typed,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     results, failed = kept()
@@ -61,8 +70,14 @@ def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(comma
     assert re.search(r"0 done, 2 running, 2 left", run.stderr)
     assert re.search(r"4 done, 0 running, 0 left.*about", run.stderr)
     # Two jobs share the cores.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert {result["settings"]["threads"] for result in results.values()} == {str(max(1, cores // 2))}
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count()
+    )
+    assert {result["settings"]["threads"] for result in results.values()} == {
+        str(max(1, cores // 2))
+    }
 
 
 def test_a_finished_sweep_runs_nothing_again(sweep, kept, tmp_path):
@@ -94,7 +109,10 @@ def declaring(tmp_path):
     def write(**changes):
         path = tmp_path / "declaring.yaml"
         content = {"shift": "rotation", "ranks": [1]}
-        path.write_text(yaml.safe_dump({"declared": DECLARED | changes, "grids": content}), encoding="utf-8")
+        path.write_text(
+            yaml.safe_dump({"declared": DECLARED | changes, "grids": content}),
+            encoding="utf-8",
+        )
         return path
 
     return write
@@ -132,7 +150,9 @@ def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
         assert status == 2
         assert "was declared before them" in said
         assert said.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert {
+        path.name: path.read_bytes() for path in out.iterdir() if path.is_file()
+    } == before
 
     monkeypatch.delenv("PLANTED_NETWORK")
     assert run(declaring(), "--retry-failed")[0] == 0
@@ -141,7 +161,9 @@ def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
     assert "| 64 | DoRA with m's rate − LoRA, rank 1 | 8 |" in report
 
 
-def test_too_few_networks_for_what_is_declared_are_refused_before_anything_runs(sweep, declaring, tmp_path):
+def test_too_few_networks_for_what_is_declared_are_refused_before_anything_runs(
+    sweep, declaring, tmp_path
+):
     run = sweep(declaring())
     assert run.returncode == 2
     assert "have 2 networks in common; 1 tests need 6 or more" in run.stderr
@@ -166,10 +188,18 @@ def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept, tmp_path
     assert len(failed) == 2
     for folder in failed.values():
         cells = json.loads((folder / "notebook.ipynb").read_text())["cells"]
-        errors = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
+        errors = [
+            o
+            for cell in cells
+            for o in cell.get("outputs", [])
+            if o["output_type"] == "error"
+        ]
         assert "planted failure at" in errors[0]["evalue"]
         assert "planted failure" in (folder / "error.txt").read_text()
-        assert json.loads((folder / "parameters.json").read_text())["ranks"] in ([2], [8])
+        assert json.loads((folder / "parameters.json").read_text())["ranks"] in (
+            [2],
+            [8],
+        )
         assert str(folder) in run.stderr
     assert "2 of 4 runs done, 2 failed: --retry-failed" in run.stdout
     assert "2 failed" in run.stderr
@@ -181,7 +211,13 @@ def test_a_failure_keeps_its_notebook_and_the_others_go_on(sweep, kept, tmp_path
 
     # With the option it runs those and nothing else, also if one fails again.
     retried = sweep(
-        *RANKS, "-p", "shift", "permutation", "inversion", "--retry-failed", PLANTED_FAILURE="[8]"
+        *RANKS,
+        "-p",
+        "shift",
+        "permutation",
+        "inversion",
+        "--retry-failed",
+        PLANTED_FAILURE="[8]",
     )
     assert retried.returncode == 1
     assert "0 done, 2 running, 0 left" in retried.stderr
@@ -207,7 +243,10 @@ def test_a_killed_sweep_goes_on_where_it_stopped(command, sweep, kept, tmp_path,
     runs = tmp_path / "out" / "runs"
     environment = os.environ | {"PLANTED_SECONDS": "1"}
     with subprocess.Popen(
-        command(*RANKS, "--jobs", 2), env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command(*RANKS, "--jobs", 2),
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     ) as process:
         wait_until(lambda: runs.is_dir() and len(list(runs.iterdir())) >= after)
         time.sleep(0.3)
@@ -217,7 +256,11 @@ def test_a_killed_sweep_goes_on_where_it_stopped(command, sweep, kept, tmp_path,
     assert len(done) >= after
     kept()  # nothing half-written
     psutil.wait_procs(children, timeout=30)
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        child
+        for child in children
+        if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    ]
 
     run = sweep(*RANKS, "--jobs", 2)
     assert run.returncode == 0, run.stderr
@@ -242,7 +285,9 @@ def test_an_interrupted_sweep_says_how_to_go_on(command, tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
     ) as process:
-        wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 3)
+        wait_until(
+            lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 3
+        )
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -251,7 +296,9 @@ def test_an_interrupted_sweep_says_how_to_go_on(command, tmp_path):
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, SweepError])
-def test_what_ended_a_sweep_is_not_hidden_by_the_end_of_its_workers(monkeypatch, reason):
+def test_what_ended_a_sweep_is_not_hidden_by_the_end_of_its_workers(
+    monkeypatch, reason
+):
     class Breaking:
         def __init__(self, **_):
             self.shut_down = False
@@ -277,19 +324,28 @@ def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
     assert "another sweep is at work" in run.stderr
 
 
-def test_a_full_disk_keeps_what_is_done_and_with_space_the_sweep_goes_on(sweep, kept, mount):
+def test_a_full_disk_keeps_what_is_done_and_with_space_the_sweep_goes_on(
+    sweep, kept, mount
+):
     disk = mount("size=4m")
 
     def run(*ranks):
         return sweep("-p", "ranks", *ranks, "--jobs", 1, out="disk/out")
 
     def published():
-        return {path.name: path.read_bytes() for path in (disk / "out").iterdir() if path.is_file()}
+        return {
+            path.name: path.read_bytes()
+            for path in (disk / "out").iterdir()
+            if path.is_file()
+        }
 
     assert run(1).returncode == 0
     before = published()
     assert len(before) > 3
-    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+    with (
+        contextlib.suppress(OSError),
+        (disk / "filler").open("wb", buffering=0) as filler,
+    ):
         while True:
             filler.write(bytes(4096))
     full = run(1, 2)
@@ -298,7 +354,11 @@ def test_a_full_disk_keeps_what_is_done_and_with_space_the_sweep_goes_on(sweep, 
     assert "Traceback" not in full.stderr
     assert ranks_of(kept("disk/out")[0]) == [1]
     assert published() == before
-    assert {path.name for path in (disk / "out").iterdir()} == {*before, "runs", "failed"}
+    assert {path.name for path in (disk / "out").iterdir()} == {
+        *before,
+        "runs",
+        "failed",
+    }
     (disk / "filler").unlink()
     assert run(1, 2).returncode == 0
     results, failed = kept("disk/out")
@@ -306,9 +366,13 @@ def test_a_full_disk_keeps_what_is_done_and_with_space_the_sweep_goes_on(sweep, 
     assert not failed
 
 
-def test_a_read_only_disk_is_one_clear_line_before_anything_runs(notebook, mount, capsys):
+def test_a_read_only_disk_is_one_clear_line_before_anything_runs(
+    notebook, mount, capsys
+):
     out = mount("ro") / "out"
-    assert main(["--notebook", str(notebook), "-p", "ranks", "1", "--out", str(out)]) == 2
+    assert (
+        main(["--notebook", str(notebook), "-p", "ranks", "1", "--out", str(out)]) == 2
+    )
     assert (
         capsys.readouterr().err
         == f"lowrank-compare: {out} can't be written (Read-only file system); choose another --out\n"
@@ -325,14 +389,27 @@ def dask_cluster(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(*words):
-            process = stack.enter_context(subprocess.Popen([*dask, *map(str, words)], cwd=tmp_path, **quiet))
+            process = stack.enter_context(
+                subprocess.Popen([*dask, *map(str, words)], cwd=tmp_path, **quiet)
+            )
             stack.callback(process.kill)
 
-        start("scheduler", *place, "--port", 0, "--no-dashboard", "--scheduler-file", file)
+        start(
+            "scheduler", *place, "--port", 0, "--no-dashboard", "--scheduler-file", file
+        )
         wait_until(lambda: file.is_file() and file.stat().st_size > 0)
         address = json.loads(file.read_text())["address"]
         for _ in range(2):
-            start("worker", address, *place, "--nthreads", 1, "--no-dashboard", "--local-directory", tmp_path)
+            start(
+                "worker",
+                address,
+                *place,
+                "--nthreads",
+                1,
+                "--no-dashboard",
+                "--local-directory",
+                tmp_path,
+            )
         yield address
 
 
@@ -350,10 +427,14 @@ def test_the_workers_of_a_dask_scheduler_give_the_same_results(sweep, kept, tmp_
         assert "0 done, 2 running, 2 left" in run.stderr
     assert kept("alone") == kept("dask")
     for name in kept("alone")[0]:
-        first, second = (tmp_path / out / "runs" / name / "result.json" for out in ("alone", "dask"))
+        first, second = (
+            tmp_path / out / "runs" / name / "result.json" for out in ("alone", "dask")
+        )
         assert first.read_bytes() == second.read_bytes()
     for name in ("comparison.csv", "comparison.md"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "dask" / name).read_bytes()
+        assert (tmp_path / "alone" / name).read_bytes() == (
+            tmp_path / "dask" / name
+        ).read_bytes()
 
 
 def test_a_scheduler_that_does_not_answer_is_one_clear_line(sweep):

@@ -59,7 +59,9 @@ def test_points_cover_each_range_evenly_and_depend_on_the_seed_alone(count):
             places.append([space.factor.place(p.factor) for p in points])
         for one in places:
             # One in each of as many equal parts.
-            assert sorted(math.floor(place * count) for place in one) == list(range(count))
+            assert sorted(math.floor(place * count) for place in one) == list(
+                range(count)
+            )
     # Rate and factor aren't tied to each other.
     assert count == 1 or places[0] != pytest.approx(places[1])
 
@@ -70,7 +72,9 @@ def test_methods_of_one_dimension_try_the_same_places_of_their_ranges():
         for first, second in zip(one.points(8, 3), other.points(8, 3), strict=True):
             assert RATES.place(first.rate) == pytest.approx(wide.place(second.rate))
             if first.factor is not None:
-                assert FACTORS.place(first.factor) == pytest.approx(Range(1.0, 30.0).place(second.factor))
+                assert FACTORS.place(first.factor) == pytest.approx(
+                    Range(1.0, 30.0).place(second.factor)
+                )
 
 
 def test_the_better_half_goes_on_to_the_second_seed_and_to_the_longer_run():
@@ -100,7 +104,9 @@ def test_the_third_seed_is_for_the_better_quarter_by_the_mean_of_what_came_befor
     # The first seed favours one order and the second another, each by too little to
     # make an edge clearly better.
     marks = {101: [8, 7, 6, 5, 4, 3, 2, 1], 102: [1, 2, 9, 8, 9, 9, 9, 9], 103: [1] * 8}
-    score, asked = spied(lambda point, _, seed: 0.5 + 0.001 * marks[seed][points.index(point)])
+    score, asked = spied(
+        lambda point, _, seed: 0.5 + 0.001 * marks[seed][points.index(point)]
+    )
     (choice,) = tune(LINE, 8, 3, [10], [101, 102, 103], score)
     assert [points.index(p) for p, _, seed in asked if seed == 102] == [0, 1, 2, 3]
     assert sorted(points.index(p) for p, _, seed in asked if seed == 103) == [2, 3]
@@ -109,7 +115,9 @@ def test_the_third_seed_is_for_the_better_quarter_by_the_mean_of_what_came_befor
 
 def test_no_point_that_was_tried_with_fewer_seeds_is_chosen_and_of_equals_the_smallest_rate():
     lucky, low, high, worse = (Point(rate) for rate in (0.001, 0.01, 0.02, 0.005))
-    choice = Choice({lucky: [0.9], high: [0.5, 0.7], low: [0.8, 0.4], worse: [0.5, 0.5]})
+    choice = Choice(
+        {lucky: [0.9], high: [0.5, 0.7], low: [0.8, 0.4], worse: [0.5, 0.5]}
+    )
     assert choice.chosen == low
     assert choice.score(low) == pytest.approx(0.6)
     assert choice.ranked() == [low, high, worse, lucky]
@@ -119,7 +127,9 @@ def test_each_length_is_chosen_by_its_own_scores():
     # Long runs want a smaller rate.
     score, _ = spied(lambda point, steps, _: near(0.6 if steps == 10 else 0.4)(point))
     short, long = tune(LINE, 8, 3, [10, 20], [101], score)
-    assert short.chosen == min(LINE.points(8, 3), key=lambda p: abs(RATES.place(p.rate) - 0.6))
+    assert short.chosen == min(
+        LINE.points(8, 3), key=lambda p: abs(RATES.place(p.rate) - 0.6)
+    )
     assert long.chosen == min(long.scores, key=lambda p: abs(RATES.place(p.rate) - 0.4))
     assert long.chosen != short.chosen
 
@@ -139,7 +149,11 @@ def test_a_range_grows_on_the_side_where_the_best_lies_twice_at_most(above):
     strip = RATES.beyond(above)
     grown = RATES.including(strip)
     farther = grown.beyond(above)
-    added = [p for p in dict.fromkeys(p for p, steps, _ in asked if steps == 10) if p not in points]
+    added = [
+        p
+        for p in dict.fromkeys(p for p, steps, _ in asked if steps == 10)
+        if p not in points
+    ]
     assert len(added) == 2 * (8 // 4)
     for point in added[:2]:
         assert strip.low <= point.rate <= strip.high
@@ -159,7 +173,9 @@ def test_a_range_grows_on_the_side_where_the_best_lies_twice_at_most(above):
 
 
 @pytest.mark.parametrize(("better_by", "widened"), [(0.0101, True), (0.0099, False)])
-def test_an_edge_has_to_be_better_than_the_interior_by_more_than_one_percentage_point(better_by, widened):
+def test_an_edge_has_to_be_better_than_the_interior_by_more_than_one_percentage_point(
+    better_by, widened
+):
     points = LINE.points(8, EDGES)
     edge = max(points, key=lambda p: p.rate)
     assert RATES.place(edge.rate) > 0.9
@@ -179,7 +195,11 @@ def test_a_point_in_the_interior_widens_nothing_however_good_it_is():
 def test_the_factor_grows_by_itself_and_the_rate_keeps_its_range():
     def landscape(point, *_):
         # The rate doesn't matter much, the factor ever more.
-        return 0.2 + 0.2 * FACTORS.place(point.factor) - 0.01 * abs(RATES.place(point.rate) - 0.5)
+        return (
+            0.2
+            + 0.2 * FACTORS.place(point.factor)
+            - 0.01 * abs(RATES.place(point.rate) - 0.5)
+        )
 
     score, asked = spied(landscape)
     (choice,) = tune(PLANE, 16, 3, [10], [101], score)
@@ -197,6 +217,10 @@ def test_the_factor_grows_by_itself_and_the_rate_keeps_its_range():
 def test_tuning_asks_for_nothing_but_its_own_lengths_and_seeds():
     score, asked = spied(near(5.0))
     tune(PLANE, 4, 3, [10, 30], [101, 102], score)
-    assert {(steps, seed) for _, steps, seed in asked} == {(10, 101), (10, 102), (30, 101)}
+    assert {(steps, seed) for _, steps, seed in asked} == {
+        (10, 101),
+        (10, 102),
+        (30, 101),
+    }
     # No point is tried twice with the same seed at the same length.
     assert len(set(asked)) == len(asked)
