@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lowrank_utils.comparison.whole import write_whole
+
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks" / "results"
 
 
@@ -11,10 +13,6 @@ def write_results(name: str, content: dict[str, Any]) -> Path:
     """Write ``content`` as JSON in one step, so that a crash leaves the old results or
     the new ones.
     """
-    FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path

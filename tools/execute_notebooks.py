@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contents
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -23,6 +24,7 @@ from slide_types import assign_slide_types
 from tqdm import tqdm
 
 from lowrank_utils.comparison.kernels import kernel_environment
+from lowrank_utils.comparison.whole import write_whole
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -127,15 +129,6 @@ def _normal_output(output: NotebookNode, count: int) -> NotebookNode:
     return output
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file in one step, so that a crash leaves the old one or the new
-    one.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-
-
 def main() -> int:
     """Run the command line, and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -172,6 +165,8 @@ def main() -> int:
         if not arguments.keep_outputs:
             execute(notebook, path.resolve().parent)
         write_whole(path, normalise(notebook))
+    if not arguments.check:
+        contents.main([])
     return int(failed)
 
 

@@ -32,6 +32,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lowrank_utils.comparison.whole import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results" / "matrix.json"
 TABLE = ROOT / "docs" / "reproducibility.md"
@@ -412,10 +414,7 @@ def save(rows: Mapping[str, Mapping[str, str]]) -> None:
         (RESULTS, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"),
         (TABLE, table(rows)),
     ):
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        write_whole(path, text)
 
 
 def main() -> int:

@@ -27,6 +27,8 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from lowrank_utils.comparison.whole import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "mutants.md"
 SURVIVORS = ROOT / "docs" / "survivors.md"
@@ -215,12 +217,7 @@ def write(
         for line in [heading, *cells]
     ]
     table.insert(1, "|" + "---|" * len(heading))
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        introduction + "\n".join(table) + "\n", encoding="utf-8", newline="\n"
-    )
-    temporary.replace(path)
+    write_whole(path, introduction + "\n".join(table) + "\n")
 
 
 def save(file: str, found: Mapping[str, str]) -> None:

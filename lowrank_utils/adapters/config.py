@@ -53,7 +53,7 @@ USED = {
 }
 # Initialisations that leave the base weight alone. The others (PiSSA, OLoRA, CorDA,
 # LoftQ) change it.
-INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read_config(path: Path) -> AdapterConfig:
         )
     if raw.get("bias", "none") != "none":
         fail(CONFIG, f"bias={raw['bias']!r} trains biases; only 'none' is supported")
-    if raw.get("init_lora_weights") not in INITIALISATIONS:
+    if raw.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
         what = f"init_lora_weights={raw['init_lora_weights']!r} changes the base weight too"
         fail(CONFIG, f"{what}; let PEFT convert the adapter to plain LoRA")
     for key, value in raw.items():

@@ -41,7 +41,7 @@ PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vec
 # Seconds for which a folder that another process replaces may stay away, or be replaced
 # again.
 PATIENCE = 2.0
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -462,8 +462,8 @@ def _fitted(
                 f"{tensor} has the shape {tuple(parts[field].shape)}; "
                 f"rank {rank} and a layer from {in_dim} to {out_dim} features need {shapes[field]}",
             )
-        if parts[field].dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        if parts[field].dtype not in READABLE:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in READABLE)
             fail(
                 TENSORS,
                 f"{tensor} has the dtype {parts[field].dtype}; allowed are {allowed}",

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from lowrank_utils.adapt import count_parameters
 from lowrank_utils.comparison.methods import (
     METHODS,
-    Adapter,
+    LowRank,
     linear_layers,
     make_trainable,
 )
 from lowrank_utils.comparison.settings import DTYPES, Settings
 from lowrank_utils.comparison.shifts import SHIFTS, shifted_splits
 from lowrank_utils.comparison.tuning import Choice, Point, Range, Space, tune
+from lowrank_utils.comparison.whole import write_whole
 from lowrank_utils.data import Digits, load_mnist, stratified_sample
 from lowrank_utils.training import (
     MultilayerPerceptron,
@@ -177,8 +178,8 @@ def adapt(
     """
     model = copy.deepcopy(task.pretrained)
     torch.manual_seed(seed)
-    adapter = Adapter(rank or 1, settings.alpha, settings.scaling, settings.init)
-    make_trainable(method, model, adapter, SHIFTS[settings.shift].trains_last_layer)
+    low_rank = LowRank(rank or 1, settings.alpha, settings.scaling, settings.init)
+    make_trainable(method, model, low_rank, SHIFTS[settings.shift].trains_last_layer)
     trainable = count_parameters(model).trainable
     loss: float | None = None
     if point is not None:
@@ -362,9 +363,5 @@ def write_result(
         "runs": [run._asdict() for run in runs],
     }
     if path:
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(
-            json.dumps(result, allow_nan=False) + "\n", encoding="utf-8", newline="\n"
-        )
-        temporary.replace(path)
+        write_whole(Path(path), json.dumps(result, allow_nan=False) + "\n")
     return result

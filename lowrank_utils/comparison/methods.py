@@ -26,7 +26,7 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 
-class Adapter(NamedTuple):
+class LowRank(NamedTuple):
     """What the methods that use low-rank adapters need to know.
 
     Attributes:
@@ -102,7 +102,7 @@ class Method(NamedTuple):
             contains is under-tuned.
     """
 
-    prepare: Callable[[nn.Module, Adapter], None]
+    prepare: Callable[[nn.Module, LowRank], None]
     has_rank: bool = True
     rates: tuple[float, float] = (0.0005, 0.05)
     part: Part | None = None
@@ -119,59 +119,59 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     ]
 
 
-def train_nothing(model: nn.Module, _: Adapter) -> None:
+def train_nothing(model: nn.Module, _: LowRank) -> None:
     """Freeze everything."""
     model.requires_grad_(False)
 
 
-def train_last_layer(model: nn.Module, _: Adapter) -> None:
+def train_last_layer(model: nn.Module, _: LowRank) -> None:
     """Train weight and bias of the last linear layer."""
     model.requires_grad_(False)
     linear_layers(model)[-1][1].requires_grad_(True)
 
 
-def train_magnitudes(model: nn.Module, adapter: Adapter) -> None:
+def train_magnitudes(model: nn.Module, low_rank: LowRank) -> None:
     """Train one number per output neuron: DoRA's m, with A and B frozen at their start,
     where A·B = 0.
     """
-    adapter._replace(rank=1).put_in(model, LinearWithDoRA)
+    low_rank._replace(rank=1).put_in(model, LinearWithDoRA)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith(".m"))
 
 
-def train_lora(model: nn.Module, adapter: Adapter) -> None:
+def train_lora(model: nn.Module, low_rank: LowRank) -> None:
     """Train A and B."""
-    adapter.put_in(model, LinearWithLoRA)
+    low_rank.put_in(model, LinearWithLoRA)
 
 
-def train_lora_and_biases(model: nn.Module, adapter: Adapter) -> None:
+def train_lora_and_biases(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and the biases of the adapted layers (BitFit, arXiv 2106.10199, trains
     those alone).
     """
     biases = [
-        layer.bias for _, layer in adapter.layers(model) if layer.bias is not None
+        layer.bias for _, layer in low_rank.layers(model) if layer.bias is not None
     ]
-    adapter.put_in(model, LinearWithLoRA)
+    low_rank.put_in(model, LinearWithLoRA)
     for bias in biases:
         bias.requires_grad_(True)
 
 
-def train_smaller_lora(model: nn.Module, adapter: Adapter) -> None:
+def train_smaller_lora(model: nn.Module, low_rank: LowRank) -> None:
     """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
     has, or just fewer.
     """
-    _train_matched_lora(model, adapter, below=True)
+    _train_matched_lora(model, low_rank, below=True)
 
 
-def train_larger_lora(model: nn.Module, adapter: Adapter) -> None:
+def train_larger_lora(model: nn.Module, low_rank: LowRank) -> None:
     """Train A and B, with one more rank in some layers: as many numbers as DoRA's m
     has, or just more.
     """
-    _train_matched_lora(model, adapter, below=False)
+    _train_matched_lora(model, low_rank, below=False)
 
 
-def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None:
-    layers = adapter.layers(model)
+def _train_matched_lora(model: nn.Module, low_rank: LowRank, below: bool) -> None:
+    layers = low_rank.layers(model)
     magnitudes = sum(layer.out_features for _, layer in layers)
     # One more rank adds a column to A and a row to B.
     added = {name: layer.in_features + layer.out_features for name, layer in layers}
@@ -190,42 +190,44 @@ def _train_matched_lora(model: nn.Module, adapter: Adapter, below: bool) -> None
             ((n, some) for n, some in sums if n >= magnitudes), key=lambda pair: pair[0]
         )
     for name in added:
-        of_one = adapter._replace(rank=adapter.rank + (name in larger), targets=(name,))
+        of_one = low_rank._replace(
+            rank=low_rank.rank + (name in larger), targets=(name,)
+        )
         of_one.put_in(model, LinearWithLoRA)
     freeze_all_but(model, ("A", "B"))
 
 
-def train_dora(model: nn.Module, adapter: Adapter) -> None:
+def train_dora(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and m, with the norm as a constant in the backward pass (arXiv
     2402.09353, §4.3).
     """
-    adapter.put_in(model, LinearWithDoRA, detach_norm=True)
+    low_rank.put_in(model, LinearWithDoRA, detach_norm=True)
 
 
-def train_dora_norm_kept(model: nn.Module, adapter: Adapter) -> None:
+def train_dora_norm_kept(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and m, with the gradient through the norm."""
-    adapter.put_in(model, LinearWithDoRA, detach_norm=False)
+    low_rank.put_in(model, LinearWithDoRA, detach_norm=False)
 
 
-def train_gain(model: nn.Module, adapter: Adapter) -> None:
+def train_gain(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and a factor for each neuron, without a norm."""
-    adapter.put_in(model, LinearWithGain)
+    low_rank.put_in(model, LinearWithGain)
 
 
-def train_positive_gain(model: nn.Module, adapter: Adapter) -> None:
+def train_positive_gain(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and a factor for each neuron that stays positive."""
-    adapter.put_in(model, LinearWithPositiveGain)
+    low_rank.put_in(model, LinearWithPositiveGain)
 
 
-def train_random_rows(model: nn.Module, adapter: Adapter) -> None:
+def train_random_rows(model: nn.Module, low_rank: LowRank) -> None:
     """Train A, B and how much each neuron takes of a random row that is frozen."""
     # The rows come from a generator of their own, so that A is drawn as in the other
     # methods.
     rows = torch.Generator().manual_seed(torch.initial_seed() + 1_000_000)
-    adapter.put_in(model, LinearWithRandomRows, generator=rows)
+    low_rank.put_in(model, LinearWithRandomRows, generator=rows)
 
 
-def train_everything(model: nn.Module, _: Adapter) -> None:
+def train_everything(model: nn.Module, _: LowRank) -> None:
     """Fine-tune in full."""
     model.requires_grad_(True)
 
@@ -285,7 +287,7 @@ METHODS: dict[str, Method] = {
 
 
 def make_trainable(
-    method: str, model: nn.Module, adapter: Adapter, trains_last_layer: bool = False
+    method: str, model: nn.Module, low_rank: LowRank, trains_last_layer: bool = False
 ) -> None:
     """Change ``model`` in place, so that what the method trains is trainable and
     nothing else is.
@@ -293,7 +295,7 @@ def make_trainable(
     Args:
         method: a name in ``METHODS``.
         model: a network of plain linear layers.
-        adapter: for the methods that use one.
+        low_rank: for the methods that use one.
         trains_last_layer: the last linear layer gets no adapter and is trained itself,
             in every method but ``"frozen"``.
 
@@ -306,7 +308,7 @@ def make_trainable(
         )
     *others, (_, last) = linear_layers(model)
     if trains_last_layer:
-        adapter = adapter._replace(targets=tuple(name for name, _ in others))
-    METHODS[method].prepare(model, adapter)
+        low_rank = low_rank._replace(targets=tuple(name for name, _ in others))
+    METHODS[method].prepare(model, low_rank)
     if trains_last_layer and method != "frozen":
         last.requires_grad_(True)

@@ -2,10 +2,9 @@
 that only describes.
 """
 
-import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lowrank_utils.comparison.tables import (
     task_name,
     under_tuned,
 )
+from lowrank_utils.comparison.whole import in_one_step, write_whole
 from lowrank_utils.plots import use_style
 
 # What the report asks besides what was declared: the first method minus the second.
@@ -71,9 +71,8 @@ def write_report(
     Returns:
         The report's path.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = results_table(result for _, result in results)
-    _write(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_whole(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n"))
     lines = [
         f"# Results on {' and '.join(table['data_set'].unique())}",
         f"{len(table):,} adaptations above {table['network'].nunique()} pretrained networks, "
@@ -117,7 +116,7 @@ def write_report(
     lines += _answers(table)
     for name, figure in plots.items():
         _save(figure, folder / f"{stem}_{name}.png")
-    _write(folder / f"{stem}.md", "\n\n".join(lines) + "\n")
+    write_whole(folder / f"{stem}.md", "\n\n".join(lines) + "\n")
     return folder / f"{stem}.md"
 
 
@@ -419,24 +418,6 @@ def _spread_lines(spread: pd.DataFrame) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with _in_one_step(path) as temporary:
+    with in_one_step(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None})
     plt.close(figure)
-
-
-def _write(path: Path, text: str) -> None:
-    with _in_one_step(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextlib.contextmanager
-def _in_one_step(path: Path) -> Iterator[Path]:
-    """Yield where to write what then takes the place of ``path``; if it can't be
-    written, nothing of it stays.
-    """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

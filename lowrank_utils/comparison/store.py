@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 
 from lowrank_utils.comparison.grid import SweepError
+from lowrank_utils.comparison.whole import write_whole
 
 if TYPE_CHECKING:
     from lowrank_utils.comparison.settings import Settings
@@ -90,12 +91,7 @@ class Store:
             )
         if path.is_file() and earlier == text:
             return
-        temporary = path.with_suffix(".tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, text)
 
     def state(self, run: str) -> str:
         """Return ``"done"``, ``"failed"`` or ``"to do"``."""

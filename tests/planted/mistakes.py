@@ -291,8 +291,8 @@ MISTAKES = [
     Mistake(
         "methods of one seed start from different A, since the random rows are drawn in between",
         "comparison/methods.py",
-        "adapter.put_in(model, LinearWithRandomRows, generator=rows)",
-        "adapter.put_in(model, LinearWithRandomRows)",
+        "low_rank.put_in(model, LinearWithRandomRows, generator=rows)",
+        "low_rank.put_in(model, LinearWithRandomRows)",
         "comparison/test_methods.py::test_methods_of_one_rank_start_from_the_same_a",
     ),
     Mistake(
@@ -340,9 +340,9 @@ MISTAKES = [
     ),
     Mistake(
         "a result is written in place, so a crash leaves half of it",
-        "comparison/experiment.py",
-        'temporary = Path(f"{path}.tmp")',
-        "temporary = Path(path)",
+        "comparison/whole.py",
+        'temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")',
+        "temporary = path",
         "comparison/test_experiment.py::test_a_result_is_written_whole_and_reads_back_as_it_was",
     ),
     Mistake(

@@ -2,10 +2,11 @@
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
-import nbformat
+import contents
 import pytest
 import yaml
 
@@ -264,23 +265,29 @@ def test_two_workers_are_as_much_faster_as_the_page_says():
     assert float(said[2]) == round(results["ratio"]["median"], 2)
 
 
-def test_the_map_of_the_series_is_that_of_the_notebooks():
-    rows = re.findall(
-        r"^\| \[(\d+\. [^]]+)\]\((notebooks/[^)]+)\) \| ([^|]+) \| (\d+) \| (\d+) \|$",
-        README,
-        flags=re.MULTILINE,
+def test_the_tables_of_the_series_are_those_of_the_notebooks(
+    capsys, monkeypatch, tmp_path
+):
+    assert contents.main(["--check"]) == 0
+    # A notebook that changes is noticed.
+    for name in (
+        *contents.TABLES,
+        *(str(one.path.relative_to(ROOT)) for one in contents.lessons()),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(RESULTS, tmp_path / "notebooks" / "results")
+    monkeypatch.setattr(contents, "ROOT", tmp_path)
+    lesson = contents.lessons()[0].path
+    text = lesson.read_text(encoding="utf-8")
+    lesson.write_text(
+        re.sub(r"About \d+ minutes", "About 999 minutes", text), encoding="utf-8"
     )
-    assert [Path(path).name for _, path, *_ in rows] == [
-        p.name for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    ]
-    for title, path, question, reading, exercises in rows:
-        opening = nbformat.read(ROOT / path, as_version=4).cells[0].source
-        assert opening.startswith(f"# {title}")
-        assert f"*{question}*" in opening
-        assert (
-            f"About {reading} minutes to read and run, {exercises} for the exercises"
-            in opening
-        )
+    assert contents.main(["--check"]) == 1
+    assert capsys.readouterr().out.count("is out of date") == 2
+    assert contents.main([]) == 0
+    assert "| 999 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert contents.main(["--check"]) == 0
 
 
 def test_links_to_files_lead_somewhere():

