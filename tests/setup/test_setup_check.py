@@ -129,9 +129,9 @@ def test_altered_digits(monkeypatch):
 
 def test_whole_mnist_is_not_needed_and_not_downloaded(monkeypatch, tmp_path):
     monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
-    monkeypatch.setattr("lowrank_utils.data.user_cache_path", lambda _name: tmp_path)
+    monkeypatch.setattr("lowrank_utils._mnist.user_cache_path", lambda _name: tmp_path)
     monkeypatch.setattr(
-        "lowrank_utils.data._download", lambda _root: pytest.fail("downloaded")
+        "lowrank_utils._mnist._download", lambda _root: pytest.fail("downloaded")
     )
     assert setup.check_whole_mnist().startswith("not there, and not needed")
     assert list(tmp_path.iterdir()) == []
