@@ -2,7 +2,6 @@
 setting.
 """
 
-import inspect
 import os
 import random
 import sys
@@ -22,6 +21,7 @@ from lowrank_utils._arguments import (
     check_seed,
     check_whole_number,
 )
+from lowrank_utils._eager import EagerAdam
 from lowrank_utils.adapt import parameter_groups
 from lowrank_utils.data import Digits
 
@@ -85,18 +85,6 @@ class MultilayerPerceptron(nn.Module):
         return self.layers(x)
 
 
-class _EagerAdam(torch.optim.Adam):
-    """torch's Adam for training without ``torch.compile``.
-
-    Torch keeps its compiler away from these two methods by decorators that load the
-    compiler first. That is a second or two at the first step of every process, as long
-    as many a training here. Below the decorators are the same methods.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-
-
 def adam(parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
     """Return Adam with all its steps in one kernel, which for small layers saves much
     of a training step.
@@ -106,7 +94,7 @@ def adam(parameters: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
             them.
         learning_rate: of those that have none of their own.
     """
-    return _EagerAdam(parameters, learning_rate, fused=True)
+    return EagerAdam(parameters, learning_rate, fused=True)
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:

@@ -34,6 +34,7 @@ ALLOWED = {
     "__init__": {"lazy_loader"},
     "__main__": set(),
     "_arguments": LAYERS,
+    "_eager": LAYERS,
     "_mnist": {"platformdirs"},
     "adapt": LAYERS,
     "adapters": LAYERS | {"safetensors"},
