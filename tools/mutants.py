@@ -38,7 +38,7 @@ MUTMUT = "3.8.1"
 # The files, and the unit tests that are run for each.
 FILES = {
     "lora.py": ["lora", "wrappers", "arguments"],
-    "dora.py": ["dora", "lora", "wrappers"],
+    "dora.py": ["dora", "lora", "wrappers", "norms", "promises"],
     "adapt.py": ["adapt"],
     "decompose.py": ["decompose", "dora"],
     "adapters/bank.py": ["adapters/bank", "extreme_inputs"],

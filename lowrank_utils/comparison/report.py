@@ -97,13 +97,19 @@ def write_report(
                 without_one_task(table, declaration),
             ]
     lines += _accuracies(table)
-    for rank in sorted(table["rank"].dropna().unique()):
+    # Where something is declared, the plots keep to it: more panels than that are a
+    # wall.
+    shown = table
+    if declaration is not None:
+        declared = table["shift"].isin(declaration.shifts)
+        shown = table[declared & table["steps"].isin(declaration.steps)]
+    for rank in sorted(shown["rank"].dropna().unique()):
         name = f"rank_{rank}"
         plots[name] = plot_networks(
-            table[(table["rank"] == rank) | table["rank"].isna()]
+            shown[(shown["rank"] == rank) | shown["rank"].isna()]
         )
         lines.append(_picture(name, stem))
-    pairs = differences(table, "DoRA with m's rate", "LoRA")
+    pairs = differences(shown, "DoRA with m's rate", "LoRA")
     if len(pairs):
         plots["differences"] = plot_differences(pairs)
         lines.append(_picture("differences", stem))
