@@ -124,7 +124,8 @@ class Settings:
                 "A rate that was chosen with a seed would be favoured by it"
             )
         try:
-            torch.empty(0, device=self.device)
+            # The meta device computes nothing, and None would be whatever is the default.
+            torch.empty(1, device=torch.device(self.device)).item()
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

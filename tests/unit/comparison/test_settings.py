@@ -153,6 +153,8 @@ GOOD = {
             "device must be one that torch has here, such as 'cpu'; got 'tpu9'",
         ),
         ("device", 3.5, ValueError, "device must be one that torch has here"),
+        ("device", None, ValueError, "device must be one that torch has here"),
+        ("device", "meta", ValueError, "device must be one that torch has here"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(name, value, error, said):
