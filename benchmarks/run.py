@@ -16,5 +16,5 @@ if __name__ == "__main__":
         running_times,
         first_cell,
     ):
-        print(benchmark.__doc__.splitlines()[0])
+        print(" ".join(benchmark.__doc__.split("\n\n")[0].split()))
         print(f"  written to {benchmark.main()}")

@@ -6,8 +6,8 @@ notebooks do, or from here, where it is loaded when it is first used::
     from lowrank_utils.lora import LinearWithLoRA
     from lowrank_utils import LinearWithLoRA
 
-``__init__.pyi`` lists the names. What belongs to the comparison and to the exercises'
-checks stays in its folder. ``python -m lowrank_utils`` checks that this machine is set
+``__init__.pyi`` lists the names. What belongs to the comparison, to the exercises' checks
+and to pictures with sliders stays in its place. ``python -m lowrank_utils`` checks that this machine is set
 up for the notebooks.
 """
 

@@ -149,6 +149,11 @@ def check_linear(linear: Any) -> nn.Linear:
         )
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear must be an nn.Linear; got {kind}")
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"linear has a forward of its own ({kind}), which would be passed over where "
+            "its weight is read; adapt the nn.Linear inside, or another layer"
+        )
     if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(
             f"linear ({kind}) has no shape yet: pass one batch through the model first"

@@ -57,7 +57,7 @@ class Promise:
             self._kept.reset(token)
         names = {module: name for name, module in model.named_modules()}
         stale = [
-            names.get(layer, type(layer).__name__)
+            names.get(layer) or type(layer).__name__
             for layer in layers
             if self._is_stale(layer, entries[layer])
         ]

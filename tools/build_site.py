@@ -1,8 +1,8 @@
 """Build the site: the notebooks as they are stored, the README, the results and the
 package as web pages.
 
-    python tools/build_site.py                 into build/site python
-    tools/build_site.py --output FOLDER
+    python tools/build_site.py                 into build/site
+    python tools/build_site.py --output FOLDER
 
 Nothing is executed, and the pages load nothing from another host. Warnings are errors.
 """

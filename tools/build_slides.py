@@ -1,7 +1,7 @@
 """Build slides from the notebooks, for a screen of 1280 × 720 and larger.
 
-    python tools/build_slides.py                 into build/slides, with index.html to
-    start from python tools/build_slides.py --output FOLDER
+    python tools/build_slides.py                 into build/slides, with index.html to start from
+    python tools/build_slides.py --output FOLDER
 
 Each cell is shown as its slide type says (see ``slide_types.py``). So that the last row
 can read it, type and pictures are large, code that draws a plot is left out, and what

@@ -3,11 +3,10 @@
 The executed .ipynb files are the only source of the series: edit one in JupyterLab,
 then run this script, look at the difference, and commit. Two runs write the same bytes.
 
-    python tools/execute_notebooks.py                       execute and normalise all
-    notebooks python tools/execute_notebooks.py notebooks/04_*.ipynb  the same for some
-    python tools/execute_notebooks.py --keep-outputs        execute nothing; write the
-    normal form of what is stored python tools/execute_notebooks.py --check
-    execute nothing; fail if a file isn't in normal form
+    python tools/execute_notebooks.py                       execute and normalise all notebooks
+    python tools/execute_notebooks.py notebooks/04_*.ipynb  the same for some
+    python tools/execute_notebooks.py --keep-outputs        execute nothing; write the normal form of what is stored
+    python tools/execute_notebooks.py --check               execute nothing; fail if a file isn't in normal form
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Write requirements.lock: every package that constraints.txt pins, for all systems,
 with the hashes of its files.
 
-    python -m pip install uv python tools/lock.py
+    python -m pip install uv
+    python tools/lock.py
 
 uv resolves pyproject.toml under constraints.txt once for Linux, macOS and Windows and
 for every Python that the project supports; what only one of them needs carries a

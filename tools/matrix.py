@@ -1,10 +1,10 @@
 """Run all notebooks under nbval in one setting after another: do the stored outputs
 come out again in each?
 
-    python tools/matrix.py                     run every setting that this machine
-    offers python tools/matrix.py --list              say which those are python
-    tools/matrix.py SSE "no network"    run some python tools/matrix.py --table
-    run nothing; after a change to a notebook, say so in the table
+    python tools/matrix.py                     run every setting that this machine offers
+    python tools/matrix.py --list              say which those are
+    python tools/matrix.py SSE "no network"    run some
+    python tools/matrix.py --table             run nothing; after a change to a notebook, say so in the table
 
 Each outcome is written to notebooks/results/matrix.json and to the table in
 docs/reproducibility.md as soon as it is there. Settings that aren't run now keep their

@@ -1,7 +1,7 @@
 """Change the package in one small way after another: does a unit test fail each time?
 
-    python -m pip install mutmut==3.8.1        what plants the changes, beside the
-    project's own environment python tools/mutants.py                    all files below
+    python -m pip install mutmut==3.8.1        what plants the changes, beside the project's own environment
+    python tools/mutants.py                    all files below
     python tools/mutants.py lora.py dora.py    some
 
 How many changes were found is written to docs/mutants.md, and those that weren't to

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(
-        prog="lowrank-compare", description=__doc__.splitlines()[0]
+        prog="lowrank-compare", description=" ".join(__doc__.split("\n\n")[0].split())
     )
     parser.add_argument(
         "grid",

@@ -304,7 +304,9 @@ def test_links_to_files_lead_somewhere():
 
 
 def test_the_start_page_is_one_screen():
-    assert len(README.split()) <= 700
+    # The generated table grows with the series.
+    before, _, after = re.split(r"<!-- (?:/)?written by .*-->", README)
+    assert len((before + after).split()) <= 520
     assert README.index("TORCH=cpu") < README.index("## The series")
 
 

@@ -180,6 +180,26 @@ def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, oute
         outer(adapter, 2, 1.0)
 
 
+class Doubled(nn.Linear):
+    """A subclass whose output isn't what its weight says."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """A subclass that computes what nn.Linear does, as some models have."""
+
+
+@every_wrapper
+def test_a_layer_with_a_forward_of_its_own_is_refused(wrapper):
+    with pytest.raises(
+        TypeError, match=r"linear has a forward of its own \(Doubled\), which would be"
+    ):
+        wrapper(Doubled(7, 5), 2, 1.0)
+    assert wrapper(Named(7, 5), 2, 1.0)(torch.ones(3, 7)).shape == (3, 5)
+
+
 # Inside ``forward`` torch's own message stands, so that the formula stays a formula;
 # what counts is that none is computed with.
 WRONG_INPUTS = [

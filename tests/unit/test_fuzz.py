@@ -6,8 +6,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from mirror import TINY, assert_tiny, load_tiny, publish
 from support import assert_same_state, linear_layer, move_all, snapshot
 from torch import nn

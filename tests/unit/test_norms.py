@@ -6,8 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support import assert_close, linear_layer, move, moved, normal
 from torch import nn
 

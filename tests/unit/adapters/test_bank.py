@@ -7,8 +7,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support import (
     DORA,
     LORA,
