@@ -32,6 +32,7 @@ FILES = (
     "CITATION.cff",
     "LICENSE",
     "pyproject.toml",
+    "lowrank_utils/__init__.pyi",
     "docs/package-lock.json",
     ".github/workflows/*.yml",
     "notebooks/comparison*.yaml",
@@ -82,7 +83,7 @@ def modules() -> list[str]:
             for name in TopologicalSorter(above).static_order()
             if name in above
         ]
-    return [*order, "checks"]
+    return [*order, "checks", "checks.broken"]
 
 
 def page_of(target: str) -> str:
@@ -94,7 +95,12 @@ def page_of(target: str) -> str:
     if target == "README.md":
         return "index.md"
     module = re.fullmatch(r"lowrank_utils/([\w/]+?)(?:\.py)?/?", target)
-    return f"api/{module[1].replace('/', '.')}.md" if module else target
+    if module is None:
+        return target
+    name = module[1].replace("/", ".")
+    # A folder's own file stands for the folder, and the checks share a page.
+    name = name if name in modules() else name.split(".")[0]
+    return f"api/{name}.md"
 
 
 def with_links_to_pages(text: str, place: str) -> str:

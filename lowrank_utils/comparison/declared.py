@@ -188,11 +188,9 @@ def judge(table: pd.DataFrame, declaration: Declaration) -> pd.DataFrame:
 
     Returns:
         A row for each length and test: steps, test, count (of networks), mean, low and
-            high (Student's interval,
-        which holds together with those of the other tests of its length: Bonferroni), p
-            (sign flips), p_holm
-        (corrected among the tests of its length), verdict (undecided if p_holm is above
-        0.05).
+        high (Student's interval, which holds together with those of the other tests of
+        its length: Bonferroni), p (sign flips), p_holm (corrected among the tests of
+        its length), verdict (undecided if p_holm is above 0.05).
 
     Raises:
         ValueError: fewer than two networks have all that a test needs.
