@@ -351,6 +351,17 @@ def test_the_table_of_the_last_layer_is_that_of_the_results(comparison):
             assert row["count"] == 12
 
 
+def test_what_is_said_of_the_whole_mnist():
+    whole = read_table(RESULTS / "comparison_mnist.csv")
+    long = whole[whole["steps"] == 1280]
+    assert whole["network"].nunique() == 5
+    assert difference_lines(differences(long, OWN, "LoRA")) in PAGE
+    means_of = means(long).set_index(["shift", "method"])["mean"]
+    assert means_of["permutation"].idxmax() == "random rows"
+    gain = differences(long, OWN, "gain").set_index("shift").loc["permutation"]
+    assert gain["low"] < 0 < gain["high"]
+
+
 def test_what_is_said_of_the_last_layer(comparison):
     long = comparison[comparison["steps"] == 1280]
     rows = means(long[long["rank"].isna() | (long["rank"] == 1)])
