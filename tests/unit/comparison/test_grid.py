@@ -155,7 +155,7 @@ OTHERS = {
     "seeds": [1, 2],
     "pretraining_epochs": 6,
     "dtype": "float32",
-    "device": "meta",
+    "device": "cpu:0",
 }
 
 
