@@ -7,8 +7,8 @@ notebooks do, or from here, where it is loaded when it is first used::
     from lowrank_utils import LinearWithLoRA
 
 ``__init__.pyi`` lists the names. What belongs to the comparison, to the exercises' checks
-and to pictures with sliders stays in its place. ``python -m lowrank_utils`` checks that this machine is set
-up for the notebooks.
+and to pictures with sliders stays in its place. ``python -m lowrank_utils`` checks that
+this machine is set up for the notebooks.
 """
 
 import lazy_loader

@@ -115,8 +115,7 @@ def formed_row_norms(V: Tensor) -> Tensor:
     """Return ``row_norms(V)``, in float32 for a float32 V if its squares neither vanish
     nor overflow there.
 
-    At 784 → 128 the float64 copy that ``row_norms`` makes takes a tenth of a training
-    step and twice V's memory.
+    The float64 copy that ``row_norms`` makes takes time and twice V's memory.
     """
     if V.dtype == torch.float32 and not V.requires_grad and values_can_be_read(V):
         norms = torch.linalg.vector_norm(V, dim=1)

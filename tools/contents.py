@@ -1,17 +1,28 @@
-"""Write the tables of the series, from what each notebook says in its first cell.
+"""Write the tables that pages take from the notebooks and from the results.
 
-    python tools/contents.py            into README.md and docs/teaching.md
-    python tools/contents.py --check    only fail if one of them is out of date
+    python tools/contents.py            into README.md and two pages of docs
+    python tools/contents.py --check    only fail if a page is out of date
 
-``make notebooks`` does it too.
+A table stands between two marks with its name. ``make notebooks`` writes them too.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+import yaml
+
+from lowrank_utils.comparison.declared import Declaration, judge, read_declaration
+from lowrank_utils.comparison.report import (
+    declared_lines,
+    difference_lines,
+    without_one_task,
+)
+from lowrank_utils.comparison.tables import differences, means, read_table
 from lowrank_utils.comparison.whole import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +30,15 @@ OPENING = re.compile(
     r"# (?P<title>.+)\n\n\*(?P<question>.+)\*\n"
     r"(?:.|\n)*About (?P<reading>\d+) minutes to read and run, (?P<exercises>\d+) for the exercises"
 )
+OWN = "DoRA with m's rate"
+# The differences that the page of the results shows task by task.
+SHOWN = [
+    (OWN, "DoRA with one rate"),
+    (OWN, "LoRA"),
+    (OWN, "LoRA matched above"),
+    (OWN, "gain"),
+    ("gain", "random rows"),
+]
 
 
 class Lesson(NamedTuple):
@@ -44,44 +64,133 @@ def lessons() -> list[Lesson]:
     return found
 
 
-def series(found: list[Lesson]) -> str:
-    """Return README.md's table."""
-    rows = [
-        f"| [{one.title}](notebooks/{one.path.name}) | {one.question} | {one.reading} "
-        f"| {one.exercises} |"
-        for one in found
-    ]
-    heading = "| notebook | the question | minutes to read and run | exercises |"
-    return "\n".join([heading, "|---|---|---|---|", *rows])
+def table(*rows: list[str]) -> str:
+    """Return a Markdown table, the first row of which is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def times(found: list[Lesson]) -> str:
-    """Return the teaching guide's table, and the sum."""
+def series() -> str:
+    """Return the map of the series."""
+    head = ["notebook", "the question", "minutes to read and run", "exercises"]
+    return table(
+        head,
+        *(
+            [
+                f"[{one.title}](notebooks/{one.path.name})",
+                one.question,
+                str(one.reading),
+                str(one.exercises),
+            ]
+            for one in lessons()
+        ),
+    )
+
+
+def times() -> str:
+    """Return the minutes and the measured seconds of each notebook, and the sum."""
     results = ROOT / "notebooks" / "results" / "running_times.json"
     measured = json.loads(results.read_text(encoding="utf-8"))["median"]
+    found = lessons()
+    head = ["notebook", "read and run", "exercises", "running alone, seconds"]
     rows = [
-        f"| [{one.title}](../notebooks/{one.path.name}) | {one.reading} "
-        f"| {one.exercises} | {measured.get(one.path.stem, '–')} |"
+        [
+            f"[{one.title}](../notebooks/{one.path.name})",
+            str(one.reading),
+            str(one.exercises),
+            str(measured.get(one.path.stem, "–")),
+        ]
         for one in found
     ]
-    heading = "| notebook | read and run | exercises | running alone, seconds |"
-    reading, exercises = (
-        sum(getattr(one, n) for one in found) for n in ("reading", "exercises")
-    )
+    reading = sum(one.reading for one in found)
+    exercises = sum(one.exercises for one in found)
     total = (
         f"Together that is {reading} minutes to read and {exercises} for the exercises."
     )
-    return "\n".join([heading, "|---|---|---|---|", *rows, "", total])
+    return f"{table(head, *rows)}\n\n{total}"
 
 
-TABLES = {"README.md": series, "docs/teaching.md": times}
+def stored(name: str = "comparison") -> pd.DataFrame:
+    """Return the runs of a comparison."""
+    return read_table(ROOT / "notebooks" / "results" / f"{name}.csv")
 
 
-def renewed(text: str, table: str) -> str:
-    """Return a page whose table, between two marks, is ``table``."""
-    parts = re.split(r"(<!-- (?:/)?written by tools/contents\.py -->\n)", text)
-    parts[2] = f"{table}\n"
-    return "".join(parts)
+def declaration() -> Declaration:
+    """Return what the default comparison declares."""
+    text = (ROOT / "notebooks" / "comparison.yaml").read_text(encoding="utf-8")
+    return read_declaration(yaml.safe_load(text)["declared"])
+
+
+def declared() -> str:
+    """Return the answers of the declared tests."""
+    asked = declaration()
+    return "\n\n".join(declared_lines(judge(stored(), asked), asked))
+
+
+def without() -> str:
+    """Return the declared differences without one of the tasks."""
+    return without_one_task(stored(), declaration())
+
+
+def task_by_task() -> str:
+    """Return the differences at 1,280 steps and at the ranks that are declared."""
+    asked, runs = declaration(), stored()
+    ranks = {rank for test in asked.tests for rank in test.ranks}
+    runs = runs[(runs["steps"] == 1280) & runs["shift"].isin(asked.shifts)]
+    runs = runs[runs["rank"].isna() | runs["rank"].isin(ranks)]
+    parts = []
+    for first, second in SHOWN:
+        lines = difference_lines(differences(runs, first, second))
+        parts += [f"#### {first} − {second}", lines]
+    return "\n\n".join(parts)
+
+
+def last_layer() -> str:
+    """Return the accuracies at rank 1 with and without a trained last layer."""
+    runs = stored()
+    runs = runs[(runs["steps"] == 1280) & (runs["rank"].isna() | (runs["rank"] == 1))]
+    mean = means(runs).set_index(["shift", "method"])["mean"]
+    ending = ", trained last layer"
+    tasks = [name for name in declaration().shifts if name + ending in mean]
+    methods = list(mean[tasks[0] + ending].index)
+
+    def row(name: str, method: str, ending: str = "") -> list[str]:
+        return [name, *(f"{100 * mean[task + ending, method]:.1f}" for task in tasks)]
+
+    return table(
+        ["method", *tasks],
+        row("last layer alone", "last layer"),
+        *(row(method, method) for method in methods),
+        *(row(f"{one}, last layer trained", one, ending) for one in methods),
+    )
+
+
+def whole_mnist() -> str:
+    """Return DoRA's lead over LoRA above networks pretrained on the whole MNIST."""
+    runs = stored("comparison_mnist")
+    return difference_lines(differences(runs[runs["steps"] == 1280], OWN, "LoRA"))
+
+
+# Page → name of a table → what returns it.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"series": series},
+    "docs/teaching.md": {"times": times},
+    "docs/results.md": {
+        "declared": declared,
+        "without one task": without,
+        "task by task": task_by_task,
+        "last layer": last_layer,
+        "whole MNIST": whole_mnist,
+    },
+}
+
+
+def renewed(text: str, name: str, content: str) -> str:
+    """Return a page in which ``content`` stands between the marks of that name."""
+    first = f"<!-- {name}: written by tools/contents.py -->\n"
+    last = f"<!-- /{name} -->\n"
+    before, rest = text.split(first)
+    return f"{before}{first}\n{content}\n\n{last}{rest.split(last)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,15 +199,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
     status = 0
-    for name, table in TABLES.items():
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        if (new := renewed(text, table(lessons()))) != text:
-            if check:
-                print(f"{name} is out of date: run python tools/contents.py")
-                status = 1
-            else:
-                write_whole(path, new)
+    for page, blocks in PAGES.items():
+        path = ROOT / page
+        old = new = path.read_text(encoding="utf-8")
+        for name, content in blocks.items():
+            new = renewed(new, name, content())
+        if new != old and check:
+            print(f"{page} is out of date: run python tools/contents.py")
+            status = 1
+        elif new != old:
+            write_whole(path, new)
     return status
 
 

@@ -24,6 +24,7 @@ from lowrank_utils.comparison.grid import (
     read_plan,
     run_id,
 )
+from lowrank_utils.comparison.methods import METHODS
 from lowrank_utils.comparison.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,11 +120,12 @@ def test_a_file_is_a_grid_or_several_with_what_is_declared_beside_them(tmp_path)
         assert read_plan(path) == plan
 
 
-def test_the_default_grid_can_decide_what_it_declares(defaults):
+def test_the_default_grid_can_decide_what_it_declares_and_runs_every_method(defaults):
     plan = read_plan(ROOT / "notebooks" / "comparison.yaml")
     runs = expand(plan.grids, defaults)
     declaration = declaration_of(plan, runs)
     assert 1 <= len(declaration.tests) <= 5
+    assert {method for run in runs for method in run.methods} == set(METHODS)
     # All methods get the same data, the same tries and the same seeds.
     for name in (
         "adaptation_examples",
