@@ -58,9 +58,8 @@ mutants: ## Change the package in small ways: does a unit test fail each time? N
 bench: ## Measure speed and memory.
 	@$(SETUP) run benchmarks/run.py
 
-lock: ## Renew requirements.lock and docs/licences.md from constraints.txt; needs uv.
-	@$(PYTHON) tools/lock.py
-	@$(SETUP) run tools/licences.py
+lock: ## Renew requirements.lock, constraints.txt and docs/licences.md from pyproject.toml.
+	@$(SETUP) run tools/lock.py $(LOCK_ARGS)
 
 audit: ## Ask for known vulnerabilities of what constraints.txt pins; needs pip-audit and a network.
 	@$(PYTHON) -m pip_audit --requirement constraints.txt --no-deps --disable-pip

@@ -64,7 +64,9 @@ def check_versions() -> str:
         if CONSTRAINTS.is_file():
             for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines():
                 if line.strip() and not line.startswith("#"):
-                    yield Requirement(line)
+                    requirement = Requirement(line)
+                    if requirement.marker is None or requirement.marker.evaluate():
+                        yield requirement
 
     wrong = {
         r.name: f"{r.name} is missing" for r in direct() if _installed(r.name) is None

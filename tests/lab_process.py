@@ -18,12 +18,6 @@ from pathlib import Path
 
 import pytest
 
-CONFIGURATION_FILES = (
-    "jupyter_server_config.py",
-    "jupyter_config.py",
-    "jupyter_lab_config.py",
-)
-
 
 class LabProcess:
     """A JupyterLab server that was started.
@@ -68,33 +62,50 @@ class LabProcess:
         return pytest.fail(f"no answer in {seconds} seconds: {self.said()}")
 
 
+# What starts JupyterLab: tests/, the project's folder, the file of attempts, and whether
+# the set-up is checked before, which has tests of its own and takes seconds.
+START = """
+import sys, types
+
+tests, root, record, check = sys.argv[1:]
+sys.path[:0] = [tests, root + "/tools"]
+import lab_process, lab_server
+
+lab_process.stay_on_this_machine(record)
+lab_process.end_with_the_tests()
+if check == "False":
+    passed = types.SimpleNamespace(returncode=0)
+    lab_server.subprocess = types.SimpleNamespace(run=lambda *_, **__: passed)
+sys.argv[1:] = ["--no-browser"]
+lab_server.main()
+"""
+
+
 @contextlib.contextmanager
-def started_lab(command: list, folder: Path, configuration: str = ""):
-    """Run a command that starts JupyterLab, give its ``LabProcess``, and end it in any
-    case.
+def started_lab(root: Path, folder: Path, configuration: str = "", check: bool = False):
+    """Start JupyterLab on a project, give its ``LabProcess``, and end it in any case.
 
     The server notices by itself when the tests are killed: its standard input closes
     then.
 
     Args:
-        command: the command; what it runs must take this process's place.
+        root: the project's folder.
         folder: an empty folder for the configuration, data and output of the server.
-        configuration: what stands in its configuration files.
+        configuration: what stands in the user's configuration files.
+        check: whether the set-up is checked before.
     """
+    tests, record = Path(__file__).parent, folder / "elsewhere"
     guard = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import lab_process\n"
-        f"lab_process.stay_on_this_machine({str(folder / 'elsewhere')!r})\n"
+        f"import sys; sys.path.insert(0, {str(tests)!r}); import lab_process\n"
+        f"lab_process.stay_on_this_machine({str(record)!r})\ndel lab_process\n"
     )
     for kind in ("CONFIG", "DATA", "RUNTIME"):
         (folder / kind).mkdir()
-    for name in CONFIGURATION_FILES:
-        (folder / "CONFIG" / name).write_text(
-            f"{guard}lab_process.end_with_the_tests()\n{configuration}",
-            encoding="utf-8",
-        )
+    for name in ("jupyter_server_config.py", "jupyter_lab_config.py"):
+        (folder / "CONFIG" / name).write_text(configuration, encoding="utf-8")
     startup = folder / "IPYTHON" / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "guard.py").write_text(f"{guard}del lab_process\n", encoding="utf-8")
+    (startup / "guard.py").write_text(guard, encoding="utf-8")
     variables = {
         name: value for name, value in os.environ.items() if name != "JUPYTER_TOKEN"
     }
@@ -103,10 +114,15 @@ def started_lab(command: list, folder: Path, configuration: str = ""):
         for kind in ("CONFIG", "DATA", "RUNTIME")
     }
     variables["IPYTHONDIR"] = str(folder / "IPYTHON")
+    command = [sys.executable, "-c", START, tests, root, record, str(check)]
     with (
         (folder / "output").open("wb") as output,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=variables
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=variables,
         ) as process,
     ):
         try:

@@ -1,54 +1,67 @@
-"""Start JupyterLab behind the token in ``JUPYTER_TOKEN``, whatever a configuration file
-says.
+"""Open JupyterLab at notebook 1 with Jupyter's own defaults: for this machine only,
+behind a token.
 
 ``environment.py`` runs this in the environment and passes JupyterLab's arguments on.
 """
 
 import os
+import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from urllib.parse import quote
 
-from jupyterlab.labapp import LabApp
+import jupyter_core.paths
 
-# It asks whether it may fetch news and look for newer versions, in front of the
-# notebook, and does so if it may.
-ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def without_announcements(_handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
-    """Return a page's configuration with the announcements turned off: no network is
-    needed, nor asked for.
+def leave_settings_aside() -> None:
+    """Have Jupyter read no configuration but that of this environment.
+
+    A file of the user's or the machine's may open the server to others, or end it: a
+    folder outside this one, kernels that aren't allowed, a certificate that is gone.
+    How JupyterLab looks, and what was open, is the user's all the same.
     """
-    return {
-        **page_config,
-        "disabledExtensions": [
-            *page_config.get("disabledExtensions", ()),
-            ANNOUNCEMENTS,
-        ],
-    }
+    user = Path(jupyter_core.paths.jupyter_config_dir(), "lab")
+    os.environ.setdefault("JUPYTERLAB_SETTINGS_DIR", str(user / "user-settings"))
+    os.environ.setdefault("JUPYTERLAB_WORKSPACES_DIR", str(user / "workspaces"))
+    os.environ["JUPYTER_CONFIG_DIR"] = jupyter_core.paths.ENV_CONFIG_PATH[0]
+    os.environ.pop("JUPYTER_CONFIG_PATH", None)
+    jupyter_core.paths.SYSTEM_CONFIG_PATH.clear()
+
+
+def lab_arguments(words: list[str]) -> list[str]:
+    """Return JupyterLab's arguments: those of this project, and the user's."""
+    first = min((ROOT / "notebooks").glob("01_*.ipynb")).relative_to(ROOT)
+    arguments = [
+        f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.default_url=/lab/tree/{quote(first.as_posix())}",
+        # It would ask for news and newer versions in front of the notebook.
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        # Ctrl-C ends the server without a question.
+        "--ServerApp.answer_yes=True",
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        print("You are root, which JupyterLab refuses by default; here it is allowed.")
+        arguments.append("--ServerApp.allow_root=True")
+    return arguments + words
 
 
 def main() -> None:
-    """Configure the server, make sure that it is closed, and run it until it is
-    ended.
-    """
-    token = os.environ.pop("JUPYTER_TOKEN")
-    # A configuration file goes over the environment variable, and an argument over the
-    # file. The argument is added here, where the system's list of processes doesn't
-    # show it.
-    server = LabApp.initialize_server(
-        argv=[*sys.argv[1:], f"--PasswordIdentityProvider.token={token}"]
-    )
-    identity = server.identity_provider
-    if server.ip != "127.0.0.1" or identity.token != token or not identity.auth_enabled:
+    """Check the set-up, and run JupyterLab until it is ended."""
+    # In a process of its own, so that the server doesn't keep torch in its memory.
+    command = [sys.executable, "-m", "lowrank_utils"]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:  # noqa: S603
         sys.exit(
-            "A Jupyter configuration file opens the server to others, so it was not started. "
-            "Run `jupyter --paths` to see where these files are, and move the setting away"
+            "JupyterLab was not opened: do what the lines with FIX say, then run this "
+            "again"
         )
-    server.web_app.settings["page_config_hook"] = without_announcements
-    # Jupyter prints the address with the token only if it made the token by itself.
-    identity.token_generated = True
-    server.start()
+    leave_settings_aside()
+    from jupyterlab.labapp import LabApp
+
+    print("Opening JupyterLab; Ctrl-C in this window ends it.", flush=True)
+    LabApp.launch_instance(argv=lab_arguments(sys.argv[1:]))
 
 
 if __name__ == "__main__":

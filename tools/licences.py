@@ -1,7 +1,7 @@
 """Write docs/licences.md: under which licence everything stands that the series builds
 on.
 
-    python tools/licences.py
+    make lock
 
 The packages are those of requirements.lock, and their licences what each says about
 itself where it is installed.
@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from lowrank_utils.comparison.whole import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
@@ -121,8 +123,8 @@ def page() -> str:
     licences = {**ELSEWHERE, **installed(sorted(packages))}
     if missing := sorted(packages.keys() - licences.keys()):
         sys.exit(
-            f"not installed: {', '.join(missing)}. Install the list test, or add what is for other systems to "
-            "ELSEWHERE in tools/licences.py"
+            f"not installed: {', '.join(missing)}. Run make lock again, which installs "
+            "them; what is for other systems stands in ELSEWHERE in tools/licences.py"
         )
     rows = (
         f"| {name} | {version} | {licences[name]} | {where(marker)} |\n"
@@ -131,6 +133,10 @@ def page() -> str:
     return INTRODUCTION + "".join(rows)
 
 
+def main() -> None:
+    """Write the page."""
+    write_whole(PAGE, page())
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8", newline="\n")
-    print(f"Wrote {PAGE.relative_to(ROOT)}")
+    main()

@@ -1,78 +1,61 @@
-"""Write requirements.lock: every package that constraints.txt pins, for all systems,
-with the hashes of its files.
+"""Write requirements.lock and, from it, constraints.txt and the table of licences.
 
-    python -m pip install uv
-    python tools/lock.py
+    make lock                       keep the versions; add and remove what has changed
+    make lock LOCK_ARGS=--upgrade   take the newest versions
 
-uv resolves pyproject.toml under constraints.txt once for Linux, macOS and Windows and
-for every Python that the project supports; what only one of them needs carries a
-marker.
+uv resolves pyproject.toml once for Linux, macOS and Windows and for every Python that
+the project supports; what only one of them needs carries a marker.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import licences
 
-HEADER = """\
-# Every package that the series and its tests need, for Linux, macOS and Windows and for Python 3.11 and newer, in the
-# versions of constraints.txt and with the SHA-256 of each file that PyPI has of it. Written by tools/lock.py.
-#     python -m pip install --require-hashes -r requirements.lock
-#     python -m pip install --no-deps --no-build-isolation -e .
-# Not in it: PyTorch's own index of CPU builds (TORCH=cpu). Its files have other hashes than PyPI's, and that index
-# could not be reached where this file was made; with the lock, Linux takes the build with CUDA.
+from lowrank_utils.comparison.whole import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+LOCK_HEADER = """\
+# What `make lab` and `make test` install: every package that the series and its tests
+# need, on Linux, macOS and Windows and with Python 3.11 and newer, with the SHA-256 of
+# each file that PyPI has of it. Written by tools/lock.py.
+# Not in it: PyTorch's own index of CPU builds (TORCH=cpu), whose files have other hashes.
+"""
+CONSTRAINTS_HEADER = """\
+# The versions of requirements.lock, for pip and conda, which can't install a folder
+# under a file with hashes. Written by tools/lock.py.
 """
 
 
-def main() -> int:
-    """Resolve, and write the file; return the exit status."""
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "pyproject.toml",
-        "--all-extras",
-        "--universal",
-    ]
-    options = [
-        "--python-version=3.11",
-        "--constraints=constraints.txt",
-        "--generate-hashes",
-        "--no-header",
-    ]
-    # No shell, and nothing but constants. What an index or a user's settings say about
-    # mirrors stays out of the file.
-    resolved = subprocess.run(  # noqa: S603
-        [
-            *command,
-            *options,
-            "--no-annotate",
-            "--no-emit-index-url",
-            "--no-config",
-            "--quiet",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if resolved.returncode != 0:
-        print(
-            "uv could not resolve pyproject.toml; is it installed (python -m pip install uv)?",
-            file=sys.stderr,
-        )
-        return 1
-    (ROOT / "requirements.lock").write_text(
-        HEADER + resolved.stdout, encoding="utf-8", newline="\n"
-    )
-    print(
-        f"Wrote requirements.lock with {sum(line[:1].isalpha() for line in resolved.stdout.splitlines())} versions."
-    )
-    return 0
+def resolved(*options: str) -> str:
+    """Return what uv resolves, with hashes; the lock's versions go first."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml"]
+    command += ["--all-extras", "--universal", "--python-version=3.11", *options]
+    # What an index or a user's settings say about mirrors stays out of the file.
+    command += ["--no-config", "--no-emit-index-url", "--no-header", "--no-annotate"]
+    command += ["--generate-hashes", f"--output-file={LOCK}", "--quiet"]
+    # No shell, and nothing but constants and this script's options.
+    subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
+    return LOCK.read_text(encoding="utf-8")
+
+
+def without_hashes(lock: str) -> str:
+    """Return the lines of a lock that name a version, without their hashes."""
+    lines = (line for line in lock.splitlines() if line[:1].isalnum())
+    return "".join(line.removesuffix("\\").rstrip() + "\n" for line in lines)
+
+
+def main() -> None:
+    """Resolve, and write the files."""
+    lock = resolved(*sys.argv[1:])
+    write_whole(LOCK, LOCK_HEADER + lock)
+    write_whole(CONSTRAINTS, CONSTRAINTS_HEADER + without_hashes(lock))
+    licences.main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

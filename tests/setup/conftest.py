@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +40,11 @@ def project():
 
 @pytest.fixture(scope="session")
 def pins():
-    """Version by name, in the order of constraints.txt."""
+    """Version by name, in the order of constraints.txt, of what is for this machine."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if not line.startswith("#"))
+    found = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {
+        requirement.name: str(requirement.specifier).removeprefix("==")
+        for requirement in found
+        if requirement.marker is None or requirement.marker.evaluate()
+    }

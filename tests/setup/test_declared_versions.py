@@ -60,32 +60,15 @@ def test_every_constraint_runs_on_the_first_release_of_the_oldest_python(pins, p
 
 
 def test_what_is_constrained_is_what_the_projects_lists_need(project, pins):
-    if sys.platform != "linux" or sys.version_info[:2] != (3, 11):
-        pytest.skip(
-            "constraints.txt is complete for Linux and Python 3.11; others need a few more"
-        )
     for_tests = needed(project, ["lab", "test"])
     assert len(for_tests) > 100
     assert not {name for name in for_tests if not installed(name)}, "missing"
-    assert for_tests <= set(pins), "not constrained: freeze again"
+    assert for_tests <= set(pins), "not constrained: make lock"
     # Lists that the tests don't need may be installed or not.
     superfluous = {name for name in pins if installed(name)} - needed(
         project, project["optional-dependencies"]
     )
-    assert not superfluous, "nothing needs them any more: freeze again"
-
-
-def test_constraints_are_exact_and_sorted(root, pins, project):
-    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    body = [line for line in lines if not line.startswith("#")]
-    assert lines[: len(lines) - len(body)] == [
-        line for line in lines if line.startswith("#")
-    ]
-    assert list(pins) == sorted(pins)
-    assert len(pins) == len(body)
-    for line in body:
-        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*", line), line
-    assert project["name"] not in pins
+    assert not superfluous, "nothing needs them any more: make lock"
 
 
 def test_conda_environment_carries_the_projects_name_and_installs_only_the_project(
@@ -99,7 +82,7 @@ def test_conda_environment_carries_the_projects_name_and_installs_only_the_proje
     assert set(project["optional-dependencies"]) >= {"lab", "test"}
 
 
-def test_the_python_versions_agree(root, conda, project, tool):
+def test_the_python_versions_agree(conda, project, tool):
     oldest = ".".join(map(str, tool.MINIMUM))
     assert project["requires-python"] == f">={oldest}"
     (python,) = [
@@ -108,7 +91,6 @@ def test_the_python_versions_agree(root, conda, project, tool):
     # The stored outputs come from the oldest Python, whose versions exist for the newer
     # ones too.
     assert python == f"python={oldest}"
-    assert f"Python {oldest}." in (root / "constraints.txt").read_text(encoding="utf-8")
     assert SpecifierSet(project["requires-python"]).contains(
         ".".join(map(str, sys.version_info[:3]))
     )

@@ -1,715 +1,462 @@
-"""tools/environment.py: which environment it makes, completes, keeps or refuses, and
-what it says."""
+"""tools/environment.py: which environment it makes, completes, keeps or refuses, where
+it installs, and what it says.
+"""
 
 import ast
-import http.server
-import json
+import base64
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def project(tool, tmp_path, monkeypatch):
-    """A project folder in which the tool works, with the steps that take long replaced
-    and noted."""
+def steps(tool, tmp_path, monkeypatch):
+    """``ensure`` in a folder of its own, with what takes long replaced: it returns the
+    steps that it took.
+    """
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    (tmp_path / "constraints.txt").write_text("torch==2.15.0\ntorchvision==0.29.2\n")
-    steps = []
-    state = {"python": "3.11", "torch": None, "fails": None}
+    (tmp_path / "requirements.lock").write_text("torch==2.15.0\n")
+    taken, state = [], {"python": "3.11", "fails": None, "usable": True}
 
     def make_venv(reason):
-        steps.append(f"anew: {reason}" if reason else "new")
-        tool.mark_unfinished()
+        taken.append(reason)
+        tool.empty_venv()
         (tool.VENV / "pyvenv.cfg").touch()
         state["python"] = "3.11"
 
     def install(extras, torch):
-        steps.append(f"install {','.join(sorted(extras))} {torch}")
+        taken.append(f"install {','.join(extras)} {torch}")
         if state["fails"]:
             raise state["fails"]
-        state["torch"] = "2.15.0+cpu" if torch == "cpu" else "2.15.0"
 
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(tool, "make_venv", make_venv)
-    monkeypatch.setattr(tool, "install", install)
-    monkeypatch.setattr(tool, "venv_version", lambda: state["python"])
-    monkeypatch.setattr(tool, "installed_version", lambda _name: state["torch"])
-    monkeypatch.setattr(tool, "unreachable", lambda _address: None)
+    for name, value in {
+        "ROOT": tmp_path,
+        "VENV": tmp_path / ".venv",
+        "STAMP": tmp_path / ".venv" / "installed.json",
+        "LOCK": tmp_path / "requirements.lock",
+        "make_venv": make_venv,
+        "install": install,
+        "is_usable": lambda: state["usable"],
+        "python_version": lambda: state["python"],
+    }.items():
+        monkeypatch.setattr(tool, name, value)
     monkeypatch.setattr(sys, "platform", "linux")
 
     def ensure(*extras, torch=None):
-        """Run the tool's ``ensure`` and return the steps that it took."""
-        steps.clear()
-        tool.ensure(set(extras), torch)
-        return list(steps)
+        taken.clear()
+        tool.ensure(list(extras), torch)
+        return list(taken)
 
-    ensure.state, ensure.steps = state, steps
+    ensure.state = state
     return ensure
 
 
-LAB = ["new", "install lab default"]
+NEW = ["there is none", "install lab default"]
+CUT = ["its installation was cut off", "install lab default"]
 
 
-def test_an_environment_is_made_once_and_then_used_at_once(tool, project):
-    assert project("lab") == LAB
-    stamp = tool.read_stamp()
-    assert stamp["extras"] == ["lab"]
-    assert stamp["python"] == "3.11"
-    assert stamp["torch"] == "default"
-    assert not (tool.VENV / tool.UNFINISHED).exists()
-    assert project("lab") == []
-
-
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_a_changed_file_completes_the_environment(tool, project, name):
-    project("lab")
+@pytest.mark.parametrize("name", ["pyproject.toml", "requirements.lock"])
+def test_an_environment_is_made_once_and_completed_after_a_change(tool, steps, name):
+    assert steps("lab") == NEW
+    assert steps("lab") == []
     with (tool.ROOT / name).open("a") as file:
         file.write("# changed\n")
-    assert project("lab") == ["install lab default"]
-    assert project("lab") == []
+    assert steps("lab") == ["install lab default"]
+    assert steps("lab") == []
 
 
-def test_an_environment_for_the_tests_also_serves_the_lab(project):
-    assert project("lab") == LAB
-    assert project("lab", "test") == ["install lab,test default"]
-    assert project("lab") == []
-    assert project("lab", "test") == []
+def test_an_environment_for_the_tests_also_serves_the_lab(steps):
+    assert steps("lab") == NEW
+    assert steps("lab", "test") == ["install lab,test default"]
+    assert steps("lab") == steps("lab", "test") == []
 
 
-def test_a_cut_installation_leaves_no_stamp_and_is_made_anew(tool, project):
-    project.state["fails"] = KeyboardInterrupt()
+@pytest.mark.parametrize("before", [False, True])
+def test_a_cut_installation_is_made_anew(steps, before):
+    if before:
+        steps("lab")
+    steps.state["fails"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        project("lab")
-    assert tool.read_stamp() is None
-    project.state["fails"] = None
-    assert project("lab") == [
-        "anew: its installation was cut off",
-        "install lab default",
-    ]
-    assert project("lab") == []
+        steps("lab", "test")
+    steps.state["fails"] = None
+    assert steps("lab") == CUT
+    assert steps("lab") == []
 
 
-def test_a_cut_completion_is_made_anew_too(tool, project):
-    project("lab")
-    project.state["fails"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        project("lab", "test")
-    assert tool.read_stamp() is None
-    project.state["fails"] = None
-    assert project("lab")[0] == "anew: its installation was cut off"
-
-
-def test_a_completion_that_pip_gives_up_leaves_the_environment_as_it_was(
-    tool, project, monkeypatch
-):
-    project("lab", torch="cpu")
+def test_what_uv_gives_up_leaves_a_whole_environment_as_it_was(tool, steps):
+    steps("lab", torch="cpu")
     before = tool.read_stamp()
-    project.state["fails"] = tool.Stop("no network")
+    steps.state["fails"] = tool.Stop("no network")
     with pytest.raises(tool.Stop, match="no network"):
-        project("lab", "test")
+        steps("lab", "test")
     assert tool.read_stamp() == before
-    assert project("lab") == []
-    # On a full disk pip may have stopped in the middle of a package.
-    monkeypatch.setattr(tool, "free_gigabytes", lambda: 0.1)
+    assert steps("lab") == []
+    # On a full disk it may stop in the middle of a package.
+    steps.state["usable"] = False
     with pytest.raises(tool.Stop):
-        project("lab", "test")
-    project.state["fails"] = None
-    assert project("lab")[0] == "anew: its installation was cut off"
+        steps("lab", "test")
+    steps.state["fails"] = None
+    assert steps("lab") == CUT
 
 
-def test_a_first_installation_that_pip_gives_up_is_made_anew(tool, project):
-    project.state["fails"] = tool.Stop("no network")
+def test_a_first_installation_that_uv_gives_up_is_made_anew(tool, steps):
+    steps.state.update(fails=tool.Stop("no network"), usable=False)
     with pytest.raises(tool.Stop):
-        project("lab")
-    project.state["fails"] = None
-    assert project("lab") == [
-        "anew: its installation was cut off",
-        "install lab default",
-    ]
+        steps("lab")
+    steps.state["fails"] = None
+    assert steps("lab") == CUT
 
 
-def test_a_moved_environment_is_made_anew(tool, project, monkeypatch, tmp_path):
-    project("lab")
+def test_a_moved_environment_is_made_anew(tool, steps, monkeypatch, tmp_path):
+    steps("lab")
     moved = tmp_path / "elsewhere"
     tool.VENV.rename(moved)
     monkeypatch.setattr(tool, "VENV", moved)
-    assert project("lab") == [
-        f"anew: it was made in {tmp_path / '.venv'}",
-        "install lab default",
-    ]
+    monkeypatch.setattr(tool, "STAMP", moved / tool.STAMP.name)
+    assert steps("lab")[0] == f"it was made in {tmp_path / '.venv'}"
 
 
 @pytest.mark.parametrize(
     ("python", "reason"),
     [
         (None, "its Python doesn't start"),
-        ("3.10", "its Python is 3.10"),
+        ("3.10", "its Python was 3.11 and is 3.10 now"),
         ("3.12", "its Python was 3.11 and is 3.12 now"),
     ],
 )
-def test_an_environment_whose_python_changed_is_made_anew(project, python, reason):
-    project("lab")
-    project.state["python"] = python
-    assert project("lab") == [f"anew: {reason}", "install lab default"]
+def test_an_environment_whose_python_changed_is_made_anew(steps, python, reason):
+    steps("lab")
+    steps.state["python"] = python
+    assert steps("lab") == [reason, "install lab default"]
 
 
-def test_the_build_of_torch_is_switched_only_when_asked(project):
-    assert project("lab", torch="cpu") == ["new", "install lab cpu"]
-    assert project("lab") == []
-    assert project("lab", torch="cpu") == []
-    assert project("lab", "test") == ["install lab,test cpu"]
-    switched = ["anew: it holds torch's cpu build", "install lab,test default"]
-    assert project("lab", torch="default") == switched
-    assert project("lab") == []
-    assert project("lab", torch="cpu") == [
-        "anew: it holds torch's default build",
-        "install lab,test cpu",
-    ]
+def test_the_build_of_torch_is_switched_only_when_asked(steps):
+    assert steps("lab", torch="cpu") == ["there is none", "install lab cpu"]
+    assert steps("lab") == steps("lab", torch="cpu") == []
+    assert steps("lab", "test") == ["install lab,test cpu"]
+    unknown = "it wasn't made for torch's default build"
+    assert steps("lab", torch="default") == [unknown, "install lab,test default"]
+    assert steps("lab") == []
 
 
-def test_without_the_index_of_cpu_builds_the_default_build_serves(
-    tool, project, monkeypatch, capsys
-):
-    monkeypatch.setattr(tool, "unreachable", lambda address: f"no route to {address}")
-    assert project("lab", torch="cpu") == LAB
-    said = capsys.readouterr().out
-    assert f"no route to {tool.CPU_INDEX}/torch/" in said
-    assert "pip's own build of torch is used" in said
-    assert project("lab", torch="cpu") == []
-
-
-def test_the_index_of_cpu_builds_is_not_touched_without_the_option(
-    tool, project, monkeypatch
-):
-    monkeypatch.setattr(tool, "unreachable", lambda _address: pytest.fail("asked"))
-    assert project("lab") == LAB
-    assert project("lab", torch="default") == []
-
-
-def test_other_systems_have_the_cpu_build_already(project, monkeypatch, capsys):
+def test_other_systems_have_the_cpu_build_already(steps, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert project("lab", torch="cpu") == LAB
-    assert "TORCH=cpu changes nothing" in capsys.readouterr().out
+    assert steps("lab", torch="cpu") == NEW
+    assert "The default build is the CPU build here" in capsys.readouterr().out
 
 
-def test_an_environment_made_by_hand_is_completed(tool, project):
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_environment_made_by_hand_is_completed(tool, steps, fails):
     tool.VENV.mkdir()
     (tool.VENV / "pyvenv.cfg").touch()
-    assert project("lab") == ["install lab default"]
-    assert project("lab") == []
+    if fails:
+        steps.state["fails"] = tool.Stop("no network")
+        with pytest.raises(tool.Stop):
+            steps("lab")
+        steps.state["fails"] = None
+    assert steps("lab") == ["install lab default"]
+    assert steps("lab") == []
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(tool, project):
+def test_a_folder_that_is_no_environment_is_left_alone(tool, steps):
     tool.VENV.mkdir()
     (tool.VENV / "thesis.txt").touch()
-    with pytest.raises(tool.Stop, match="is no virtual environment: move it away"):
-        project("lab")
+    for act in (lambda: steps("lab"), tool.clean):
+        with pytest.raises(tool.Stop, match="is no virtual environment: move it away"):
+            act()
     assert (tool.VENV / "thesis.txt").exists()
 
 
-def test_a_damaged_stamp_counts_as_none(tool, project):
-    project("lab")
-    (tool.VENV / tool.STAMP).write_text("[]")
-    assert tool.read_stamp() is None
-    (tool.VENV / tool.STAMP).write_text("{")
-    assert tool.read_stamp() is None
-    assert project("lab") == ["install lab default"]
+@pytest.mark.parametrize("text", ["[]", "{", "null"])
+def test_a_damaged_note_counts_as_a_cut(tool, steps, text):
+    steps("lab")
+    tool.STAMP.write_text(text)
+    assert steps("lab") == CUT
 
 
-# What is run, and what is said when it fails.
-
-
-@pytest.fixture
-def pip_calls(tool, tmp_path, monkeypatch):
-    """The project in a folder of its own, and the commands that are run there, with one
-    exit status for all."""
-    (tmp_path / "constraints.txt").write_text("torch==2.15.0\ntorchvision==0.29.2\n")
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(tool, "installed_version", lambda _name: None)
-    monkeypatch.setattr(tool, "free_gigabytes", lambda: 100.0)
-
-    class Calls(list):
-        status = 0
-
-    calls = Calls()
-
-    def run(command, **_options):
-        calls.append(command)
-        return subprocess.CompletedProcess(command, calls.status)
-
-    monkeypatch.setattr(tool.subprocess, "run", run)
-    return calls
-
-
-@pytest.fixture
-def uv_calls(tool, pip_calls, monkeypatch):
-    """The commands that are run where pip brings uv, which ends with an exit status of
-    its own: (arguments, variables)."""
-
-    class Calls(list):
-        status, settings = 0, ""
-
-    calls = Calls()
-
-    def run(command, **options):
-        command = list(map(str, command))
-        if command[1:5] == ["-m", "pip", "config", "list"]:
-            return subprocess.CompletedProcess(command, 0, stdout=calls.settings)
-        calls.append((command, options["env"]))
-        if target := [
-            argument for argument in command if argument.startswith("--target=")
-        ]:
-            program = Path(
-                target[0].removeprefix("--target="),
-                "bin",
-                "uv.exe" if os.name == "nt" else "uv",
-            )
-            program.parent.mkdir()
-            program.touch(mode=0o755)
-        is_uv = Path(command[0]).stem == "uv"
-        return subprocess.CompletedProcess(
-            command, calls.status if is_uv else pip_calls.status
-        )
-
-    monkeypatch.setattr(tool.subprocess, "run", run)
-    return calls
-
-
-def test_the_default_installation_is_one_line_of_uv(
-    tool, uv_calls, capsys, monkeypatch
-):
-    monkeypatch.setattr(sys, "platform", "linux")
-    tool.install({"lab", "test"}, "default")
-    (bringing, _), (command, variables) = uv_calls
-    assert bringing[0] == str(tool.venv_python())
-    assert bringing[-1] == tool.UV
-    wanted = (
-        f"pip install --python {tool.venv_python()} -c constraints.txt -e .[lab,test]"
-    )
-    assert " ".join(command[1:]) == wanted
-    assert variables["UV_INDEX_STRATEGY"] == "unsafe-best-match"
-    assert not Path(command[0]).exists(), "uv stays no longer than it works"
-    said = capsys.readouterr().out
-    assert "3 GB to download" in said
-    assert "TORCH=cpu" in said
-
-
-def test_the_cpu_build_comes_from_its_index_without_dependencies(tool, uv_calls):
-    tool.install({"lab"}, "cpu")
-    _, first, second = (" ".join(command[5:]) for command, _ in uv_calls)
-    assert (
-        first
-        == f"--index-url {tool.CPU_INDEX} --no-deps torch==2.15.0 torchvision==0.29.2"
-    )
-    assert second == "-c constraints.txt -e .[lab]"
-
-
-def test_uv_looks_where_pip_is_told_to(tool, uv_calls):
-    uv_calls.settings = (
-        ":env:.index-url='https://variable.example/simple'\n"
-        "global.cert='/etc/certificates.crt'\n"
-        "global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'\n"
-        "global.index-url='https://file.example/simple'\n"
-        "install.find-links='/wheels'\n"
-        "install.no-cache-dir='true'\n"
-        "list.format='columns'\n"
-    )
-    tool.install({"lab"}, "default")
-    _, variables = uv_calls[-1]
-    assert {name: variables[name] for name in tool.UV_NAMES.values()} == {
-        "UV_INDEX_URL": "https://variable.example/simple",
-        "UV_EXTRA_INDEX_URL": "https://one.example/simple https://two.example/simple",
-        "UV_FIND_LINKS": "/wheels",
-        "SSL_CERT_FILE": "/etc/certificates.crt",
-        "UV_NO_CACHE": "true",
-    }
-
-
-def pip_line(extras):
-    return f"-m pip install --no-input --no-compile -c constraints.txt -e .[{extras}]"
-
-
-@pytest.mark.parametrize("name", ["constraint", "no-index", "require-hashes"])
-def test_what_uv_would_not_keep_is_left_to_pip(tool, uv_calls, name):
-    uv_calls.settings = f"global.{name}='true'\n"
-    tool.install({"lab"}, "default")
-    ((command, _),) = uv_calls
-    assert " ".join(command[1:]) == pip_line("lab")
-
-
-def test_pip_installs_where_uv_gives_up(tool, uv_calls, capsys):
-    uv_calls.status = 2
-    tool.install({"lab"}, "default")
-    command, _ = uv_calls[-1]
-    assert " ".join(command[1:]) == pip_line("lab")
-    assert "uv gave up" in capsys.readouterr().out
-
-
-def test_pip_installs_where_uv_can_not_be_had(tool, pip_calls):
-    tool.install({"lab"}, "default")
-    *_, bringing, command = pip_calls
-    assert bringing[-1] == tool.UV
-    assert " ".join(command[1:]) == pip_line("lab")
-
-
-def test_the_settings_of_the_real_pip_are_read(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "venv_python", lambda: Path(sys.executable))
-    (tmp_path / "pip.conf").write_text(
-        "[global]\nindex-url = https://file.example/simple\n"
-        "extra-index-url =\n    https://one.example/simple\n    https://two.example/simple\n"
-    )
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
-    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
-    settings = tool.pip_settings()
-    assert settings["index-url"] == "https://file.example/simple"
-    assert tool.uv_settings(settings)["UV_EXTRA_INDEX_URL"] == (
-        "https://one.example/simple https://two.example/simple"
-    )
-    assert settings["find-links"] == "/wheels"
-
-
-@pytest.mark.parametrize(
-    ("torch", "free", "advice"),
-    [
-        ("default", 100.0, "network connection"),
-        ("default", 0.2, "the disk is full"),
-        ("cpu", 100.0, "TORCH=default"),
-    ],
-)
-def test_what_to_do_when_pip_fails(tool, pip_calls, monkeypatch, torch, free, advice):
-    pip_calls.status = 2
-    monkeypatch.setattr(tool, "installed_version", lambda _name: "2.15.0")
-    monkeypatch.setattr(tool, "free_gigabytes", lambda: free)
-    with pytest.raises(tool.Stop, match=f"status 2; .* What to do: .*{advice}"):
-        tool.install({"lab"}, torch)
-
-
-def test_a_disk_that_is_too_small_is_noticed_before_the_download(
-    tool, pip_calls, monkeypatch
-):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(tool, "free_gigabytes", lambda: 3.0)
-    with pytest.raises(
-        tool.Stop, match=r"6\.5 GB are needed .*3\.0 GB are free: make room.*TORCH=cpu"
-    ):
-        tool.install({"lab"}, "default")
-    assert not pip_calls
-    tool.install({"lab"}, "cpu")
-
-
-def test_a_missing_pin_of_torch_is_named(tool, pip_calls):
-    (tool.ROOT / "constraints.txt").write_text("")
-    with pytest.raises(tool.Stop, match="no line torch=="):
-        tool.install({"lab"}, "cpu")
-    assert not pip_calls
-
-
-def test_a_python_without_venv_is_told_what_to_install(tool, pip_calls, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ensurepip", None)
-    package = "python{}.{}-venv".format(*sys.version_info)
-    with pytest.raises(tool.Stop, match=f"no ensurepip.*apt install {package}"):
-        tool.make_venv(None)
-    assert not pip_calls
-
-
-def test_a_python_that_torch_has_no_build_for_is_refused(tool, pip_calls, monkeypatch):
+def test_a_cut_clean_leaves_no_environment_that_seems_whole(tool, steps, monkeypatch):
+    steps("lab")
+    (tool.VENV / "lib").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "maxsize", 2**31 - 1)
-        with pytest.raises(
-            tool.Stop, match="needs CPython with 64 bits; this is CPython with 32 bits"
-        ):
-            tool.make_venv(None)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "platform", "darwin")
-        patch.setattr(tool.platform, "machine", lambda: "x86_64")
-        with pytest.raises(tool.Stop, match=r"Intel Python on macOS.*arm64"):
-            tool.make_venv(None)
-    assert not pip_calls
+        patch.setattr(tool.shutil, "rmtree", lambda _path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tool.clean()
+    assert steps("lab") == CUT
+    kept, gone = tool.ROOT / "tests" / "a.py", tool.ROOT / "tests" / "__pycache__"
+    gone.mkdir(parents=True)
+    kept.touch()
+    assert tool.clean() == 0
+    assert kept.exists()
+    assert not gone.exists()
     assert not tool.VENV.exists()
 
 
-def test_making_an_environment_empties_the_old_one_and_keeps_the_mark_to_the_end(
-    tool, pip_calls
-):
-    (tool.VENV / "lib" / "old").mkdir(parents=True)
-    (tool.VENV / "pyvenv.cfg").touch()
-    tool.make_venv("it is old")
-    assert [path.name for path in tool.VENV.iterdir()] == [tool.UNFINISHED]
-    ((_python, *command),) = pip_calls
-    assert command == ["-m", "venv", str(tool.VENV)]
+# From here on Python, pip and uv are the real ones: a project as small as possible is
+# installed from wheels in two folders, and nothing is asked of a network.
+
+BACKEND = """
+import base64, hashlib, zipfile
+from pathlib import Path
+
+def build_editable(folder, *_):
+    name = "lora_dora-1-py3-none-any.whl"
+    with zipfile.ZipFile(Path(folder, name), "w") as wheel:
+        wheel.writestr("lora_dora.pth", str(Path.cwd()))
+        for file, text in {
+            "METADATA": "Metadata-Version: 2.1\\nName: lora-dora\\nVersion: 1\\n"
+            "Provides-Extra: lab\\nRequires-Dist: torch\\n",
+            "WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+            "RECORD": "",
+        }.items():
+            wheel.writestr("lora_dora-1.dist-info/" + file, text)
+    return name
+"""
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "lora-dora"
+version = "1"
+dependencies = ["torch"]
+optional-dependencies = { lab = [] }
+"""
+CHECKS = """
+def check_versions(): pass
+def check_torch(): import torch
+if __name__ == "__main__":
+    import os, sys, torch
+    print("checked", torch.__file__, os.getcwd(), sys.argv[1:])
+    sys.exit(7)
+"""
 
 
-def test_a_failed_venv_is_reported(tool, pip_calls):
-    pip_calls.status = 1
-    with pytest.raises(tool.Stop, match=r"could not make .*its lines above say why"):
-        tool.make_venv(None)
-
-
-@pytest.mark.usefixtures("pip_calls")
-def test_a_folder_without_write_access_is_named(tool, monkeypatch):
-    file = tool.ROOT / "file"
-    file.touch()
-    monkeypatch.setattr(tool, "VENV", file / ".venv")
-    with pytest.raises(
-        tool.Stop,
-        match=r"can't be written \(Not a directory\): make the folder writable",
-    ):
-        tool.make_venv(None)
-
-
-def test_a_real_environment_is_recognised(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
-    assert tool.venv_version() is None
-    assert tool.installed_version("pip") is None
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(tool.VENV)], check=True
+def wheel(folder, name, version, code):
+    """Write a wheel with one module, and return its line for a lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}/__init__.py": "",
+        f"{name}/__main__.py": code,
+        f"{place}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{place}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(
+        f"{file},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip('=')},{len(text)}\n"
+        for file, text in files.items()
     )
-    assert tool.venv_python().exists()
-    assert tool.venv_version() is None, "without pip it can't be completed"
-    site = next(tool.VENV.glob("[lL]ib/**/site-packages"))
-    (site / "pip.py").touch()
-    assert tool.venv_version() == "{}.{}".format(*sys.version_info)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in {**files, f"{place}/RECORD": record}.items():
+            archive.writestr(file, text)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{name}=={version} \\\n    --hash=sha256:{digest}\n"
 
 
-def test_an_address_that_answers_and_one_that_does_not(tool, monkeypatch):
-    monkeypatch.setattr(tool, "CPU_INDEX_SECONDS", 1)
-    with http.server.HTTPServer(
-        ("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler
-    ) as server:
-        monkeypatch.setattr(server.RequestHandlerClass, "log_message", lambda *_: None)
-        address = f"http://127.0.0.1:{server.server_port}/"
-        # The socket takes connections already, but nobody answers yet.
-        assert tool.unreachable(address) is not None
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        assert tool.unreachable(address) is None
-        assert tool.unreachable(address + "nothing/") == "File not found"
-        server.shutdown()
-        thread.join()
-    assert "refused" in tool.unreachable(address)
+@pytest.fixture
+def small(root, tmp_path):
+    """A small project beside settings of pip and uv that lead elsewhere: it runs the
+    tool, and returns its exit status and what it said.
+    """
+    project = tmp_path / "project"
+    (project / "tools").mkdir(parents=True)
+    (project / "lowrank_utils").mkdir()
+    (project / "lowrank_utils" / "__init__.py").touch()
+    (project / "lowrank_utils" / "__main__.py").write_text(CHECKS)
+    (project / "backend.py").write_text(BACKEND)
+    (project / "pyproject.toml").write_text(PROJECT)
+    text = (root / "tools" / "environment.py").read_text(encoding="utf-8")
+    text = text.replace("https://download.pytorch.org", "http://127.0.0.1:9")
+    (project / "tools" / "environment.py").write_text(text, encoding="utf-8")
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent))
+    code = f"import os, sys; os.execv({uv!r}, ['uv', *sys.argv[1:]])"
+    lock = wheel(tmp_path / "one", "torch", "2.0", "")
+    lock += wheel(tmp_path / "one", "torchvision", "2.0", "")
+    lock += wheel(tmp_path / "two", "uv", "1.0", code)
+    (project / "requirements.lock").write_text(lock)
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "pip.conf").write_text(
+        f"[global]\nno-index = yes\ntarget = {elsewhere}\nprefix = {elsewhere}\n"
+        f"root = {elsewhere}\nno-deps = yes\n"
+        f"[install]\nfind-links =\n    {tmp_path / 'one'}\n    {tmp_path / 'two'}\n"
+    )
+    (tmp_path / "uv").mkdir()
+    (tmp_path / "uv" / "uv.toml").write_text(
+        f'no-cache = true\n[pip]\ntarget = "{elsewhere}"\nno-deps = true\n'
+    )
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "UV_", "MAKE"))
+    }
+    variables |= {
+        "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"),
+        "PIP_USER": "1",
+        "UV_SYSTEM_PYTHON": "1",
+        "XDG_CONFIG_HOME": str(tmp_path),
+        "PYTHONPATH": str(elsewhere),
+    }
+
+    def run(*words):
+        command = [sys.executable, project / "tools" / "environment.py", *words]
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=120
+        )
+        assert not elsewhere.exists(), "something was installed elsewhere"
+        return done.returncode, done.stdout + done.stderr
+
+    run.project = project
+    return run
 
 
-# The environment variables of what is started.
+def test_the_users_settings_lead_to_the_packages_and_not_elsewhere(small):
+    status, said = small("check", "--all", "a b")
+    assert status == 7, said
+    place = small.project / ".venv"
+    assert f"checked {place}" in said
+    assert f"{small.project} ['--all', 'a b']" in said
+    # The second time nothing is installed, and another torch isn't taken unasked.
+    assert small("check")[1].startswith("checked ")
+    # A broken installation isn't called ready, nor is one whose files were exchanged.
+    lock = small.project / "requirements.lock"
+    lock.write_text(lock.read_text().replace("sha256:", "sha256:0")[:-1] + "\n")
+    (place / "installed.json").write_text("{}")
+    status, said = small("check")
+    assert status == 1
+    assert "cut off" in said
+    assert "pip could not bring uv" in said
+
+
+def test_without_the_index_of_cpu_builds_the_default_build_serves(small):
+    settings = small.project.parent / "pip.conf"
+    empty = (small.project / "tools").as_uri()
+    text = settings.read_text().replace("no-index = yes", f"index-url = {empty}")
+    settings.write_text(text)
+    status, said = small("--torch=cpu", "check")
+    assert status == 7, said
+    assert "torch's default build is taken, which is larger" in said
+    # It isn't asked for again each time.
+    assert small("--torch=cpu", "check")[1].startswith("checked ")
+
+
+def test_what_can_not_be_imported_is_not_called_ready(small):
+    (small.project / "lowrank_utils" / "__main__.py").write_text("import nothing")
+    status, said = small("check")
+    assert status == 1
+    assert "No module named 'nothing'" in said
+    assert "can't be used; see the lines above" in said
+    assert (small.project / ".venv" / "installed.json").read_text() == "{}"
+
+
+def test_a_file_with_another_hash_is_refused(small):
+    lock = small.project / "requirements.lock"
+    first = lock.read_text().split("sha256:")[1][:64]
+    lock.write_text(lock.read_text().replace(first, first[::-1]))
+    status, said = small("check")
+    assert status == 1
+    assert "Hash mismatch for `torch==2.0" in said
+    assert "uv could not install it; its lines above say why" in said
+
+
+# What runs, and what is said on the way.
 
 
 def test_a_relative_data_folder_becomes_absolute(tool, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOWRANK_DATA_DIR", "data")
-    assert tool.environment_for(Path(sys.executable))["LOWRANK_DATA_DIR"] == str(
-        tmp_path / "data"
-    )
-    monkeypatch.setenv("LOWRANK_DATA_DIR", "")
-    assert tool.environment_for(Path(sys.executable))["LOWRANK_DATA_DIR"] == ""
+    for given, expected in {"data": str(tmp_path / "data"), "": ""}.items():
+        monkeypatch.setenv("LOWRANK_DATA_DIR", given)
+        variables = tool.environment_for(tool.PYTHON)
+        assert variables["LOWRANK_DATA_DIR"] == expected
 
 
 def test_what_leads_python_elsewhere_is_left_out(tool, monkeypatch):
-    monkeypatch.setenv("PYTHONHOME", "/elsewhere")
-    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    variables = tool.environment_for(tool.venv_python())
-    assert not {"PYTHONHOME", "PYTHONPATH"} & set(variables)
-    assert variables["PATH"].split(os.pathsep)[0] == str(tool.venv_python().parent)
-    assert variables["VIRTUAL_ENV"] == str(tool.VENV)
-
-
-def test_what_is_imported_is_compiled_once(tool, monkeypatch):
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    assert "PYTHONDONTWRITEBYTECODE" not in tool.environment_for(tool.venv_python())
+    for name in ("PYTHONHOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, "/elsewhere")
+    variables = tool.environment_for(tool.PYTHON)
+    assert "/elsewhere" not in variables.values()
+    assert variables["PATH"].split(os.pathsep)[0] == str(tool.PYTHON.parent)
     # Another Python's folders aren't ours to write to.
-    assert "PYTHONDONTWRITEBYTECODE" in tool.environment_for(
-        Path("/elsewhere/bin/python")
-    )
+    other = tool.environment_for(Path("/elsewhere/bin/python"))
+    assert "PYTHONDONTWRITEBYTECODE" in other
 
 
-# The command line.
+def run_tool(root, *words, python=sys.executable, make=False):
+    variables = {n: v for n, v in os.environ.items() if n != "MAKELEVEL"}
+    variables |= {"MAKELEVEL": "1"} if make else {}
+    command = [python, str(root / "tools" / "environment.py"), *words]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
-def run_tool(root, *arguments, python=sys.executable, **options):
-    command = [python, str(root / "tools" / "environment.py"), *arguments]
-    # Under make the tool names the target to type.
-    variables = {
-        name: value for name, value in os.environ.items() if name != "MAKELEVEL"
-    }
-    return subprocess.run(
-        command, env=variables, capture_output=True, text=True, timeout=60, **options
-    )
+def test_an_unknown_build_or_command_is_refused_with_the_allowed_ones(root):
+    for words, allowed in [
+        (["--torch=gpu", "lab"], "'cpu', 'default'"),
+        (["install"], "'lab', 'check', 'test', 'run', 'clean'"),
+    ]:
+        outcome = run_tool(root, *words)
+        assert outcome.returncode == 2
+        assert allowed in outcome.stderr.replace("cpu, default", "'cpu', 'default'")
 
 
-def test_a_command_runs_in_the_projects_folder_and_passes_its_status_on(root, tmp_path):
-    code = "import os, sys; print(os.getcwd(), sys.argv[1:]); sys.exit(7)"
-    outcome = run_tool(
-        root, "--here", "run", "-c", code, "--torch", "a b", cwd=tmp_path
-    )
-    assert outcome.returncode == 7
-    assert outcome.stdout.strip() == f"{root} ['--torch', 'a b']"
+def test_an_incomplete_project_is_named(small):
+    (small.project / "requirements.lock").unlink()
+    status, said = small("check")
+    assert status == 1
+    assert "requirements.lock" in said
+    assert not (small.project / ".venv").exists()
 
 
-def test_an_unknown_build_of_torch_is_refused_with_the_allowed_ones(root):
-    outcome = run_tool(root, "--torch=gpu", "lab")
-    assert outcome.returncode == 1
-    assert outcome.stdout == ""
-    (line,) = outcome.stderr.split("\n", 1)[1].splitlines()
-    assert (
-        line
-        == "there is no build of torch 'gpu' (TORCH, --torch); there are cpu and default"
-    )
-
-
-def test_an_unknown_command_is_refused(root):
-    outcome = run_tool(root, "install")
-    assert outcome.returncode == 2
-    assert "'lab'" in outcome.stderr
-
-
-def older_pythons():
-    """Find Pythons on this machine that are too old for the project."""
-    names = ("python3.6", "python3.7", "python3.8", "python3.9", "python3.10")
+def older_python():
+    """Find a Python on this machine that is too old for the project."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    found = [
-        *filter(None, map(shutil.which, names)),
-        *map(str, sorted(versions.glob("3.*/bin/python3"))),
-    ]
+    names = [f"python3.{minor}" for minor in range(6, 11)]
     test = "import sys; print((3, 6) <= sys.version_info < (3, 11))"
-    for python in found:
+    for python in [
+        *filter(None, map(shutil.which, names)),
+        *sorted(versions.glob("3.*/bin/python3")),
+    ]:
         answer = subprocess.run([python, "-c", test], capture_output=True, text=True)
         if answer.stdout.strip() == "True":
-            yield python
+            return str(python)
+    return None
 
 
-def test_an_older_python_says_what_to_do(root):
-    pythons = list(older_pythons())
-    if not pythons:
+@pytest.mark.parametrize("make", [False, True])
+def test_an_older_python_says_what_to_type(root, make):
+    if (python := older_python()) is None:
         pytest.skip("this machine has no Python from 3.6 to 3.10")
-    for python in {pythons[0], pythons[-1]}:
-        outcome = run_tool(root, "lab", python=python)
-        assert outcome.returncode == 1
-        assert outcome.stdout == ""
-        (line,) = outcome.stderr.splitlines()
-        assert line.startswith("Python 3.11 or newer is needed; this is 3.")
-        assert f" at {python}; " in line
-        assert line.endswith(" lab")
+    outcome = run_tool(root, "lab", python=python, make=make)
+    assert outcome.returncode == 1
+    assert outcome.stdout == ""
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("Python 3.11 or newer is needed; this is 3.")
+    typed = "make lab PYTHON=python3.1" if make else "tools/environment.py lab"
+    assert typed in line.split(" type: ")[1]
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_message_for_an_older_python_names_one_that_serves(
+    tool, monkeypatch, found
+):
+    name = "python3.12" if found else None
+    monkeypatch.setattr(
+        tool.shutil, "which", lambda asked: asked if asked == name else None
+    )
+    monkeypatch.setattr(sys, "argv", ["tools/environment.py", "--torch=cpu", "lab"])
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    typed = f"{name or 'python3.11'} tools/environment.py --torch=cpu lab"
+    after = (
+        "" if found else ", after installing it from https://www.python.org/downloads/"
+    )
+    assert tool.too_old().endswith(f"type: {typed}{after}")
 
 
 def test_the_syntax_stays_readable_for_an_older_python(root):
-    ast.parse(
-        (root / "tools" / "environment.py").read_text(encoding="utf-8"),
-        feature_version=(3, 6),
-    )
-
-
-@pytest.mark.parametrize("found", ["python3.12", None])
-@pytest.mark.parametrize("make", [True, False])
-def test_the_message_for_an_older_python_names_what_to_type(
-    tool, monkeypatch, found, make
-):
-    monkeypatch.setattr(tool, "newer_python", lambda: found)
-    monkeypatch.setattr(sys, "argv", ["tools/environment.py", "--torch=cpu", "lab"])
-    if make:
-        monkeypatch.setenv("MAKELEVEL", "1")
-    else:
-        monkeypatch.delenv("MAKELEVEL", raising=False)
-    message = tool.too_old_message((3, 8, 1), "/usr/bin/python3")
-    python = found or "python3.11"
-    typed = (
-        f"make lab PYTHON={python}"
-        if make
-        else f"{python} tools/environment.py --torch=cpu lab"
-    )
-    first = "" if found else "install one from https://www.python.org/downloads/, then "
-    start = "Python 3.11 or newer is needed; this is 3.8 at /usr/bin/python3; "
-    assert message == f"{start}{first}type: {typed}"
-
-
-# What keeps the project.
-
-
-def test_constraints_are_written_from_pips_report(tool):
-    report = {
-        "install": [
-            {"metadata": {"name": name, "version": version}}
-            for name, version in [
-                ("torch", "2.15.0+cpu"),
-                ("nvidia-cublas", "13.4"),
-                ("cuda-bindings", "13.5.0"),
-                ("triton", "3.9.0"),
-                ("lora-dora", "0.1.0"),
-                ("ipython", "9.18.1"),
-                ("ipython_pygments_lexers", "1.1.1"),
-                ("Jinja2", "3.1.6"),
-            ]
-        ]
-    }
-    text = tool.constraints_text(report)
-    assert text == tool.constraints_text(json.loads(json.dumps(report)))
-    body = [line for line in text.splitlines() if not line.startswith("#")]
-    assert body == [
-        "cuda-bindings==13.5.0",
-        "ipython==9.18.1",
-        "ipython-pygments-lexers==1.1.1",
-        "jinja2==3.1.6",
-        "nvidia-cublas==13.4",
-        "torch==2.15.0",
-        "triton==3.9.0",
-    ]
-
-
-@pytest.mark.usefixtures("pip_calls")
-def test_a_cut_clean_leaves_no_environment_that_seems_whole(tool, monkeypatch):
-    (tool.VENV / "lib").mkdir(parents=True)
-    (tool.VENV / "pyvenv.cfg").touch()
-    (tool.VENV / tool.STAMP).write_text("{}")
-
-    def cut(_path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tool.shutil, "rmtree", cut)
-    with pytest.raises(KeyboardInterrupt):
-        tool.clean()
-    assert tool.read_stamp() is None
-    assert tool.why_anew(None, "3.11", None) == "its installation was cut off"
-
-
-@pytest.mark.usefixtures("pip_calls")
-def test_clean_leaves_a_folder_alone_that_is_no_environment(tool):
-    tool.VENV.mkdir()
-    (tool.VENV / "thesis.txt").touch()
-    with pytest.raises(tool.Stop, match="is no virtual environment"):
-        tool.clean()
-    assert (tool.VENV / "thesis.txt").exists()
-
-
-@pytest.mark.usefixtures("pip_calls")
-def test_an_incomplete_project_is_named(tool):
-    with pytest.raises(
-        tool.Stop, match=r"pyproject\.toml can't be read .*get the whole project anew"
-    ):
-        tool.digest()
-
-
-def test_clean_removes_what_tools_left_and_nothing_else(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "VENV", tmp_path / ".venv")
-    kept = [tmp_path / "notebooks" / "01.ipynb", tmp_path / "tests" / "test.py"]
-    gone = [
-        tmp_path / ".venv" / "pyvenv.cfg",
-        tmp_path / ".venv" / "lib" / "__pycache__" / "a.pyc",
-        tmp_path / "tests" / "__pycache__" / "test.pyc",
-        tmp_path / "notebooks" / ".ipynb_checkpoints" / "01.ipynb",
-        tmp_path / ".pytest_cache" / "x",
-    ]
-    for file in [*kept, *gone]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    assert tool.clean() == 0
-    assert all(file.exists() for file in kept)
-    assert not any(file.parent.exists() for file in gone)
-    assert tool.clean() == 0
+    text = (root / "tools" / "environment.py").read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 6))

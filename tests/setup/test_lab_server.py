@@ -1,5 +1,6 @@
-"""JupyterLab as the tool opens it: on this machine only, behind a token, at notebook
-01."""
+"""JupyterLab as ``make lab`` opens it: on this machine only, behind a token, at
+notebook 1, whatever stands in the user's configuration.
+"""
 
 import contextlib
 import json
@@ -9,196 +10,125 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
+import jupyter_core.paths
+import lab_server
 import psutil
 import pytest
 from lab_process import started_lab
 
-
-def test_what_keeps_the_server_closed_stands_on_the_command_line(tool, root):
-    notebook = tool.first_notebook()
-    assert notebook.name.startswith("01_")
-    arguments = tool.lab_arguments(notebook, ["--no-browser"], superuser=False)
-    assert arguments[0] == str(root / "tools" / "lab_server.py")
-    assert arguments.count("--no-browser") == 1
-    assert {
-        "--ServerApp.ip=127.0.0.1",
-        "--ServerApp.allow_remote_access=False",
-        f"--ServerApp.root_dir={root}",
-        f"--LabApp.default_url=/lab/tree/notebooks/{notebook.name}",
-    } <= set(arguments)
-    assert not [
-        argument
-        for argument in arguments
-        if "token" in argument.lower() or "allow_root" in argument
-    ]
-    assert "--ServerApp.allow_root=True" in tool.lab_arguments(
-        notebook, [], superuser=True
-    )
-
-
-def test_a_notebooks_name_is_quoted_in_the_address(tool):
-    arguments = tool.lab_arguments(
-        Path("notebooks", "01_a b%é.ipynb"), [], superuser=False
-    )
-    assert (
-        "--LabApp.default_url=/lab/tree/notebooks/01_a%20b%25%C3%A9.ipynb" in arguments
-    )
-
-
-def test_the_token_goes_through_the_environment_and_is_another_each_time(
-    tool, monkeypatch
-):
-    started = []
-    monkeypatch.setattr(
-        tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 0)
-    )
-    monkeypatch.setattr(
-        tool, "become", lambda *arguments: started.append(arguments) or 0
-    )
-    for _ in range(2):
-        assert tool.lab(Path(sys.executable), []) == 0
-    tokens = [variables["JUPYTER_TOKEN"] for _python, _arguments, variables in started]
-    assert len(set(tokens)) == 2
-    for token, (_python, arguments, _variables) in zip(tokens, started, strict=True):
-        assert len(token) == 48
-        assert token not in " ".join(arguments)
-
-
-def test_nothing_is_opened_when_the_check_finds_something(tool, monkeypatch):
-    monkeypatch.setattr(
-        tool.subprocess, "run", lambda *_a, **_k: subprocess.CompletedProcess([], 1)
-    )
-    monkeypatch.setattr(tool, "become", lambda *_: pytest.fail("opened"))
-    with pytest.raises(
-        tool.Stop, match="was not opened: do what the lines with FIX say"
-    ):
-        tool.lab(Path(sys.executable), [])
-
-
-def test_a_project_without_notebook_01_is_incomplete(tool, monkeypatch, tmp_path):
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    with pytest.raises(tool.Stop, match="has no notebook 01_"):
-        tool.first_notebook()
-
-
+# What would open the server to others, show other files, or end it.
 HOSTILE = """
 c.ServerApp.ip = "0.0.0.0"
 c.ServerApp.allow_remote_access = True
-c.ServerApp.token = ""
-c.ServerApp.password = ""
 c.IdentityProvider.token = ""
-c.PasswordIdentityProvider.token = ""
 c.PasswordIdentityProvider.password_required = False
 c.ServerApp.root_dir = "/"
+c.ServerApp.preferred_dir = "/elsewhere"
+c.ServerApp.certfile = "/nowhere"
+c.KernelSpecManager.allowed_kernelspecs = {"none"}
 c.LabApp.default_url = "/tree"
 """
 
-# An identity provider that lets everybody in can only be refused.
-OPEN_DOOR = """
-from jupyter_server.auth.identity import PasswordIdentityProvider
 
-class OpenDoor(PasswordIdentityProvider):
-    auth_enabled = False
+def test_the_first_notebook_is_opened_and_the_users_words_come_last(root, monkeypatch):
+    monkeypatch.setattr(lab_server.os, "geteuid", lambda: 1000, raising=False)
+    arguments = lab_server.lab_arguments(["--no-browser"])
+    assert arguments[-1] == "--no-browser"
+    assert f"--ServerApp.root_dir={root}" in arguments
+    first = min(root.glob("notebooks/01_*.ipynb")).name
+    assert f"--LabApp.default_url=/lab/tree/notebooks/{first}" in arguments
+    assert not [word for word in arguments if "token" in word or "root=" in word]
+    monkeypatch.setattr(lab_server.os, "geteuid", lambda: 0, raising=False)
+    assert "--ServerApp.allow_root=True" in lab_server.lab_arguments([])
 
-c.ServerApp.identity_provider_class = OpenDoor
-"""
+
+def test_configuration_comes_from_the_environment_alone(monkeypatch, tmp_path):
+    system = ["/etc/jupyter"]
+    monkeypatch.setattr(jupyter_core.paths, "SYSTEM_CONFIG_PATH", system)
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(tmp_path / "more"))
+    monkeypatch.delenv("JUPYTERLAB_SETTINGS_DIR", raising=False)
+    monkeypatch.delenv("JUPYTERLAB_WORKSPACES_DIR", raising=False)
+    lab_server.leave_settings_aside()
+    assert all(
+        path.startswith(sys.prefix) for path in jupyter_core.paths.jupyter_config_path()
+    )
+    # How JupyterLab looks stays the user's.
+    chosen = str(tmp_path / "lab" / "user-settings")
+    assert lab_server.os.environ["JUPYTERLAB_SETTINGS_DIR"] == chosen
 
 
-# The check of the set-up has tests of its own and takes seconds.
-WITHOUT_CHECK = """
-import sys
-
-sys.path.insert(0, sys.argv[1])
-import environment
-
-environment.subprocess.run = lambda command, **_: environment.subprocess.CompletedProcess(command, 0)
-sys.exit(environment.main(["--here", "lab", "--no-browser"]))
-"""
+def test_nothing_is_opened_when_the_check_finds_something(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(lab_server.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="was not opened: do what the lines with FIX"):
+        lab_server.main()
 
 
 @pytest.fixture
-def command(root):
-    """What starts JupyterLab through the tool."""
-    return [sys.executable, "-c", WITHOUT_CHECK, str(root / "tools")]
-
-
-@pytest.fixture
-def start_lab(command, tmp_path):
+def start_lab(root, tmp_path):
     """Start JupyterLab with a configuration file; whatever happens, it is ended."""
     with contextlib.ExitStack() as stack:
         yield lambda configuration: stack.enter_context(
-            started_lab(command, tmp_path, configuration)
+            started_lab(root, tmp_path, configuration)
         )
 
 
 def status_and_content(url, **headers):
+    """Return what a request to the server gives."""
+    request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=10
-        ) as answer:
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read()
 
 
-@pytest.mark.parametrize(
-    "configuration", ["", HOSTILE], ids=["no configuration", "hostile configuration"]
-)
+@pytest.mark.parametrize("configuration", ["", HOSTILE], ids=["none", "hostile"])
 def test_the_server_is_closed_to_others_and_open_with_the_token(
-    start_lab, root, tool, configuration
+    start_lab, root, configuration
 ):
     lab = start_lab(configuration)
     server = lab.wait_for(lab.information)
-    base = f"http://127.0.0.1:{server['port']}"
-    token = server["token"]
+    base, token = f"http://127.0.0.1:{server['port']}", server["token"]
     assert len(token) == 48
-
     lab.wait_for(lambda: "?token=" in lab.said())
-    address = f"{base}/lab/tree/{tool.first_notebook().as_posix()}?token={token}"
+    first = min(root.glob("notebooks/01_*.ipynb")).name
+    address = f"{base}/lab/tree/notebooks/{first}?token={token}"
     assert address in lab.said(), "the address to open is shown"
 
     running = psutil.Process(lab.process.pid)
+    # A command line can be read by everyone on the machine.
     assert token not in " ".join(running.cmdline())
 
     def listening():
-        return {
-            c.laddr.ip
-            for c in running.net_connections("inet")
-            if c.status == psutil.CONN_LISTEN
-        }
+        connections = running.net_connections("inet")
+        return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
     # The server says its address first and binds it when its event loop runs.
-    assert lab.wait_for(listening) == {"127.0.0.1"}
+    assert lab.wait_for(listening) <= {"127.0.0.1", "::1"}
 
-    contents = f"{base}/api/contents"
+    contents, right = f"{base}/api/contents", f"token {token}"
     assert status_and_content(contents)[0] == 403
     assert status_and_content(contents, Authorization="token wrong")[0] == 403
     # A page in the user's own browser whose host name leads here.
-    assert (
-        status_and_content(
-            contents, Authorization=f"token {token}", Host="other.example"
-        )[0]
-        == 403
-    )
+    other = {"Authorization": right, "Host": "other.example"}
+    assert status_and_content(contents, **other)[0] == 403
 
-    status, content = status_and_content(contents, Authorization=f"token {token}")
+    status, content = status_and_content(contents, Authorization=right)
     assert status == 200
-    assert {"notebooks", "figures"} <= {
-        entry["name"] for entry in json.loads(content)["content"]
-    }
+    names = {entry["name"] for entry in json.loads(content)["content"]}
+    assert {"notebooks", "figures"} <= names
     assert server["root_dir"] == str(root)
+    kernels = status_and_content(f"{base}/api/kernelspecs", Authorization=right)[1]
+    assert "python3" in json.loads(kernels)["kernelspecs"]
     status, content = status_and_content(address)
     assert status == 200
-    (asked_for,) = re.findall(
-        rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>', content, re.DOTALL
-    )
-    assert (
-        "@jupyterlab/apputils-extension:announcements"
-        in json.loads(asked_for)["disabledExtensions"]
-    )
+    asked_for = rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>'
+    (page,) = re.findall(asked_for, content, re.DOTALL)
+    assert json.loads(page)["news"] == {"disabled": True}
     assert lab.elsewhere() == []
 
     lab.process.terminate()
@@ -206,42 +136,30 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(
     assert not psutil.pid_exists(running.pid) or not running.is_running()
 
 
-def test_a_configuration_that_lets_everybody_in_is_refused(start_lab):
-    lab = start_lab(OPEN_DOOR)
-    assert lab.process.wait(timeout=60) != 0
-    assert "opens the server to others, so it was not started" in lab.said()
-    assert "running at" not in lab.said()
-
-
-def test_the_tests_see_when_the_server_or_a_kernel_asks_another_machine(start_lab):
-    lab = start_lab(
-        "import socket\ntry: socket.create_connection(('other.example', 80))\nexcept OSError: pass"
-    )
-    lab.wait_for(lab.information)
-    assert set(lab.elsewhere()) == {"other.example"}
+def test_the_tests_see_when_a_kernel_asks_another_machine(start_lab):
+    lab = start_lab("")
     startup = lab.folder / "IPYTHON" / "profile_default" / "startup" / "guard.py"
     code = (
         f"{startup.read_text()}\nimport socket\nsocket.gethostbyname('kernel.example')"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "nothing reach kernel.example" in run.stderr
     assert lab.elsewhere()[-1] == "kernel.example"
 
 
-def test_the_server_ends_when_the_tests_are_killed(root, command, tmp_path):
+def test_the_server_ends_when_the_tests_are_killed(root, tmp_path):
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import lab_process\n"
-        "with lab_process.started_lab(sys.argv[3:], Path(sys.argv[2])) as lab:\n"
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import lab_process\n"
+        "with lab_process.started_lab(*map(Path, sys.argv[2:])) as lab:\n"
         "    print(lab.wait_for(lab.information)['pid'], flush=True); sys.stdin.read()"
     )
-    tests = [sys.executable, "-c", code, str(root / "tests"), str(tmp_path), *command]
+    tests = [sys.executable, "-c", code, str(root / "tests"), str(root), str(tmp_path)]
     with subprocess.Popen(
         tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         server = psutil.Process(int(process.stdout.readline()))
-        assert "lab_server.py" in " ".join(server.cmdline())
+        assert "lab_server.main()" in " ".join(server.cmdline())
         process.kill()
 
     def has_ended():

@@ -1,15 +1,13 @@
-"""The lock, the licences and the audit speak of the same packages as constraints.txt
-and as what is installed."""
+"""The lock, constraints.txt and the licences speak of the same packages as what is
+installed."""
 
 import re
-import subprocess
-import sys
 from importlib import metadata
 
 import licences
+import lock as lock_tool
 import pytest
 from distributions import installed
-from packaging.markers import Marker
 from packaging.version import Version
 
 
@@ -37,21 +35,11 @@ def table():
     return {name: rest for name, *rest in rows[1:]}
 
 
-def test_the_lock_holds_every_constraint_in_its_version(locked, pins):
-    assert {name: locked.get(name, ("missing",))[0] for name in pins} == pins
-
-
-def test_what_the_lock_holds_besides_is_for_another_system_or_python(locked, pins):
-    besides = {name: marker for name, (_, marker) in locked.items() if name not in pins}
-    assert all(besides.values()), "a package for everywhere must be constrained"
-    here = {
-        "sys_platform": "linux",
-        "os_name": "posix",
-        "python_full_version": "3.11.7",
-        "python_version": "3.11",
-    }
-    for name, marker in besides.items():
-        assert not Marker(marker).evaluate({**here, "platform_machine": "x86_64"}), name
+def test_constraints_are_the_lock_without_its_hashes(root, lock):
+    text = (root / "constraints.txt").read_text(encoding="utf-8")
+    assert text == lock_tool.CONSTRAINTS_HEADER + lock_tool.without_hashes(lock)
+    assert "--hash" not in text
+    assert text.count("==") > 150
 
 
 def test_everything_in_the_lock_has_hashes_and_nothing_names_an_index(lock):
@@ -161,18 +149,3 @@ def test_a_package_that_nobody_knows_stops_the_page(monkeypatch):
     )
     with pytest.raises(SystemExit, match="not installed: nowhere-to-be-found"):
         licences.page()
-
-
-def test_without_uv_the_lock_stays_and_one_line_says_what_to_install(root, tmp_path):
-    before = (root / "requirements.lock").read_bytes()
-    # A module of this name that isn't uv.
-    (tmp_path / "uv.py").write_text("raise SystemExit(1)")
-    outcome = subprocess.run(
-        [sys.executable, root / "tools" / "lock.py"],
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert outcome.returncode == 1
-    assert "python -m pip install uv" in outcome.stderr
-    assert (root / "requirements.lock").read_bytes() == before

@@ -1,7 +1,6 @@
 """JupyterLab as ``make lab`` starts it, on a copy of the project."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,14 +33,8 @@ def lab(tmp_path_factory, browser_type_launch_args):  # noqa: ARG001 (where ther
             )
         else:
             shutil.copy(ROOT / part, copy)
-    command = [
-        sys.executable,
-        copy / "tools" / "environment.py",
-        "--here",
-        "lab",
-        "--no-browser",
-    ]
-    with started_lab(command, tmp_path_factory.mktemp("jupyter")) as process:
+    folder = tmp_path_factory.mktemp("jupyter")
+    with started_lab(copy, folder, check=True) as process:
         server = process.wait_for(process.information, seconds=180)
         yield LabSite(f"http://127.0.0.1:{server['port']}", server["token"], copy)
         assert process.elsewhere() == [], (
