@@ -1,10 +1,10 @@
 """Change the package in one small way after another: does a unit test fail each time?
 
-    python -m pip install mutmut==3.8.1        what plants the changes, beside the project's own environment
-    python tools/mutants.py                    all files below
-    python tools/mutants.py lora.py dora.py    some
+    python -m pip install mutmut==3.8.1        what plants the changes
+    python tools/mutants.py                    all files of the table in docs/mutants.md
+    python tools/mutants.py lora.py norms.py   some of the package, in it or not yet
 
-How many changes were found is written to docs/mutants.md, and those that weren't to
+How many changes were found is written to that table, and those that weren't to
 docs/survivors.md, where the reason why is kept from run to run. Files that aren't run
 now keep their rows.
 """
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from lowrank_utils.comparison.whole import write_whole
@@ -35,25 +35,11 @@ SURVIVORS = ROOT / "docs" / "survivors.md"
 WORK = ROOT / "build" / "mutants"
 MUTMUT = "3.8.1"
 
-# The files, and the unit tests that are run for each.
-FILES = {
-    "lora.py": ["lora", "wrappers", "arguments"],
-    "dora.py": ["dora", "lora", "wrappers", "norms", "promises"],
-    "adapt.py": ["adapt"],
-    "decompose.py": ["decompose", "dora"],
-    "adapters/bank.py": ["adapters/bank", "extreme_inputs"],
-    "adapters/banked_linear.py": ["adapters/bank", "extreme_inputs"],
-    "norms.py": ["norms", "dora"],
-    "promises.py": ["promises", "norms"],
-    "adapters/config.py": ["adapters/files", "peft_parity"],
-    "adapters/files.py": ["adapters/files", "adapters/bank", "peft_parity"],
-    "adapters/folders.py": ["adapters/folders", "adapters/files"],
-    "_arguments.py": ["arguments", "adapt", "decompose"],
-}
-
 # Left out is what takes seconds for each change, and what counts frames, among which
 # mutmut puts its own.
 LEFT_OUT = "torch_compile or costs_the_bytes or every_flipped_bit or the_line_that_made"
+LEFT_OUT += " or test_two_processes or test_disks or test_fuzz or test_data"
+LEFT_OUT += " or test_training or test_plots or test_interactive or test_imports"
 
 # What mutmut calls a change that a test found. A loop without an end and a crash of
 # Python are found too.
@@ -69,14 +55,6 @@ class Survivor(NamedTuple):
     function: str
     before: str
     after: str
-
-
-def path_of(test: str) -> str:
-    """Return the path of a file of unit tests from its name in ``FILES``:
-    ``adapters/bank`` → ``…/test_bank.py``.
-    """
-    folder, _, name = test.rpartition("/")
-    return str(PurePosixPath("tests/unit", folder, f"test_{name}.py"))
 
 
 def without_decorators(source: str) -> str:
@@ -137,7 +115,12 @@ def prepare(file: str) -> None:
             "-pno:unraisableexception",
             f"-knot ({LEFT_OUT})",
         ],
-        "pytest_add_cli_args_test_selection": [path_of(name) for name in FILES[file]],
+        # All tests of the folder; of those mutmut takes for a change the ones that
+        # reach its function.
+        "pytest_add_cli_args_test_selection": [
+            path.relative_to(WORK).as_posix()
+            for path in sorted((WORK / "tests/unit" / file).parent.glob("test_*.py"))
+        ],
         "process_isolation": "forkserver",  # torch is loaded once, and no test has run before a change is made
     }
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
@@ -222,7 +205,6 @@ def write(
 
 def save(file: str, found: Mapping[str, str]) -> None:
     """Write what came out for one file into both pages."""
-    order = list(FILES).index
     alive = [survivor(name) for name, outcome in found.items() if outcome not in FOUND]
     killed = len(found) - len(alive)
     versions = {name: version(name).split("+")[0] for name in ("mutmut", "torch")}
@@ -235,10 +217,7 @@ def save(file: str, found: Mapping[str, str]) -> None:
         RESULTS,
         RESULTS_INTRODUCTION,
         ["file", "changes", "found", "not found", "share", "date", "versions"],
-        [
-            [code(row[0]), *row[1:]]
-            for row in sorted(results, key=lambda row: order(row[0]))
-        ],
+        [[code(row[0]), *row[1:]] for row in sorted(results)],
     )
     stored = rows(SURVIVORS)
     reasons = {Survivor(*row[:4]): row[4] for row in stored}
@@ -249,10 +228,7 @@ def save(file: str, found: Mapping[str, str]) -> None:
         SURVIVORS,
         SURVIVORS_INTRODUCTION,
         ["file", "function", "line", "becomes", "why no test finds it"],
-        [
-            [*map(code, row[:4]), row[4]]
-            for row in sorted(explained, key=lambda row: order(row[0]))
-        ],
+        [[*map(code, row[:4]), row[4]] for row in sorted(explained)],
     )
 
 
@@ -280,18 +256,17 @@ def main() -> int:
         "files",
         nargs="*",
         metavar="FILE",
-        help="of lowrank_utils; default: all that the tool knows",
+        help="of lowrank_utils; default: those in the table",
     )
     arguments = parser.parse_args()
-    if unknown := [file for file in arguments.files if file not in FILES]:
-        parser.error(
-            f"no such file: {', '.join(unknown)}; there are {', '.join(FILES)}"
-        )
+    package = ROOT / "lowrank_utils"
+    if unknown := [file for file in arguments.files if not (package / file).is_file()]:
+        parser.error(f"no such file of the package: {', '.join(unknown)}")
     if importlib.util.find_spec("mutmut") is None:
         parser.error(
             f"mutmut is missing: {sys.executable} -m pip install mutmut=={MUTMUT}"
         )
-    for file in arguments.files or FILES:
+    for file in arguments.files or [row[0] for row in rows(RESULTS)]:
         print(f"--- {file}", flush=True)
         prepare(file)
         mutmut("run")

@@ -5,25 +5,20 @@ import re
 from collections import Counter
 
 import mutants
-import pytest
-from mutants import FILES, RESULTS, ROOT, SURVIVORS, rows, without_decorators
-
-REQUIRED = ["lora.py", "dora.py", "adapt.py", "adapters/bank.py", "decompose.py"]
+from mutants import RESULTS, ROOT, SURVIVORS, rows, without_decorators
 
 
 def results():
     return {row[0]: row for row in rows(RESULTS)}
 
 
-@pytest.mark.parametrize("file", REQUIRED)
-def test_nine_of_ten_changes_of_the_layers_are_found(file):
-    _, changes, found, left, share, *_ = results()[file]
-    assert int(changes) == int(found) + int(left) > 50
-    assert (
-        float(share.removesuffix(" %"))
-        == round(100 * int(found) / int(changes), 1)
-        >= 90
-    )
+def test_nine_of_ten_changes_are_found_and_more_of_the_layers():
+    for file, changes, found, left, share, *_ in results().values():
+        assert int(changes) == int(found) + int(left) > 50
+        part = round(100 * int(found) / int(changes), 1)
+        assert float(share.removesuffix(" %")) == part
+        assert part >= (97 if file in ("lora.py", "dora.py") else 90)
+    assert {"lora.py", "dora.py", "norms.py", "promises.py"} <= results().keys()
 
 
 def test_each_change_that_was_not_found_has_its_reason():
@@ -43,13 +38,6 @@ def test_a_reason_belongs_to_code_that_is_there():
         assert f"def {function.split('.')[-1]}(" in source
         # However the formatter breaks the line.
         assert squeezed(before) in squeezed(source), before
-
-
-def test_files_and_tests_that_the_tool_names_exist():
-    for file, tests in FILES.items():
-        assert (ROOT / "lowrank_utils" / file).is_file()
-        for name in tests:
-            assert (ROOT / mutants.path_of(name)).is_file()
 
 
 def test_a_decorator_becomes_the_assignment_that_it_stands_for():
