@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test check figures notebooks compare site slides bench matrix coverage mutants lock audit clean
+.PHONY: help lab test quick check figures notebooks compare site slides bench matrix coverage mutants lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ lab: ## Open JupyterLab at notebook 01, on this machine only.
 
 test: ## Run all tests; the notebooks are run and compared with their stored outputs.
 	@$(SETUP) test $(PYTEST_ARGS)
+
+quick: ## Check style and types, and run the fast unit tests, within a minute.
+	@$(SETUP) test --numprocesses=logical --maxprocesses=4 --dist=loadfile -m "not slow" tests/project/test_style.py tests/unit
 
 check: ## Say whether this machine is set up, and what to mend.
 	@$(SETUP) check
