@@ -6,9 +6,11 @@ from .adapt import (
     ParameterCount as ParameterCount,
     count_parameters as count_parameters,
     freeze_linear_layers as freeze_linear_layers,
+    mark_only_adapters_as_trainable as mark_only_adapters_as_trainable,
     merge_adapters as merge_adapters,
     named_modules_outside_adapters as named_modules_outside_adapters,
     parameter_groups as parameter_groups,
+    refuse_foreign_adapters as refuse_foreign_adapters,
     replace_linear_layers as replace_linear_layers,
 )
 from .adapters import (
@@ -43,15 +45,20 @@ from .decompose import (
 from .dora import (
     LinearWithDoRA as LinearWithDoRA,
     LinearWithDoRAMerged as LinearWithDoRAMerged,
+    output_with_dropout as output_with_dropout,
+    reset_magnitudes as reset_magnitudes,
     scale_and_bias as scale_and_bias,
 )
 from .lora import (
+    HALF_PRECISION as HALF_PRECISION,
     INITIALISATIONS as INITIALISATIONS,
     AdaptedLinear as AdaptedLinear,
     AroundLinear as AroundLinear,
+    Initialisation as Initialisation,
     LinearWithLoRA as LinearWithLoRA,
     LinearWithLoRAMerged as LinearWithLoRAMerged,
     LoRALayer as LoRALayer,
+    adapter_dtype as adapter_dtype,
     article_init as article_init,
     check_linear as check_linear,
     check_lora_arguments as check_lora_arguments,

@@ -59,15 +59,18 @@ def replace_linear_layers(
             f"model is itself a {type(model).__name__}, which can't be replaced in place; "
             "for a linear layer write layer_class(linear, rank, alpha)"
         )
+    refuse_foreign_adapters(model)
     layers = _linear_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers")
-    matched = {layers[name] for name in _matching_names(list(layers), targets)}
+    matched = {layers[name] for name in _matching_names(model, list(layers), targets)}
     names = [name for name, layer in layers.items() if layer in matched]
     if adapted := [name for name in names if is_adapter(layers[name])]:
         raise ValueError(
             f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
         )
+    for name in names:
+        _refuse_tied_weight(model, name, layers[name])
     # All adapters are built before the first is put in, so a refusal leaves the model
     # as it was.
     adapters: dict[nn.Module, nn.Module] = {}
@@ -96,6 +99,45 @@ def named_modules_outside_adapters(
         yield name, module
 
 
+def refuse_foreign_adapters(model: nn.Module) -> None:
+    """Refuse a model that another library has adapted: its wrappers keep the pretrained
+    layer as ``base_layer``, and read its weight.
+
+    Raises:
+        ValueError: with the names of the adapted layers.
+    """
+    if adapted := [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+    ]:
+        raise ValueError(
+            f"already adapted by another library: {', '.join(adapted)}. Take the plain "
+            "model (in PEFT unload or merge_and_unload gives it back)"
+        )
+
+
+def _refuse_tied_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight another module has too, as a language model's head
+    may share that of the embedding: an update would be meant for one of them, and tying
+    the weights again would undo it.
+    """
+    weight = layer._parameters.get("weight")
+    sharing = [
+        other
+        for other, module in model.named_modules()
+        if weight is not None
+        and module is not layer
+        and any(weight is p for p in module._parameters.values())
+    ]
+    if sharing:
+        raise ValueError(
+            f"{name} shares its weight with {', '.join(sharing)}. Choose other targets, "
+            f"or untie them first: {name}.weight = nn.Parameter({name}.weight.clone()), "
+            "and in a model of transformers config.tie_word_embeddings = False"
+        )
+
+
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return plain and adapted linear layers by name, a shared one under each of its
     names.
@@ -109,7 +151,9 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _matching_names(names: list[str], targets: str | Iterable[str] | None) -> list[str]:
+def _matching_names(
+    model: nn.Module, names: list[str], targets: str | Iterable[str] | None
+) -> list[str]:
     if targets is None:
         return names
     if not isinstance(targets, (str, Iterable)):
@@ -125,8 +169,15 @@ def _matching_names(names: list[str], targets: str | Iterable[str] | None) -> li
                 f"a target must be a string; got {pattern!r} ({type(pattern).__name__})"
             )
         if not any(fnmatchcase(name, pattern) for name in names):
+            others = [
+                f"{name} ({type(module).__name__})"
+                for name, module in model.named_modules()
+                if fnmatchcase(name, pattern)
+            ]
+            matches = f" (it matches {others[0]}, which isn't one)" if others else ""
             raise ValueError(
-                f"no linear layer matches {pattern!r}; the linear layers are: {', '.join(names)}"
+                f"no linear layer matches {pattern!r}{matches}; the linear layers are: "
+                f"{', '.join(names)}"
             )
     return [
         name
@@ -135,12 +186,63 @@ def _matching_names(names: list[str], targets: str | Iterable[str] | None) -> li
     ]
 
 
+def mark_only_adapters_as_trainable(
+    model: nn.Module, also: str | Iterable[str] = ()
+) -> list[str]:
+    """Freeze all of ``model`` but its adapters' A, B and m, in place.
+
+    Args:
+        model: any module with adapters in it.
+        also: glob patterns for names as ``named_parameters`` gives them, of what is
+            trained along, such as ``"classifier.*"`` for a new head.
+
+    Returns:
+        The names of the trainable parameters, in the model's order.
+
+    Raises:
+        TypeError: ``model`` isn't a module, or a pattern isn't a text.
+        ValueError: there is no adapter, or a pattern matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    trained = {
+        parameter
+        for module in model.modules()
+        if is_adapter(module)
+        for name, parameter in module.named_parameters()
+        if not name.startswith("linear.")
+    }
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters; put them in with "
+            "replace_linear_layers first"
+        )
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in [also] if isinstance(also, str) else also:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})"
+            )
+        matched = [p for name, p in names.items() if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(
+                f"no parameter matches {pattern!r}; there are: {', '.join(names)}"
+            )
+        trained.update(matched)
+    for parameter in names.values():
+        parameter.requires_grad_(parameter in trained)
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def freeze_linear_layers(model: nn.Module) -> None:
     """Make the weights and biases of all plain linear layers untrainable, in place.
 
     A, B and m aren't inside an ``nn.Linear``, so they stay as they are, and so does
-    everything that isn't a linear layer (normalisation, embeddings).
+    everything that isn't a linear layer (normalisation, embeddings). In a model that has
+    such, ``mark_only_adapters_as_trainable`` freezes them too.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.requires_grad_(False)
@@ -236,8 +338,12 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         A new module of the same structure, with all merged layers trainable.
 
     Raises:
+        TypeError: ``model`` isn't a module, or a linear layer computes more than its
+            weight says.
         ValueError: ``model`` has no adapters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     merged = copy.deepcopy(model)
     if is_adapter(merged):
         return _merged_linear(merged)
@@ -255,6 +361,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _merged_linear(adapter: nn.Module) -> nn.Linear:
+    training = adapter.training
+    # What dropout leaves out in training is no part of the weight.
+    adapter.eval()
     weight, bias = (
         getattr(adapter, "weight", None),
         getattr(adapter.linear, "bias", None),
@@ -270,7 +379,7 @@ def _merged_linear(adapter: nn.Module) -> nn.Linear:
     linear.weight = nn.Parameter(weight.clone())
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone())
-    return linear.train(adapter.training)
+    return linear.train(training)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_utils._weight_checks import check_weight, mark_of
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
 from lowrank_utils.lora import AdaptedLinear, without_autocast
 from lowrank_utils.norms import (
@@ -51,12 +52,12 @@ class LinearWithDoRAMerged(AdaptedLinear):
         **lora_options: Any,
     ) -> None:
         super().__init__(linear, rank, alpha, **lora_options)
-        self.m = nn.Parameter(magnitude_and_direction(linear.weight.detach()).magnitude)
+        V = self.updated_weight()  # W, since B is still zero
+        self.m = nn.Parameter(magnitude_and_direction(V.detach()).magnitude)
         self.detach_norm = detach_norm
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that the layer now amounts to, c ⊙ V, (out, in)."""
+    def adapted_weight(self) -> Tensor:
+        """Return the weight that the layer amounts to, c ⊙ V, (out, in)."""
         V = self.updated_weight()
         norm = row_norms(V.detach() if self.detach_norm else V)
         return row_scale(self.m, norm).unsqueeze(1) * V
@@ -66,23 +67,42 @@ class LinearWithDoRAMerged(AdaptedLinear):
         return F.linear(x, self.weight, self.bias)
 
 
-def scale_and_bias(
-    layer: LinearWithDoRAMerged, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Return c = m/‖V‖, (out,), and the bias, (out,) or None, in the dtype of the
-    output that they are for.
+@torch.no_grad()
+def reset_magnitudes(model: nn.Module) -> None:
+    """Set m of each DoRA layer in ``model`` to the norms of the rows of its pretrained
+    weight, as at the start.
+
+    For a model whose pretrained weights were loaded after DoRA went in.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LinearWithDoRAMerged):
+            layer.m.copy_(row_norms(layer.linear.weight))
+            layer._mark = mark_of(layer.linear.weight)
+
+
+def scale_and_bias(layer: LinearWithDoRAMerged) -> tuple[Tensor, Tensor | None]:
+    """Return c = m/‖V‖, (out,), and the bias, (out,) or None.
 
     c is what ``row_scale(m, row_norms(V))`` gives, up to rounding. Inside
-    ``constant_weights`` it is computed once. Under autocast an output is narrower than
-    m and the bias, and stays so, as with ``nn.Linear``.
-
-    Args:
-        layer: a DoRA layer.
-        dtype: of the output.
+    ``constant_weights`` it is computed once.
     """
+    check_weight(layer)
     kept = None if torch.compiler.is_compiling() else SCALES.value(layer, _scale)
-    c, b = _scale(layer) if kept is None else kept, layer.bias
-    return c.to(dtype), None if b is None else b.to(dtype)
+    return _scale(layer) if kept is None else kept, layer.bias
+
+
+def output_with_dropout(layer: LinearWithDoRAMerged, x: Tensor) -> Tensor:
+    """Return what a DoRA layer makes of x (…, in) in training with dropout, (…, out).
+
+    As in PEFT, the pretrained layer gets all of x, and what DoRA adds to it the rest d
+    that dropout leaves: y = xWᵀ + b + (c ⊙ (dWᵀ + s·dAB) − dWᵀ).
+    """
+    d, W = layer.lora.dropped(x), layer.linear.weight
+    base, rest = F.linear(x, W), F.linear(d, W)
+    y = rest.to(layer.m.dtype) + layer.lora.product(d)
+    c, b = scale_and_bias(layer)
+    y = base + (c * y - rest)
+    return (y if b is None else y + b).to(base.dtype)
 
 
 def _scale(layer: LinearWithDoRAMerged) -> Tensor:
@@ -114,6 +134,10 @@ class LinearWithDoRA(LinearWithDoRAMerged):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        y = F.linear(x, self.linear.weight) + self.lora(x)
-        c, b = scale_and_bias(self, y.dtype)
-        return c * y if b is None else c * y + b
+        if self.lora.drops:
+            return output_with_dropout(self, x)
+        base = F.linear(x, self.linear.weight)
+        y = base.to(self.m.dtype) + self.lora(x)
+        c, b = scale_and_bias(self)
+        y = c * y if b is None else c * y + b
+        return y.to(base.dtype)

@@ -5,8 +5,9 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,14 @@ from lowrank_utils._arguments import (
     check_one_of,
     check_whole_number,
 )
+from lowrank_utils._weight_checks import (
+    check_loaded,
+    check_weight,
+    check_weight_is_all,
+    mark_of,
+)
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def article_init(A: Tensor) -> Tensor:
@@ -36,6 +45,8 @@ def peft_init(A: Tensor) -> Tensor:
 
 
 INITIALISATIONS = {"article": article_init, "peft": peft_init}
+# A name of these, or a function that fills A in place and returns it.
+Initialisation = str | Callable[[Tensor], Tensor]
 
 
 def check_lora_arguments(
@@ -43,19 +54,23 @@ def check_lora_arguments(
     out_dim: int,
     rank: int,
     alpha: float,
-    init: str,
+    init: Initialisation,
     dtype: torch.dtype | None,
+    dropout: float = 0.0,
 ) -> None:
-    """Refuse sizes below 1, an alpha that isn't finite, an unknown initialisation and a
-    dtype without fractions.
+    """Refuse sizes below 1, an alpha that isn't finite, an unknown initialisation, a
+    dtype without fractions and a dropout outside of 0 to 1.
     """
     check_whole_number("in_dim", in_dim, minimum=1)
     check_whole_number("out_dim", out_dim, minimum=1)
     check_whole_number("rank", rank, minimum=1)
     check_finite_number("alpha", alpha)
-    check_one_of("init", init, INITIALISATIONS)
+    if not callable(init):
+        check_one_of("init", init, INITIALISATIONS)
     if dtype is not None:
         check_floating_dtype("dtype", dtype)
+    if not 0 <= check_finite_number("dropout", dropout) < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1; got {dropout!r}")
     if rank > max(in_dim, out_dim):
         warnings.warn(
             f"rank={rank} is larger than both sides of the layer ({in_dim} in, {out_dim} out): "
@@ -89,12 +104,16 @@ class LoRALayer(nn.Module):
             more.
         alpha: the scaling s, a finite number.
         init: ``"article"`` draws A with standard deviation 1/√r; ``"peft"`` uniformly
-            between ±1/√in.
+            between ±1/√in. A function of your own fills A in place and returns it:
+            ``nn.init.zeros_`` draws nothing, for numbers that are loaded afterwards.
         device, dtype: where A and B live and in which precision, as for ``nn.Linear``.
+        dropout: with which probability a number of the input is left out in training,
+            0 to below 1. The others grow by 1/(1 − dropout), as in ``nn.Dropout``.
 
     Raises:
         TypeError: a size isn't a whole number, or alpha isn't a number.
-        ValueError: a size is below 1, alpha isn't finite, or ``init`` is unknown.
+        ValueError: a size is below 1, alpha isn't finite, ``init`` is unknown, or
+            dropout is out of range.
     """
 
     def __init__(
@@ -103,20 +122,38 @@ class LoRALayer(nn.Module):
         out_dim: int,
         rank: int,
         alpha: float,
-        init: str = "article",
+        init: Initialisation = "article",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_lora_arguments(in_dim, out_dim, rank, alpha, init, dtype)
+        check_lora_arguments(in_dim, out_dim, rank, alpha, init, dtype, dropout)
         A = torch.empty(in_dim, rank, device=device, dtype=dtype)
         B = torch.zeros(rank, out_dim, device=device, dtype=dtype)
-        self.A = nn.Parameter(INITIALISATIONS[init](A))
+        self.A = nn.Parameter((init if callable(init) else INITIALISATIONS[init])(A))
         self.B = nn.Parameter(B)
         self.alpha = float(alpha)
+        self.dropout = float(dropout)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a part of the input is left out now: in training, with dropout."""
+        return self.training and self.dropout > 0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return what dropout leaves of x: x itself, unless ``drops``."""
+        return F.dropout(x, self.dropout) if self.drops else x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x of shape (…, in) to s·x·A·B of shape (…, out)."""
+        """Map x of shape (…, in) to s·x·A·B of shape (…, out), in the dtype of A."""
+        return self.product(self.dropped(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return s·x·A·B without dropout, x (…, in), in the dtype of A."""
+        if getattr(x, "dtype", None) in HALF_PRECISION:
+            # Beside a weight in half precision A and B may be wider.
+            x = x.to(self.A.dtype)
         return self.alpha * (x @ self.A @ self.B)
 
     def delta_weight(self) -> Tensor:
@@ -132,14 +169,15 @@ def is_adapter(module: nn.Module) -> bool:
     It goes by the attributes ``linear`` and ``lora``, so that a class written in a
     notebook counts too.
     """
-    return isinstance(getattr(module, "linear", None), nn.Linear) and hasattr(
-        module, "lora"
+    return (
+        isinstance(getattr(module, "linear", None), nn.Linear)
+        and getattr(module, "lora", None) is not None
     )
 
 
 def check_linear(linear: Any) -> nn.Linear:
-    """Return ``linear``; it must be an initialised ``nn.Linear`` with a floating-point
-    weight.
+    """Return ``linear``; it must be an initialised ``nn.Linear`` with a weight of half,
+    single or double precision.
     """
     kind = type(linear).__name__
     if is_adapter(linear):
@@ -149,20 +187,24 @@ def check_linear(linear: Any) -> nn.Linear:
         )
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear must be an nn.Linear; got {kind}")
-    if type(linear).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"linear has a forward of its own ({kind}), which would be passed over where "
-            "its weight is read; adapt the nn.Linear inside, or another layer"
-        )
     if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(
             f"linear ({kind}) has no shape yet: pass one batch through the model first"
         )
-    if not linear.weight.dtype.is_floating_point:
+    if linear.weight.dtype not in (*HALF_PRECISION, torch.float32, torch.float64):
         raise TypeError(
-            f"linear must have a floating-point weight; got {linear.weight.dtype}"
+            f"linear must have a floating-point weight; got {linear.weight.dtype} "
+            f"({kind}), and allowed are float16, bfloat16, float32 and float64. For a "
+            "quantised layer load the model without quantisation"
         )
     return linear
+
+
+def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return in which precision an adapter of a weight is trained: the weight's own,
+    and float32 beside half precision, where a small step would be lost.
+    """
+    return torch.float32 if dtype in HALF_PRECISION else dtype
 
 
 class AroundLinear(nn.Module):
@@ -203,45 +245,104 @@ class AdaptedLinear(AroundLinear):
         linear: the pretrained layer. It is kept, not copied.
         rank: inner dimension of the LoRA factors.
         alpha: their scaling s.
-        lora_options: further arguments of ``LoRALayer``, such as ``init``.
+        dtype: in which precision the adapter is kept and trained; by default that of
+            the weight, and float32 beside a weight in half precision. The output has
+            the linear layer's dtype, and is rounded to it once.
+        lora_options: further arguments of ``LoRALayer``, such as ``init`` and
+            ``dropout``.
 
     Raises:
-        TypeError: ``linear`` isn't an ``nn.Linear``, or is already adapted.
+        TypeError: ``linear`` isn't an ``nn.Linear``, is already adapted, or computes
+            more than its weight says while this wrapper reads the weight.
         ValueError: ``linear`` has no shape yet, or an argument is out of range.
     """
 
+    # Whether the forward pass reads the linear layer's weight instead of calling it.
+    reads_weight: ClassVar[bool] = True
+
     def __init__(
-        self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        dtype: torch.dtype | None = None,
+        **lora_options: Any,
     ) -> None:
         super().__init__()
         W = check_linear(linear).weight
+        if self.reads_weight:
+            check_weight_is_all(linear)
         out_dim, in_dim = W.shape
         self.linear = linear
         self.lora = LoRALayer(
-            in_dim, out_dim, rank, alpha, device=W.device, dtype=W.dtype, **lora_options
+            in_dim,
+            out_dim,
+            rank,
+            alpha,
+            device=W.device,
+            dtype=dtype or adapter_dtype(W.dtype),
+            **lora_options,
         )
+        self._mark = mark_of(W)
 
     def updated_weight(self) -> Tensor:
-        """Return W + ΔW, (out, in); for DoRA this is V."""
+        """Return W + ΔW, (out, in), in the wider dtype of the two; for DoRA this is V.
+
+        Raises:
+            TypeError: the linear layer computes more than its weight says.
+        """
+        check_weight(self)
         W, A, B = self.linear.weight, self.lora.A, self.lora.B
         # One product that adds to W, which is faster than a sum with delta_weight().
         with without_autocast(W.device):
-            return torch.addmm(W, B.T, A.T, alpha=self.lora.alpha)
+            W = W.to(torch.promote_types(W.dtype, A.dtype))
+            return torch.addmm(
+                W, B.T.to(W.dtype), A.T.to(W.dtype), alpha=self.lora.alpha
+            )
+
+    def adapted_weight(self) -> Tensor:
+        """Return the weight that the layer amounts to, (out, in), before it is rounded
+        to the dtype of W.
+        """
+        return self.updated_weight()
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer now amounts to, (out, in)."""
-        return self.updated_weight()
+        """The weight that the layer now amounts to, (out, in), in the dtype of W.
+
+        Raises:
+            RuntimeError: in training with dropout, which no weight can express.
+        """
+        if self.lora.drops:
+            raise RuntimeError(
+                f"{type(self).__name__} has dropout={self.lora.dropout}, which a weight "
+                "can't express in training. Use LinearWithLoRA or LinearWithDoRA, or call "
+                "eval()"
+            )
+        return self.adapted_weight().to(self.linear.weight.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if error := check_loaded(self, state_dict, prefix):
+            others[-1].append(error)
 
 
 class LinearWithLoRA(AdaptedLinear):
     """LoRA unmerged: y = xWᵀ + b + s·xAB, two thin products beside the frozen one
     (arXiv 2106.09685, Eq. 3).
+
+    With dropout it is y = xWᵀ + b + s·d(x)AB in training, as in PEFT.
     """
+
+    reads_weight = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        return self.linear(x) + self.lora(x)
+        y = self.linear(x)
+        return (y + self.lora(x)).to(y.dtype)
 
 
 class LinearWithLoRAMerged(AdaptedLinear):

@@ -1,0 +1,96 @@
+"""What an adapter reads of a linear layer must be all that the layer computes, and
+DoRA's m must belong to the weight beside it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_utils.decompose import row_norms
+from lowrank_utils.norms import values_can_be_read
+
+
+def check_weight_is_all(linear: nn.Linear) -> None:
+    """Refuse a layer that computes something else than x·Wᵀ + b of its weight as it is.
+
+    DoRA, the merged forms and merging read the weight and never call the layer, so what
+    the layer does besides would be passed over without a word.
+
+    Raises:
+        TypeError: it has a forward of its own, or hooks: pruning and the old form of
+            weight norm bring one, weights that are fetched when they are needed too.
+    """
+    kind = type(linear)
+    if (
+        kind.forward is not nn.Linear.forward
+        or kind.__call__ is not nn.Module.__call__
+        or "forward" in linear.__dict__
+    ):
+        what = "has a forward of its own"
+    elif linear._forward_pre_hooks or linear._forward_hooks:
+        what = "has forward hooks"
+    else:
+        return
+    raise TypeError(
+        f"linear {what} ({kind.__name__}), which would be passed over where its weight is "
+        "read: in DoRA, in the merged forms, by merging and for an adapter's file. "
+        "LinearWithLoRA calls the layer; or put hooks on the adapter, not on its linear "
+        "layer"
+    )
+
+
+def mark_of(weight: Tensor) -> tuple[int, int | None]:
+    """Return what differs after a change of ``weight`` that torch counts."""
+    return id(weight), None if weight.is_inference() else weight._version
+
+
+def check_weight(layer: Any) -> None:
+    """Refuse to read the weight of an adapted layer that isn't all of its linear layer,
+    or that isn't the one that m was computed from.
+
+    Only while B is zero can the second be told: m is then the norm of the rows of W.
+    With B trained, W may have been trained along.
+
+    Raises:
+        TypeError: see ``check_weight_is_all``.
+        RuntimeError: the weight changed after m was computed from it.
+    """
+    check_weight_is_all(layer.linear)
+    m, W = layer._parameters.get("m"), layer.linear.weight
+    if m is None or torch.compiler.is_compiling() or layer._mark == mark_of(W):
+        return
+    if not values_can_be_read(W):
+        return
+    if m.shape == W.shape[:1] and not layer.lora.B.any() and not _belongs(m, W):
+        raise RuntimeError(
+            f"the weight of this {type(layer).__name__} changed after its m was computed "
+            "from it. Load pretrained weights before DoRA goes in, or call "
+            "reset_magnitudes(model) afterwards"
+        )
+    layer._mark = mark_of(W)
+
+
+def check_loaded(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | None:
+    """Return why a state_dict can't be loaded into an adapted layer, or None if it can:
+    it holds another weight, and no m for it.
+    """
+    m, W = layer._parameters.get("m"), layer.linear.weight
+    loaded = state_dict.get(f"{prefix}linear.weight")
+    if m is None or loaded is None or f"{prefix}m" in state_dict:
+        return None
+    if not W.is_meta and loaded.shape == W.shape and torch.equal(loaded.to(W), W):
+        return None
+    return (
+        f"{prefix}m was computed from the weight that {prefix}linear.weight replaces, "
+        f"and {prefix}m isn't among what is loaded. Load pretrained weights before DoRA "
+        "goes in, or load m with them"
+    )
+
+
+def _belongs(m: Tensor, W: Tensor) -> bool:
+    """Tell whether m is the norm of the rows of W, as exactly as the coarser of both
+    dtypes can say it.
+    """
+    rtol = 8 * max(torch.finfo(tensor.dtype).eps for tensor in (m, W))
+    return torch.allclose(row_norms(W.detach()).to(m), m.detach(), rtol=rtol, atol=0)
