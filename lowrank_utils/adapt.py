@@ -241,8 +241,6 @@ def freeze_linear_layers(model: nn.Module) -> None:
     everything that isn't a linear layer (normalisation, embeddings). In a model that has
     such, ``mark_only_adapters_as_trainable`` freezes them too.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.requires_grad_(False)

@@ -99,9 +99,8 @@ def output_with_dropout(layer: LinearWithDoRAMerged, x: Tensor) -> Tensor:
     """
     d, W = layer.lora.dropped(x), layer.linear.weight
     base, rest = F.linear(x, W), F.linear(d, W)
-    y = rest.to(layer.m.dtype) + layer.lora.product(d)
     c, b = scale_and_bias(layer)
-    y = base + (c * y - rest)
+    y = base + (c * (rest + layer.lora.product(d)) - rest)
     return (y if b is None else y + b).to(base.dtype)
 
 
@@ -137,7 +136,6 @@ class LinearWithDoRA(LinearWithDoRAMerged):
         if self.lora.drops:
             return output_with_dropout(self, x)
         base = F.linear(x, self.linear.weight)
-        y = base.to(self.m.dtype) + self.lora(x)
         c, b = scale_and_bias(self)
-        y = c * y if b is None else c * y + b
-        return y.to(base.dtype)
+        y = c * (base + self.lora(x))
+        return (y if b is None else y + b).to(base.dtype)

@@ -154,7 +154,8 @@ class LoRALayer(nn.Module):
         if getattr(x, "dtype", None) in HALF_PRECISION:
             # Beside a weight in half precision A and B may be wider.
             x = x.to(self.A.dtype)
-        return self.alpha * (x @ self.A @ self.B)
+        # Autocast computes it in half precision; the sum that it belongs to is not.
+        return self.alpha * (x @ self.A @ self.B).to(self.A.dtype)
 
     def delta_weight(self) -> Tensor:
         """Return ΔW = s·(A·B)ᵀ = s·Bᵀ·Aᵀ in the shape of torch's weight, (out, in)."""
@@ -337,12 +338,14 @@ class LinearWithLoRA(AdaptedLinear):
     With dropout it is y = xWᵀ + b + s·d(x)AB in training, as in PEFT.
     """
 
-    reads_weight = False
-
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
         y = self.linear(x)
         return (y + self.lora(x)).to(y.dtype)
+
+
+# It stands here, so that the class is as short as the one in notebook 2.
+LinearWithLoRA.reads_weight = False
 
 
 class LinearWithLoRAMerged(AdaptedLinear):

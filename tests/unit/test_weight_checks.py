@@ -113,7 +113,7 @@ def test_lora_calls_it_and_its_weight_is_refused(made):
     with pytest.raises(TypeError, match="would be passed over"):
         _ = layer.weight
     # Torch can't copy the old forms of weight norm and of pruning.
-    with pytest.raises((TypeError, RuntimeError), match="passed over|deepcopy"):
+    with pytest.raises((TypeError, RuntimeError), match=r"passed over|deepcopy"):
         merge_adapters(nn.Sequential(layer))
 
 
