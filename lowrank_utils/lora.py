@@ -19,6 +19,7 @@ from lowrank_utils._arguments import (
     check_one_of,
     check_whole_number,
 )
+from lowrank_utils._lazy_weight import lazy_weight
 from lowrank_utils._weight_checks import (
     check_loaded,
     check_weight,
@@ -310,11 +311,18 @@ class AdaptedLinear(AroundLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer now amounts to, (out, in), in the dtype of W.
+        """The weight that the layer now amounts to, (out, in), in the dtype of W; it is
+        formed when something is computed with it.
 
         Raises:
-            RuntimeError: in training with dropout, which no weight can express.
+            RuntimeError: when it is to be formed in training with dropout, which no
+                weight can express.
         """
+        W = self.linear.weight
+        trained = W.requires_grad or self.lora.B.requires_grad
+        return lazy_weight(W, self._formed_weight, requires_grad=trained)
+
+    def _formed_weight(self) -> Tensor:
         if self.lora.drops:
             raise RuntimeError(
                 f"{type(self).__name__} has dropout={self.lora.dropout}, which a weight "

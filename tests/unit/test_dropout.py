@@ -58,10 +58,11 @@ def test_in_training_a_part_is_left_out_and_the_rest_grows():
 
 
 @pytest.mark.parametrize("layer_class", [*UNMERGED, *MERGED])
-def test_no_weight_is_given_in_training(layer_class):
+def test_no_weight_is_formed_in_training(layer_class):
     layer = moved(layer_class, dropout=0.4)
+    assert layer.weight.dtype == torch.float64
     with pytest.raises(RuntimeError, match=r"has dropout=0\.4, which a weight can't"):
-        _ = layer.weight
+        layer.weight.sum()
     if layer_class in MERGED:
         with pytest.raises(RuntimeError, match="Use LinearWithLoRA or LinearWithDoRA"):
             layer(normal(4, 7))
