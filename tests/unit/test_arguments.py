@@ -20,7 +20,7 @@ from lowrank_utils._arguments import (
 from lowrank_utils.lora import LoRALayer
 
 
-def refused_by_all(error, message, **arguments):
+def refused(error, message, **arguments):
     """Give wrong arguments to the layer and to all wrappers."""
     arguments = {"rank": 2, "alpha": 1.0, **arguments}
     with pytest.raises(error, match=message):
@@ -44,7 +44,7 @@ def refused_by_all(error, message, **arguments):
 )
 def test_a_wrong_rank_is_refused(rank, error, shown):
     message = f"^rank must be a whole number, 1 or more; got {shown}$"
-    refused_by_all(error, message, rank=rank)
+    refused(error, message, rank=rank)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_wrong_rank_is_refused(rank, error, shown):
     ],
 )
 def test_a_wrong_alpha_is_refused(alpha, error, shown):
-    refused_by_all(error, f"^alpha must be a finite number; got {shown}", alpha=alpha)
+    refused(error, f"^alpha must be a finite number; got {shown}", alpha=alpha)
 
 
 @pytest.mark.parametrize("argument", ["in_dim", "out_dim"])
@@ -78,7 +78,7 @@ def test_a_wrong_size_is_refused_by_its_name(argument, size, error):
 @pytest.mark.parametrize("init", ["zeros", "", "Article", None, 1, ["peft"]])
 def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init):
     message = "init must be one of 'article', 'peft'; got "
-    refused_by_all(ValueError, message, init=init)
+    refused(ValueError, message, init=init)
 
 
 @pytest.mark.parametrize(
