@@ -1,6 +1,7 @@
 """Wrong input to the layers is refused where it is made, with the argument's name, what
 came and what is allowed."""
 
+import re
 from fractions import Fraction
 from math import inf, nan
 
@@ -19,82 +20,61 @@ from lowrank_utils._arguments import (
 )
 from lowrank_utils.lora import LoRALayer
 
+WHOLE, FINITE = "a whole number, 1 or more", "a finite number"
+KNOWN = "one of 'article', 'peft'"
+DTYPE, FLOATING = "a torch dtype such as torch.float32", "a floating-point dtype"
 
-def refused(error, message, **arguments):
-    """Give wrong arguments to the layer and to all wrappers."""
-    arguments = {"rank": 2, "alpha": 1.0, **arguments}
+WRONG = [
+    ("rank", 0, ValueError, f"{WHOLE}; got 0"),
+    ("rank", -2, ValueError, f"{WHOLE}; got -2"),
+    ("rank", 2.5, TypeError, f"{WHOLE}; got 2.5 (float)"),
+    ("rank", 4.0, TypeError, f"{WHOLE}; got 4.0 (float)"),
+    ("rank", True, TypeError, f"{WHOLE}; got True (bool)"),
+    ("rank", "4", TypeError, f"{WHOLE}; got '4' (str)"),
+    ("rank", None, TypeError, f"{WHOLE}; got None (NoneType)"),
+    ("alpha", nan, ValueError, f"{FINITE}; got nan"),
+    ("alpha", inf, ValueError, f"{FINITE}; got inf"),
+    ("alpha", -inf, ValueError, f"{FINITE}; got -inf"),
+    # Beyond a float.
+    ("alpha", 10**400, ValueError, f"{FINITE}; got 1000"),
+    ("alpha", "8", TypeError, f"{FINITE}; got '8' (str)"),
+    ("alpha", True, TypeError, f"{FINITE}; got True (bool)"),
+    ("alpha", None, TypeError, f"{FINITE}; got None (NoneType)"),
+    ("alpha", 1j, TypeError, f"{FINITE}; got 1j (complex)"),
+    *[
+        ("init", word, ValueError, f"{KNOWN}; got {word!r}")
+        for word in ("zeros", "", "Article", None, 1, ["peft"])
+    ],
+    *[
+        (name, size, error, f"{WHOLE}; got {size!r}")
+        for name in ("in_dim", "out_dim")
+        for error, sizes in ((ValueError, (0, -1)), (TypeError, (2.0, "7")))
+        for size in sizes
+    ],
+    ("dtype", "float32", TypeError, f"{DTYPE}; got 'float32' (str)"),
+    (
+        "dtype",
+        torch.int64,
+        ValueError,
+        f"{FLOATING} such as torch.float32; got torch.int64",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "message"), WRONG, ids=lambda value: str(value)[:20]
+)
+def test_a_wrong_argument_is_refused_with_its_name_what_came_and_what_is_allowed(
+    name, bad, error, message
+):
+    right = {"rank": 2, "alpha": 1.0}
+    message = f"^{re.escape(f'{name} must be {message}')}"
     with pytest.raises(error, match=message):
-        LoRALayer(7, 5, **arguments)
-    for wrapper in ALL:
+        LoRALayer(**{"in_dim": 7, "out_dim": 5, **right, name: bad})
+    # The wrappers take sizes and dtype from the layer.
+    for wrapper in ALL if name in ("rank", "alpha", "init") else []:
         with pytest.raises(error, match=message):
-            wrapper(linear_layer(), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("rank", "error", "shown"),
-    [
-        (0, ValueError, "0"),
-        (-2, ValueError, "-2"),
-        (2.5, TypeError, r"2\.5 \(float\)"),
-        (4.0, TypeError, r"4\.0 \(float\)"),
-        (True, TypeError, r"True \(bool\)"),
-        ("4", TypeError, r"'4' \(str\)"),
-        (None, TypeError, r"None \(NoneType\)"),
-    ],
-)
-def test_a_wrong_rank_is_refused(rank, error, shown):
-    message = f"^rank must be a whole number, 1 or more; got {shown}$"
-    refused(error, message, rank=rank)
-
-
-@pytest.mark.parametrize(
-    ("alpha", "error", "shown"),
-    [
-        (nan, ValueError, "nan$"),
-        (inf, ValueError, "inf$"),
-        (-inf, ValueError, "-inf$"),
-        pytest.param(10**400, ValueError, "1000", id="beyond a float"),
-        ("8", TypeError, r"'8' \(str\)$"),
-        (True, TypeError, r"True \(bool\)$"),
-        (None, TypeError, r"None \(NoneType\)$"),
-        (1j, TypeError, r"1j \(complex\)$"),
-    ],
-)
-def test_a_wrong_alpha_is_refused(alpha, error, shown):
-    refused(error, f"^alpha must be a finite number; got {shown}", alpha=alpha)
-
-
-@pytest.mark.parametrize("argument", ["in_dim", "out_dim"])
-@pytest.mark.parametrize(
-    ("size", "error"),
-    [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("7", TypeError)],
-)
-def test_a_wrong_size_is_refused_by_its_name(argument, size, error):
-    sizes = {"in_dim": 7, "out_dim": 5, argument: size}
-    with pytest.raises(error, match=f"{argument} must be a whole number, 1 or more"):
-        LoRALayer(**sizes, rank=2, alpha=1.0)
-
-
-@pytest.mark.parametrize("init", ["zeros", "", "Article", None, 1, ["peft"]])
-def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init):
-    message = "init must be one of 'article', 'peft'; got "
-    refused(ValueError, message, init=init)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "error", "message"),
-    [
-        (
-            "float32",
-            TypeError,
-            r"dtype must be a torch dtype .*; got 'float32' \(str\)$",
-        ),
-        (torch.int64, ValueError, r"dtype must be a floating.*; got torch\.int64$"),
-    ],
-)
-def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error, message):
-    with pytest.raises(error, match=message):
-        LoRALayer(7, 5, 2, 1.0, dtype=dtype)
+            wrapper(linear_layer(), **{**right, name: bad})
 
 
 @pytest.mark.parametrize("number", [4, np.int64(4), torch.tensor(4)])
@@ -118,47 +98,6 @@ class Head(nn.Module):
         self.linear = nn.Linear(7, 5)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        *(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), Head()),
-        *(None, "linear", nn.Linear),
-    ],
-)
-@every_wrapper
-def test_a_layer_that_is_not_linear_is_refused_by_its_type(wrapper, layer):
-    message = rf"linear must be an nn\.Linear; got {type(layer).__name__}$"
-    with pytest.raises(TypeError, match=message):
-        wrapper(layer, 2, 1.0)
-
-
-@every_wrapper
-def test_a_lazy_layer_is_refused_until_it_has_a_shape(wrapper):
-    lazy, x = nn.LazyLinear(5), torch.ones(3, 7)
-    with pytest.raises(ValueError, match=r"linear \(LazyLinear\) has no shape yet"):
-        wrapper(lazy, 2, 1.0)
-    expected = lazy(x)
-    torch.testing.assert_close(wrapper(lazy, 2, 1.0)(x), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
-@every_wrapper
-def test_a_weight_that_is_not_floating_point_is_refused(wrapper, dtype):
-    linear = nn.Linear(7, 5)
-    linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
-    message = f"linear must have a floating-point weight; got {dtype}"
-    with pytest.raises(TypeError, match=message):
-        wrapper(linear, 2, 1.0)
-
-
-@pytest.mark.parametrize("inner", ALL)
-@pytest.mark.parametrize("outer", ALL)
-def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, outer):
-    message = rf"already adapted \({inner.__name__}\).* Merge .* with merge_adapters"
-    with pytest.raises(TypeError, match=message):
-        outer(moved(inner), 2, 1.0)
-
-
 class Doubled(nn.Linear):
     """A subclass whose output isn't what its weight says."""
 
@@ -170,11 +109,56 @@ class Named(nn.Linear):
     """A subclass that computes what nn.Linear does, as some models have."""
 
 
+def weighted(dtype):
+    linear = nn.Linear(7, 5)
+    linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
+    return linear
+
+
+OTHERS = [nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), Head()]
+NO_LINEAR_LAYERS = [
+    *[
+        (
+            other,
+            TypeError,
+            rf"linear must be an nn\.Linear; got {type(other).__name__}$",
+        )
+        for other in (*OTHERS, None, "linear", nn.Linear)
+    ],
+    *[
+        (weighted(dtype), TypeError, f"must have a floating-point weight; got {dtype}")
+        for dtype in (torch.int8, torch.int64, torch.complex64)
+    ],
+    *[
+        (
+            moved(inner),
+            TypeError,
+            rf"already adapted \({inner.__name__}\).* merge_adapters",
+        )
+        for inner in ALL
+    ],
+    (nn.LazyLinear(5), ValueError, r"linear \(LazyLinear\) has no shape yet"),
+    (Doubled(7, 5), TypeError, r"linear has a forward of its own \(Doubled\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"), NO_LINEAR_LAYERS, ids=lambda value: str(value)[:20]
+)
 @every_wrapper
-def test_a_layer_with_a_forward_of_its_own_is_refused(wrapper):
-    with pytest.raises(TypeError, match=r"linear has a forward of its own \(Doubled\)"):
-        wrapper(Doubled(7, 5), 2, 1.0)
-    assert wrapper(Named(7, 5), 2, 1.0)(torch.ones(3, 7)).shape == (3, 5)
+def test_a_layer_that_is_no_plain_linear_one_is_refused(wrapper, layer, error, message):
+    with pytest.raises(error, match=message):
+        wrapper(layer, 2, 1.0)
+
+
+@every_wrapper
+def test_a_lazy_layer_with_a_shape_and_a_subclass_that_computes_the_same_are_adapted(
+    wrapper,
+):
+    x = torch.ones(3, 7)
+    for linear in (nn.LazyLinear(5), Named(7, 5)):
+        expected = linear(x)
+        torch.testing.assert_close(wrapper(linear, 2, 1.0)(x), expected)
 
 
 # Inside ``forward`` torch's own message stands, so that the formula stays a formula;

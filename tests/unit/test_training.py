@@ -120,16 +120,24 @@ def test_the_loss_goes_down_and_new_examples_are_classified(wrapper):
 
 
 def test_training_in_place_returns_a_history_with_one_entry_per_epoch():
-    model, fresh = perceptron().eval(), blobs(9, seed=1)
-    history = train(model, blobs(50), epochs=3, batch_size=16, validation=fresh)
+    model, fresh, seen = perceptron().eval(), blobs(9, seed=1), []
+
+    def look(trained):
+        assert trained is model
+        seen.append(trained.layers[0].weight.detach().clone())
+
+    options = {"validation": fresh, "after_epoch": look}
+    history = train(model, blobs(50), epochs=3, batch_size=16, **options)
     assert isinstance(history, History)
     measured = (history.loss, history.train_accuracy, history.validation_accuracy)
-    assert [len(values) for values in measured] == [3, 3, 3]
+    assert [len(values) for values in (*measured, seen)] == [3, 3, 3, 3]
     assert history.steps == 3 * 4
     # Whatever mode the model was in, it is left in that of training.
     assert model.training
     assert history.train_accuracy[-1] == accuracy(model, blobs(50))
     assert history.validation_accuracy[-1] == accuracy(model, fresh)
+    assert torch.equal(seen[-1], model.layers[0].weight)
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_training_is_not_measured_unless_wanted_and_ends_alike():
@@ -141,19 +149,6 @@ def test_training_is_not_measured_unless_wanted_and_ends_alike():
     assert len(measured.loss) == len(measured.train_accuracy) == 2
     assert silent == History(measured.loss, [], [], measured.steps)
     assert_same_state(models[1], snapshot(models[0]))
-
-
-def test_after_each_epoch_the_model_can_be_looked_at():
-    model, seen = perceptron(), []
-
-    def look(trained):
-        assert trained is model
-        seen.append(trained.layers[0].weight.detach().clone())
-
-    train(model, blobs(), epochs=3, after_epoch=look)
-    assert len(seen) == 3
-    assert torch.equal(seen[-1], model.layers[0].weight)
-    assert not torch.equal(seen[0], seen[1])
 
 
 @every_wrapper
@@ -334,18 +329,18 @@ def test_digits_are_brought_into_the_precision_of_the_model():
     assert 0 <= accuracy(model, digits) <= 1
 
 
-def test_a_dtype_and_a_device_convert_the_model_in_place():
-    model = adapted(LinearWithDoRA)
-    train(model, blobs(), dtype=torch.float32, device="cpu")
+no_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device"
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_cuda)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dtype_and_a_device_convert_the_model_in_place(device, dtype):
+    model, options = adapted(LinearWithDoRA), {"device": device, "dtype": dtype}
+    history = train(model, blobs(), validation=blobs(9), **options)
     kinds = {(p.dtype, p.device.type) for p in model.parameters()}
-    assert kinds == {(torch.float32, "cpu")}
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_training_on_another_device_brings_everything_there():
-    model = adapted(LinearWithDoRA)
-    history = train(model, blobs(), device="cuda", validation=blobs(9))
-    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert kinds == {(dtype, device)}
     assert math.isfinite(history.loss[0])
 
 
