@@ -21,8 +21,7 @@ from lowrank_utils._arguments import (
 from lowrank_utils.lora import LoRALayer
 
 WHOLE, FINITE = "a whole number, 1 or more", "a finite number"
-KNOWN = "one of 'article', 'peft'"
-DTYPE, FLOATING = "a torch dtype such as torch.float32", "a floating-point dtype"
+KNOWN, SUCH = "one of 'article', 'peft'", "such as torch.float32; got"
 
 WRONG = [
     ("rank", 0, ValueError, f"{WHOLE}; got 0"),
@@ -51,13 +50,8 @@ WRONG = [
         for error, sizes in ((ValueError, (0, -1)), (TypeError, (2.0, "7")))
         for size in sizes
     ],
-    ("dtype", "float32", TypeError, f"{DTYPE}; got 'float32' (str)"),
-    (
-        "dtype",
-        torch.int64,
-        ValueError,
-        f"{FLOATING} such as torch.float32; got torch.int64",
-    ),
+    ("dtype", "float32", TypeError, f"a torch dtype {SUCH} 'float32' (str)"),
+    ("dtype", torch.int64, ValueError, f"a floating-point dtype {SUCH} torch.int64"),
 ]
 
 
@@ -118,11 +112,7 @@ def weighted(dtype):
 OTHERS = [nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), Head()]
 NO_LINEAR_LAYERS = [
     *[
-        (
-            other,
-            TypeError,
-            rf"linear must be an nn\.Linear; got {type(other).__name__}$",
-        )
+        (other, TypeError, rf"^linear .* nn\.Linear; got {type(other).__name__}$")
         for other in (*OTHERS, None, "linear", nn.Linear)
     ],
     *[
@@ -130,11 +120,7 @@ NO_LINEAR_LAYERS = [
         for dtype in (torch.int8, torch.int64, torch.complex64)
     ],
     *[
-        (
-            moved(inner),
-            TypeError,
-            rf"already adapted \({inner.__name__}\).* merge_adapters",
-        )
+        (moved(inner), TypeError, rf"adapted \({inner.__name__}\).* merge_adapters")
         for inner in ALL
     ],
     (nn.LazyLinear(5), ValueError, r"linear \(LazyLinear\) has no shape yet"),
@@ -142,9 +128,7 @@ NO_LINEAR_LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layer", "error", "message"), NO_LINEAR_LAYERS, ids=lambda value: str(value)[:20]
-)
+@pytest.mark.parametrize(("layer", "error", "message"), NO_LINEAR_LAYERS)
 @every_wrapper
 def test_a_layer_that_is_no_plain_linear_one_is_refused(wrapper, layer, error, message):
     with pytest.raises(error, match=message):
