@@ -1,7 +1,9 @@
 """Wrong input to the layers is refused where it is made, with the argument's name, what
 came and what is allowed."""
 
+import re
 from fractions import Fraction
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -18,100 +20,55 @@ from lowrank_utils._arguments import (
 )
 from lowrank_utils.lora import LoRALayer
 
-RANKS = [
-    (0, ValueError, "rank must be a whole number, 1 or more; got 0"),
-    (-2, ValueError, "rank must be a whole number, 1 or more; got -2"),
-    (2.5, TypeError, r"rank must be a whole number, 1 or more; got 2\.5 \(float\)"),
-    (4.0, TypeError, r"rank must be a whole number, 1 or more; got 4\.0 \(float\)"),
-    (True, TypeError, r"rank must be a whole number, 1 or more; got True \(bool\)"),
-    ("4", TypeError, r"rank must be a whole number, 1 or more; got '4' \(str\)"),
-    (None, TypeError, r"rank must be a whole number, 1 or more; got None \(NoneType\)"),
-]
+WHOLE, FINITE = "a whole number, 1 or more", "a finite number"
+KNOWN, SUCH = "one of 'article', 'peft'", "such as torch.float32; got"
 
-ALPHAS = [
-    (float("nan"), ValueError, "alpha must be a finite number; got nan"),
-    (float("inf"), ValueError, "alpha must be a finite number; got inf"),
-    (-float("inf"), ValueError, "alpha must be a finite number; got -inf"),
-    pytest.param(
-        10**400,
-        ValueError,
-        "alpha must be a finite number; got 1000",
-        id="beyond a float",
-    ),
-    ("8", TypeError, r"alpha must be a finite number; got '8' \(str\)"),
-    (True, TypeError, r"alpha must be a finite number; got True \(bool\)"),
-    (None, TypeError, r"alpha must be a finite number; got None \(NoneType\)"),
-    (1j, TypeError, r"alpha must be a finite number; got 1j \(complex\)"),
-]
-
-
-class Head(nn.Module):
-    """A module of one's own with a linear layer in it, and no adapter."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(7, 5)
-
-
-@pytest.mark.parametrize(("rank", "error", "message"), RANKS)
-def test_a_wrong_rank_is_refused(rank, error, message):
-    with pytest.raises(error, match=message):
-        LoRALayer(7, 5, rank, 1.0)
-    for wrapper in ALL:
-        with pytest.raises(error, match=message):
-            wrapper(linear_layer(), rank, 1.0)
-
-
-@pytest.mark.parametrize(("alpha", "error", "message"), ALPHAS)
-def test_a_wrong_alpha_is_refused(alpha, error, message):
-    with pytest.raises(error, match=message):
-        LoRALayer(7, 5, 2, alpha)
-    for wrapper in ALL:
-        with pytest.raises(error, match=message):
-            wrapper(linear_layer(), 2, alpha)
-
-
-@pytest.mark.parametrize("argument", ["in_dim", "out_dim"])
-@pytest.mark.parametrize(
-    ("size", "error"),
-    [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("7", TypeError)],
-)
-def test_a_wrong_size_is_refused_by_its_name(argument, size, error):
-    sizes = {"in_dim": 7, "out_dim": 5, argument: size}
-    with pytest.raises(
-        error, match=f"{argument} must be a whole number, 1 or more; got "
-    ):
-        LoRALayer(**sizes, rank=2, alpha=1.0)
-
-
-@pytest.mark.parametrize("init", ["zeros", "", "Article", None, 1, ["peft"]])
-def test_an_unknown_initialisation_is_refused_and_the_known_ones_are_listed(init):
-    message = r"init must be one of 'article', 'peft'; got "
-    with pytest.raises(ValueError, match=message):
-        LoRALayer(7, 5, 2, 1.0, init=init)
-    for wrapper in ALL:
-        with pytest.raises(ValueError, match=message):
-            wrapper(linear_layer(), 2, 1.0, init=init)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "error", "message"),
-    [
-        (
-            "float32",
-            TypeError,
-            r"dtype must be a torch dtype such as torch\.float32; got 'float32' \(str\)$",
-        ),
-        (
-            torch.int64,
-            ValueError,
-            r"dtype must be a floating-point dtype such as .*; got torch\.int64$",
-        ),
+WRONG = [
+    ("rank", 0, ValueError, f"{WHOLE}; got 0"),
+    ("rank", -2, ValueError, f"{WHOLE}; got -2"),
+    ("rank", 2.5, TypeError, f"{WHOLE}; got 2.5 (float)"),
+    ("rank", 4.0, TypeError, f"{WHOLE}; got 4.0 (float)"),
+    ("rank", True, TypeError, f"{WHOLE}; got True (bool)"),
+    ("rank", "4", TypeError, f"{WHOLE}; got '4' (str)"),
+    ("rank", None, TypeError, f"{WHOLE}; got None (NoneType)"),
+    ("alpha", nan, ValueError, f"{FINITE}; got nan"),
+    ("alpha", inf, ValueError, f"{FINITE}; got inf"),
+    ("alpha", -inf, ValueError, f"{FINITE}; got -inf"),
+    # Beyond a float.
+    ("alpha", 10**400, ValueError, f"{FINITE}; got 1000"),
+    ("alpha", "8", TypeError, f"{FINITE}; got '8' (str)"),
+    ("alpha", True, TypeError, f"{FINITE}; got True (bool)"),
+    ("alpha", None, TypeError, f"{FINITE}; got None (NoneType)"),
+    ("alpha", 1j, TypeError, f"{FINITE}; got 1j (complex)"),
+    *[
+        ("init", word, ValueError, f"{KNOWN}; got {word!r}")
+        for word in ("zeros", "", "Article", None, 1, ["peft"])
     ],
+    *[
+        (name, size, error, f"{WHOLE}; got {size!r}")
+        for name in ("in_dim", "out_dim")
+        for error, sizes in ((ValueError, (0, -1)), (TypeError, (2.0, "7")))
+        for size in sizes
+    ],
+    ("dtype", "float32", TypeError, f"a torch dtype {SUCH} 'float32' (str)"),
+    ("dtype", torch.int64, ValueError, f"a floating-point dtype {SUCH} torch.int64"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "message"), WRONG, ids=lambda value: str(value)[:20]
 )
-def test_a_dtype_that_cannot_be_trained_is_refused(dtype, error, message):
+def test_a_wrong_argument_is_refused_with_its_name_what_came_and_what_is_allowed(
+    name, bad, error, message
+):
+    right = {"rank": 2, "alpha": 1.0}
+    message = f"^{re.escape(f'{name} must be {message}')}"
     with pytest.raises(error, match=message):
-        LoRALayer(7, 5, 2, 1.0, dtype=dtype)
+        LoRALayer(**{"in_dim": 7, "out_dim": 5, **right, name: bad})
+    # The wrappers take sizes and dtype from the layer.
+    for wrapper in ALL if name in ("rank", "alpha", "init") else []:
+        with pytest.raises(error, match=message):
+            wrapper(linear_layer(), **{**right, name: bad})
 
 
 @pytest.mark.parametrize("number", [4, np.int64(4), torch.tensor(4)])
@@ -121,63 +78,18 @@ def test_whole_numbers_of_any_library_are_ranks(number):
 
 @pytest.mark.parametrize("number", [2, 2.0, np.float64(2), np.float32(2), Fraction(2)])
 def test_real_numbers_of_any_library_are_alphas(number):
-    layer = moved(ALL[0], alpha=number)
     x = normal(4, 7)
-    torch.testing.assert_close(layer(x), moved(ALL[0], alpha=2.0)(x))
+    torch.testing.assert_close(
+        moved(ALL[0], alpha=number)(x), moved(ALL[0], alpha=2.0)(x)
+    )
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 5),
-        nn.ReLU(),
-        nn.Bilinear(2, 3, 4),
-        None,
-        "linear",
-        nn.Linear,
-        Head(),
-    ],
-)
-@every_wrapper
-def test_a_layer_that_is_not_linear_is_refused_by_its_type(wrapper, layer):
-    with pytest.raises(
-        TypeError, match=rf"linear must be an nn\.Linear; got {type(layer).__name__}$"
-    ):
-        wrapper(layer, 2, 1.0)
+class Head(nn.Module):
+    """A module of one's own with a linear layer in it, and no adapter."""
 
-
-@every_wrapper
-def test_a_lazy_layer_is_refused_until_it_has_a_shape(wrapper):
-    lazy = nn.LazyLinear(5)
-    with pytest.raises(
-        ValueError, match=r"linear \(LazyLinear\) has no shape yet: pass one batch"
-    ):
-        wrapper(lazy, 2, 1.0)
-    x = torch.ones(3, 7)
-    expected = lazy(x)
-    torch.testing.assert_close(wrapper(lazy, 2, 1.0)(x), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64])
-@every_wrapper
-def test_a_weight_that_is_not_floating_point_is_refused(wrapper, dtype):
-    linear = nn.Linear(7, 5)
-    linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
-    with pytest.raises(
-        TypeError, match=f"linear must have a floating-point weight; got {dtype}"
-    ):
-        wrapper(linear, 2, 1.0)
-
-
-@pytest.mark.parametrize("inner", ALL)
-@pytest.mark.parametrize("outer", ALL)
-def test_an_adapter_on_an_adapter_is_refused_with_what_to_do_instead(inner, outer):
-    adapter = moved(inner)
-    with pytest.raises(
-        TypeError,
-        match=rf"linear is already adapted \({inner.__name__}\).* Merge the first one with merge_adapters",
-    ):
-        outer(adapter, 2, 1.0)
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 5)
 
 
 class Doubled(nn.Linear):
@@ -191,13 +103,46 @@ class Named(nn.Linear):
     """A subclass that computes what nn.Linear does, as some models have."""
 
 
+def weighted(dtype):
+    linear = nn.Linear(7, 5)
+    linear.weight = nn.Parameter(torch.ones(5, 7, dtype=dtype), requires_grad=False)
+    return linear
+
+
+OTHERS = [nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Bilinear(2, 3, 4), Head()]
+NO_LINEAR_LAYERS = [
+    *[
+        (other, TypeError, rf"^linear .* nn\.Linear; got {type(other).__name__}$")
+        for other in (*OTHERS, None, "linear", nn.Linear)
+    ],
+    *[
+        (weighted(dtype), TypeError, f"must have a floating-point weight; got {dtype}")
+        for dtype in (torch.int8, torch.int64, torch.complex64)
+    ],
+    *[
+        (moved(inner), TypeError, rf"adapted \({inner.__name__}\).* merge_adapters")
+        for inner in ALL
+    ],
+    (nn.LazyLinear(5), ValueError, r"linear \(LazyLinear\) has no shape yet"),
+    (Doubled(7, 5), TypeError, r"linear has a forward of its own \(Doubled\)"),
+]
+
+
+@pytest.mark.parametrize(("layer", "error", "message"), NO_LINEAR_LAYERS)
 @every_wrapper
-def test_a_layer_with_a_forward_of_its_own_is_refused(wrapper):
-    with pytest.raises(
-        TypeError, match=r"linear has a forward of its own \(Doubled\), which would be"
-    ):
-        wrapper(Doubled(7, 5), 2, 1.0)
-    assert wrapper(Named(7, 5), 2, 1.0)(torch.ones(3, 7)).shape == (3, 5)
+def test_a_layer_that_is_no_plain_linear_one_is_refused(wrapper, layer, error, message):
+    with pytest.raises(error, match=message):
+        wrapper(layer, 2, 1.0)
+
+
+@every_wrapper
+def test_a_lazy_layer_with_a_shape_and_a_subclass_that_computes_the_same_are_adapted(
+    wrapper,
+):
+    x = torch.ones(3, 7)
+    for linear in (nn.LazyLinear(5), Named(7, 5)):
+        expected = linear(x)
+        torch.testing.assert_close(wrapper(linear, 2, 1.0)(x), expected)
 
 
 # Inside ``forward`` torch's own message stands, so that the formula stays a formula;
@@ -212,10 +157,8 @@ WRONG_INPUTS = [
     "x", WRONG_INPUTS, ids=lambda x: str(getattr(x, "shape", type(x).__name__))
 )
 def test_a_wrong_input_is_refused_by_the_layer_and_by_all_wrappers(x):
-    for layer in (
-        LoRALayer(7, 5, 2, 1.0),
-        *(wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL),
-    ):
+    wrapped = [wrapper(nn.Linear(7, 5), 2, 1.0) for wrapper in ALL]
+    for layer in (LoRALayer(7, 5, 2, 1.0), *wrapped):
         with pytest.raises((RuntimeError, TypeError)):
             layer(x)
 
@@ -231,29 +174,22 @@ def test_checks_return_what_they_let_through():
     assert check_finite_number("x", 0.1, above=0) == 0.1
     assert check_one_of("word", "b", ["b", "a"]) == "b"
     assert check_floating_dtype("dtype", torch.bfloat16) is torch.bfloat16
-
-
-def test_a_limit_is_part_of_the_message_and_is_not_itself_allowed():
-    with pytest.raises(ValueError, match="n must be a whole number, 3 or more; got 2"):
-        check_whole_number("n", 2, 3)
-    with pytest.raises(
-        ValueError, match="x must be a finite number larger than 0; got 0"
-    ):
-        check_finite_number("x", 0, above=0)
-    with pytest.raises(
-        ValueError, match=r"x must be a finite number larger than 2\.5; got 2"
-    ):
-        check_finite_number("x", 2, above=2.5)
-
-
-def test_allowed_words_are_listed_in_order_and_in_quotes():
-    with pytest.raises(ValueError, match="word must be one of 'a', 'b'; got 'c'"):
-        check_one_of("word", "c", ["b", "a"])
-
-
-def test_a_seed_is_a_whole_number_that_every_library_takes():
     assert [check_seed(seed) for seed in (0, 2**32 - 1)] == [0, 2**32 - 1]
-    for seed in (-1, 2**32):
-        message = f"^seed must be a whole number, 0 to 4294967295; got {seed}$"
-        with pytest.raises(ValueError, match=message):
-            check_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: check_whole_number("n", 2, 3), "n must be .*, 3 or more; got 2"),
+        (lambda: check_finite_number("x", 0, above=0), "x .* larger than 0; got 0"),
+        (lambda: check_finite_number("x", 2, above=2.5), r"larger than 2\.5; got 2"),
+        (lambda: check_one_of("word", "c", ["b", "a"]), "one of 'a', 'b'; got 'c'"),
+        (lambda: check_seed(-1), "^seed must be .*, 0 to 4294967295; got -1$"),
+        (lambda: check_seed(2**32), "^seed must .* 4294967295; got 4294967296$"),
+    ],
+)
+def test_what_is_allowed_is_part_of_the_message_and_a_limit_is_not_itself_allowed(
+    check, message
+):
+    with pytest.raises(ValueError, match=message):
+        check()

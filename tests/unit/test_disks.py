@@ -3,6 +3,7 @@ there, whole."""
 
 import contextlib
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def adapted(rank):
     return move_all(model)
 
 
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -53,7 +58,7 @@ def test_saving_to_a_full_disk_keeps_the_older_adapter_and_leaves_no_half(mount)
         save_adapter(large, folder)
     assert caught.value.errno == errno.ENOSPC
     assert files(folder) == before
-    assert [path.name for path in disk.iterdir()] == ["adapter"]
+    assert names(disk) == ["adapter"]
     assert_same_state(large, state)
     assert load_adapter(plain(), folder) == ["0"]
     # Once there is space, the same call does it.
@@ -64,28 +69,16 @@ def test_saving_to_a_full_disk_keeps_the_older_adapter_and_leaves_no_half(mount)
     assert torch.equal(fresh[0].lora.A, large[0].lora.A)
 
 
-class Full:
-    """A file that takes a few bytes and then no more."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, content):
-        self.file.write(content[:10])
-        no_space()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Full(io.FileIO):
+    """A file that takes a few bytes and then no more."""
+
+    def write(self, content):
+        super().write(content[:10])
+        no_space()
 
 
 # An exchange is one step and renames nothing.
@@ -102,10 +95,12 @@ def test_whichever_step_finds_no_space_the_older_adapter_is_there(
 ):
     folder = tmp_path / "adapter"
     save_adapter(adapted(rank=1), folder)
-    before = files(folder)
-    make, opening, rename, renamed = Path.mkdir, Path.open, Path.rename, []
-    if not exchange:
-        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
+    before, make, rename, renamed = files(folder), Path.mkdir, Path.rename, []
+
+    def makes(self, *arguments, **options):
+        if self.suffix == ".new":
+            no_space()
+        make(self, *arguments, **options)
 
     def renames(self, target):
         renamed.append(self)
@@ -113,28 +108,21 @@ def test_whichever_step_finds_no_space_the_older_adapter_is_there(
             no_space()
         return rename(self, target)
 
+    replaced = {
+        "make the folder": (Path, "mkdir", makes),
+        "open": (Path, "open", no_space),
+        "write": (Path, "open", lambda path, mode: Full(path, mode)),
+        "sync": (os, "fsync", no_space),
+    }
     with monkeypatch.context() as patch:
-        if step == "make the folder":
-            patch.setattr(
-                Path,
-                "mkdir",
-                lambda s, *a, **k: (
-                    no_space() if s.suffix == ".new" else make(s, *a, **k)
-                ),
-            )
-        elif step == "open":
-            patch.setattr(Path, "open", no_space)
-        elif step == "write":
-            patch.setattr(Path, "open", lambda *a, **k: Full(opening(*a, **k)))
-        elif step == "sync":
-            patch.setattr(os, "fsync", no_space)
-        else:
-            patch.setattr(Path, "rename", renames)
+        if not exchange:
+            patch.setattr(_folders, "_exchange", lambda *_: False)
+        patch.setattr(*replaced.get(step, (Path, "rename", renames)))
         with pytest.raises(OSError, match="No space left on device"):
             save_adapter(adapted(rank=2), folder)
     assert load_adapter(plain(), folder) == ["0"]
     assert files(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert names(tmp_path) == ["adapter"]
 
 
 def test_a_download_onto_a_full_disk_leaves_nothing_and_says_why(
@@ -144,9 +132,7 @@ def test_a_download_onto_a_full_disk_leaves_nothing_and_says_why(
     monkeypatch.setattr(_mnist, "user_cache_path", lambda *_: place)
     with serving(tiny_is_published, monkeypatch):
         message = message_of()
-        assert message.startswith(
-            "MNIST could not be downloaded. Use the data set 'mnist-5k'"
-        )
+        assert message.startswith("MNIST could not be downloaded.")
         assert "No space left on device" in message
         assert contents(place) == []
         mount("size=1m")
@@ -159,15 +145,13 @@ def test_a_report_onto_a_full_disk_leaves_the_older_one_and_no_half(mount):
     results = [("a", result(SCORES))]
     write_report(results, "abc123", folder, "sweep")
     before = files(folder)
-    with (
-        contextlib.suppress(OSError),
-        (folder / "filler").open("wb", buffering=0) as filler,
-    ):
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
-            filler.write(bytes(4096))
+            file.write(bytes(4096))
     with pytest.raises(OSError, match="No space left on device"):
         write_report(results, "def456", folder, "sweep")
-    (folder / "filler").unlink()
+    filler.unlink()
     assert files(folder) == before
     write_report(results, "def456", folder, "sweep")
     assert b"def456" in files(folder)["sweep.md"]
@@ -194,10 +178,8 @@ def test_an_empty_cache_that_is_read_only_is_one_clear_line(mount, cache, monkey
     place = mount("ro")
     for root in (place, place / "lowrank"):
         monkeypatch.setattr(_mnist, "user_cache_path", lambda *_, root=root: root)
-        message = message_of()
-        assert message.startswith(
-            f"MNIST can't be stored in {root} (Read-only file system). Set LOWRANK_DATA_DIR"
-        )
+        reason = f"MNIST can't be stored in {root} (Read-only file system). "
+        assert message_of().startswith(f"{reason}Set LOWRANK_DATA_DIR")
     assert not cache.exists()
 
 
@@ -221,11 +203,6 @@ def test_a_sweep_into_a_read_only_folder_is_one_clear_line(mount, prepared):
         with Store(disk / "out").locked():
             pass
     mount("ro")
-    with (
-        pytest.raises(
-            SweepError,
-            match=r"out can't be written \(Read-only file system\); choose another --out",
-        ),
-        Store(disk / "out").locked(),
-    ):
+    message = r"out can't be written \(Read-only file system\); choose another --out"
+    with pytest.raises(SweepError, match=message), Store(disk / "out").locked():
         pytest.fail("it can't be locked")

@@ -1,14 +1,14 @@
 """Parts of a model with learning rates of their own: which parameter goes where, and
 what is refused."""
 
-import math
 import warnings
 from collections import UserDict
+from math import inf, nan
 from types import MappingProxyType
 
 import pytest
 import torch
-from support import linear_layer, snapshot
+from support import assert_same_state, linear_layer, snapshot
 from torch import nn
 
 from lowrank_utils.adapt import (
@@ -29,9 +29,10 @@ def network():
     return model
 
 
-def named(model, groups):
+def named(model, *arguments):
     """Return the rate and the names of the parameters of each group, in order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, *arguments)
     assert all(group.keys() == {"params", "lr"} for group in groups)
     return [
         (group["lr"], [names[id(parameter)] for parameter in group["params"]])
@@ -44,74 +45,47 @@ def named(model, groups):
 
 @pytest.mark.parametrize("factors", [None, {}])
 def test_without_factors_all_that_is_trainable_is_one_group(factors):
-    model = network()
-    assert named(model, parameter_groups(model, 0.01, factors)) == [(0.01, ADAPTED)]
+    assert named(network(), 0.01, factors) == [(0.01, ADAPTED)]
 
 
-def test_each_pattern_has_its_group_with_its_rate_after_that_of_all_the_rest():
-    model = network()
-    groups = named(model, parameter_groups(model, 0.01, {"*.m": 30, "*.lora.B": 0.5}))
-    assert [rate for rate, _ in groups] == [
-        0.01,
-        pytest.approx(0.3),
-        pytest.approx(0.005),
-    ]
-    assert [names for _, names in groups] == [
-        ["0.lora.A", "2.lora.A"],
-        ["0.m", "2.m"],
-        ["0.lora.B", "2.lora.B"],
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
+def test_each_pattern_has_its_group_with_its_rate_after_that_of_all_the_rest(kind):
+    assert named(network(), 0.01, kind({"*.m": 30, "*.lora.B": 0.5})) == [
+        (0.01, ["0.lora.A", "2.lora.A"]),
+        (pytest.approx(0.3), ["0.m", "2.m"]),
+        (pytest.approx(0.005), ["0.lora.B", "2.lora.B"]),
     ]
 
 
 def test_the_groups_are_in_the_order_of_the_patterns_and_within_one_in_that_of_the_model():
-    model = network()
-    patterns = {"2.*": 2, "0.m": 3, "0.lora.*": 5}
-    expected = {"2.*": ADAPTED[3:], "0.m": ["0.m"], "0.lora.*": ADAPTED[1:3]}
-    for order in (list(patterns), list(reversed(patterns))):
-        groups = named(
-            model,
-            parameter_groups(model, 1.0, {name: patterns[name] for name in order}),
-        )
+    expected = {"2.*": (2, ADAPTED[3:]), "0.m": (3, ["0.m"])}
+    expected["0.lora.*"] = (5, ADAPTED[1:3])
+    for order in (list(expected), list(reversed(expected))):
+        factors = {pattern: expected[pattern][0] for pattern in order}
         # All is matched, so there is no group for the rest.
-        assert groups == [(patterns[name], expected[name]) for name in order]
+        assert named(network(), 1.0, factors) == [expected[name] for name in order]
 
 
-def test_every_trainable_parameter_stands_in_one_group_once_and_no_frozen_one_in_any():
-    model = network()
-    model[2].lora.A.requires_grad_(False)
-    groups = parameter_groups(model, 0.01, {"*.m": 3, "0.lora.B": 2})
-    given = [parameter for group in groups for parameter in group["params"]]
-    assert len({id(parameter) for parameter in given}) == len(given)
-    assert {id(parameter) for parameter in given} == {
-        id(p) for p in model.parameters() if p.requires_grad
-    }
-
-
-def test_a_frozen_parameter_that_a_pattern_matches_too_is_left_out():
+def test_what_is_frozen_is_in_no_group_and_the_model_stays_as_it_is():
     model = network()
     model[0].m.requires_grad_(False)
-    groups = named(model, parameter_groups(model, 0.01, {"*m": 3}))
-    assert groups[1][1] == ["2.m"]
-    assert "0.m" not in groups[0][1]
+    model[2].lora.A.requires_grad_(False)
+    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
+    assert named(model, 1.0, {"*m": 3, "0.lora.B": 2}) == [
+        (1.0, ["0.lora.A", "2.lora.B"]),
+        (3.0, ["2.m"]),
+        (2.0, ["0.lora.B"]),
+    ]
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert_same_state(model, before)
 
 
 def test_patterns_are_globs_for_the_whole_name_in_upper_and_lower_case():
-    model = network()
-    assert named(model, parameter_groups(model, 1.0, {"[02].lora.?": 2}))[1][1] == [
-        name for name in ADAPTED if "lora" in name
-    ]
+    lora = [name for name in ADAPTED if "lora" in name]
+    assert named(network(), 1.0, {"[02].lora.?": 2})[1] == (2.0, lora)
     for pattern in ("m", "*.M", "0.lora"):
         with pytest.raises(ValueError, match="no trainable parameter matches"):
-            parameter_groups(model, 1.0, {pattern: 2})
-
-
-@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
-def test_any_mapping_will_do(kind):
-    model = network()
-    assert named(model, parameter_groups(model, 1.0, kind({"*.m": 3})))[1] == (
-        3.0,
-        ["0.m", "2.m"],
-    )
+            parameter_groups(network(), 1.0, {pattern: 2})
 
 
 class Tied(nn.Module):
@@ -127,31 +101,11 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("pattern", ["words.*", "scores.weight", "*weight"])
 def test_a_tied_parameter_stands_once_and_is_matched_by_either_name(pattern):
     model = Tied()
-    rest, matched = parameter_groups(model, 1.0, {pattern: 2})
-    assert len(matched["params"]) == len(rest["params"]) == 1
-    assert matched["params"][0] is model.words.weight
-    assert rest["params"][0] is model.scores.bias
+    expected = [(1.0, ["scores.bias"]), (2.0, ["words.weight"])]
+    assert named(model, 1.0, {pattern: 2}) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of a parameter that comes twice
-        torch.optim.SGD([rest, matched])
-
-
-def test_two_patterns_for_two_names_of_one_parameter_are_refused_as_well():
-    with pytest.raises(
-        ValueError,
-        match=r"words\.weight is matched by 'words\.\*' and by 'scores\.weight'",
-    ):
-        parameter_groups(Tied(), 1.0, {"words.*": 2, "scores.weight": 3})
-
-
-def test_the_model_stays_as_it_is():
-    model = network()
-    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
-    parameter_groups(model, 0.01, {"*.m": 3})
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in snapshot(model).items()
-    )
+        torch.optim.SGD(parameter_groups(model, 1.0, {pattern: 2}))
 
 
 # --- In an optimizer -----------------------------------------------------------------------------------------
@@ -164,9 +118,9 @@ def test_in_one_step_of_an_optimizer_the_magnitudes_move_factor_times_as_far(opt
     def moves(factors):
         torch.manual_seed(0)
         model = network()
-        options = {"weight_decay": 0.0} if optimizer is torch.optim.AdamW else {}
         # The rate of the optimizer itself mustn't count.
-        update = optimizer(parameter_groups(model, 1e-3, factors), lr=77.0, **options)
+        groups = parameter_groups(model, 1e-3, factors)
+        update = optimizer(groups, lr=77.0, weight_decay=0.0)
         before = snapshot(model)
         x = torch.linspace(-1, 1, 28, dtype=torch.float64).reshape(4, 7)
         model(x).square().sum().backward()
@@ -185,110 +139,91 @@ def test_in_one_step_of_an_optimizer_the_magnitudes_move_factor_times_as_far(opt
 # --- What is refused -----------------------------------------------------------------------------------------
 
 
+def refused(error, message, model, *arguments):
+    with pytest.raises(error) as caught:
+        parameter_groups(model, *arguments)
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize(
     "pattern", ["*.magnitude", "", "0.linear.weight", "*.linear.*"]
 )
 def test_a_pattern_that_matches_nothing_trainable_is_refused_and_the_trainable_names_are_listed(
     pattern,
 ):
-    # The last two match what is frozen.
-    with pytest.raises(ValueError, match="no trainable parameter matches") as caught:
-        parameter_groups(network(), 0.01, {"*.m": 3, pattern: 2})
-    expected = f"no trainable parameter matches {pattern!r}; trainable are: {', '.join(ADAPTED)}"
-    assert str(caught.value) == expected
-
-
-def test_a_tied_parameter_is_listed_by_its_first_name():
-    with pytest.raises(
-        ValueError, match=r"trainable are: words\.weight, scores\.bias$"
-    ):
-        parameter_groups(Tied(), 0.01, {"*.m": 3})
+    # The last two match what is frozen. A tied parameter has its first name.
+    tied = ["words.weight", "scores.bias"]
+    for model, names in ((network(), ADAPTED), (Tied(), tied)):
+        message = f"no trainable parameter matches {pattern!r}; trainable are: "
+        with pytest.raises(ValueError, match="no trainable") as caught:
+            parameter_groups(model, 0.01, {names[0]: 3, pattern: 2})
+        assert str(caught.value) == message + ", ".join(names)
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("*.m", "2.*"), ("2.*", "*.m"), ("*", "2.m"), ("2.m", "*.m")]
-)
-def test_two_patterns_that_match_one_parameter_are_refused_by_its_name_and_theirs(
-    first, second
-):
-    with pytest.raises(ValueError, match="is matched by") as caught:
-        parameter_groups(network(), 0.01, {first: 2, second: 2})
-    message = str(caught.value)
-    assert f"2.m is matched by {first!r} and by {second!r}; which of the two" in message
-
-
-@pytest.mark.parametrize(
-    ("factor", "error", "shown"),
+    ("model", "name", "first", "second"),
     [
-        (0, ValueError, "0"),
-        (-1, ValueError, "-1"),
-        (math.nan, ValueError, "nan"),
-        (math.inf, ValueError, "inf"),
-        (True, TypeError, "True (bool)"),
-        ("3", TypeError, "'3' (str)"),
-        (None, TypeError, "None (NoneType)"),
+        (network(), "2.m", "*.m", "2.*"),
+        (network(), "2.m", "2.*", "*.m"),
+        (network(), "2.m", "*", "2.m"),
+        (network(), "2.m", "2.m", "*.m"),
+        (Tied(), "words.weight", "words.*", "scores.weight"),
     ],
 )
-def test_a_factor_that_is_no_number_above_zero_is_refused_by_its_pattern(
-    factor, error, shown
+def test_two_patterns_that_match_one_parameter_are_refused_by_its_name_and_theirs(
+    model, name, first, second
 ):
-    with pytest.raises(error) as caught:
-        parameter_groups(network(), 0.01, {"*.lora.B": 2, "*.m": factor})
-    assert (
-        str(caught.value)
-        == f"the factor of '*.m' must be a finite number larger than 0; got {shown}"
-    )
+    message = f"{name} is matched by {first!r} and by {second!r}; which of the two"
+    refused(ValueError, message, model, 0.01, {first: 2, second: 2})
+
+
+NO_NUMBERS = [
+    (0, ValueError, "0"),
+    (-0.1, ValueError, "-0.1"),
+    (nan, ValueError, "nan"),
+    (inf, ValueError, "inf"),
+    (True, TypeError, "True (bool)"),
+    ("3", TypeError, "'3' (str)"),
+    (None, TypeError, "None (NoneType)"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "shown"), NO_NUMBERS)
+def test_a_factor_that_is_no_number_above_zero_is_refused_by_its_pattern(
+    bad, error, shown
+):
+    end = f" must be a finite number larger than 0; got {shown}"
+    factors = {"*.lora.B": 2, "*.m": bad}
+    refused(error, f"the factor of '*.m'{end}", network(), 0.01, factors)
+    # So is the rate itself, by its name.
+    refused(error, f"learning_rate{end}", network(), bad, {"*.m": 3})
 
 
 @pytest.mark.parametrize("factors", [[("*.m", 3)], "*.m", 3, {"*.m"}, 0, ""])
 def test_factors_that_are_no_mapping_are_refused(factors):
-    kind = type(factors).__name__
-    with pytest.raises(
-        TypeError, match=f"^factors must be a dict of pattern → factor; got {kind}$"
-    ):
-        parameter_groups(network(), 0.01, factors)
+    message = (
+        f"factors must be a dict of pattern → factor; got {type(factors).__name__}"
+    )
+    refused(TypeError, message, network(), 0.01, factors)
 
 
 @pytest.mark.parametrize("pattern", [3, None, ("*.m",)])
 def test_a_pattern_that_is_no_string_is_refused(pattern):
-    with pytest.raises(TypeError, match="a pattern must be a string; got") as caught:
-        parameter_groups(network(), 0.01, {pattern: 3})
-    assert str(caught.value).endswith(f"got {pattern!r} ({type(pattern).__name__})")
+    shown = f"{pattern!r} ({type(pattern).__name__})"
+    message = f"a pattern must be a string; got {shown}"
+    refused(TypeError, message, network(), 0.01, {pattern: 3})
 
 
 @pytest.mark.parametrize("factors", [None, {"*": 2}])
 @pytest.mark.parametrize("model", [nn.Linear(3, 2).requires_grad_(False), nn.ReLU()])
 def test_a_model_with_nothing_to_train_is_refused(model, factors):
-    with pytest.raises(
-        ValueError, match="model has no trainable parameters: everything is frozen"
-    ):
-        parameter_groups(model, 0.01, factors)
+    refused(ValueError, "model has no trainable parameters", model, 0.01, factors)
 
 
 @pytest.mark.parametrize("model", [[nn.Linear(3, 2)], nn.Linear, None])
 def test_a_model_that_is_no_module_is_refused(model):
-    with pytest.raises(
-        TypeError, match=f"^model must be an nn.Module; got {type(model).__name__}$"
-    ):
-        parameter_groups(model, 0.01)
-
-
-@pytest.mark.parametrize(
-    ("rate", "error"),
-    [
-        (0, ValueError),
-        (-0.1, ValueError),
-        (math.nan, ValueError),
-        (math.inf, ValueError),
-        ("0.1", TypeError),
-        (True, TypeError),
-    ],
-)
-def test_a_learning_rate_that_is_no_number_above_zero_is_refused(rate, error):
-    with pytest.raises(
-        error, match="learning_rate must be a finite number larger than 0; got"
-    ):
-        parameter_groups(network(), rate, {"*.m": 3})
+    message = f"model must be an nn.Module; got {type(model).__name__}"
+    refused(TypeError, message, model, 0.01)
 
 
 # --- In a model of PEFT --------------------------------------------------------------------------------------
@@ -299,25 +234,16 @@ def test_the_patterns_of_the_docstring_fit_pefts_names():
         "peft", reason='needs the extra peft: pip install -e ".[peft]"'
     )
     base = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
-    config = peft.LoraConfig(
-        r=2, lora_alpha=4, target_modules=["0", "2"], use_dora=True
-    )
+    targets = {"target_modules": ["0", "2"], "use_dora": True}
+    config = peft.LoraConfig(r=2, lora_alpha=4, **targets)
     model = peft.get_peft_model(base, config)
-    factors = {"*lora_magnitude_vector*": 30, "*lora_B*": 16}
-    (rest, A), (magnitudes, m), (b, B) = named(
-        model, parameter_groups(model, 0.01, factors)
+    rates, names = zip(
+        *named(model, 0.01, {"*lora_magnitude_vector*": 30, "*lora_B*": 16}),
+        strict=True,
     )
-    assert (rest, magnitudes, b) == (0.01, pytest.approx(0.3), pytest.approx(0.16))
-    for names, part in ((A, "lora_A"), (m, "lora_magnitude_vector"), (B, "lora_B")):
-        assert len(names) == 2
-        assert all(
-            f".{number}.{part}." in name
-            for number, name in zip((0, 2), names, strict=True)
-        )
-    for layer in (0, 2):
-        magnitude = (
-            model.base_model.model[layer].lora_magnitude_vector["default"].weight
-        )
-        assert any(
-            magnitude is p for p in parameter_groups(model, 0.01, factors)[1]["params"]
-        )
+    assert rates == (0.01, pytest.approx(0.3), pytest.approx(0.16))
+    parts = ("lora_A.default.weight", "lora_magnitude_vector.default.weight")
+    assert names == tuple(
+        [f"base_model.model.{layer}.{part}" for layer in (0, 2)]
+        for part in (*parts, "lora_B.default.weight")
+    )

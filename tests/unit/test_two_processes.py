@@ -8,7 +8,6 @@ import sys
 import threading
 
 import pytest
-import torch
 from jupyter_client.manager import run_kernel
 from mirror import TINY, contents, serving
 from support import linear_layer
@@ -57,30 +56,22 @@ print(saved)
 """
 
 
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="only Linux exchanges two folders in one step",
+)
+
+
 @pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(
-            "exchange",
-            marks=pytest.mark.skipif(
-                not sys.platform.startswith("linux"),
-                reason="only Linux exchanges two folders in one step",
-            ),
-        ),
-        "two renames",
-    ],
+    "way", [pytest.param("exchange", marks=linux_only), "two renames"]
 )
 def test_two_processes_save_to_one_folder_and_a_third_reads_one_whole_adapter(
     tmp_path, way
 ):
     folder = tmp_path / "adapter"
     command = [sys.executable, "-c", SAVER, str(folder)]
-    pipes = {
-        "stdin": subprocess.PIPE,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pipes["text"] = True
     with (
         subprocess.Popen([*command, "1", way], **pipes) as first,
         subprocess.Popen([*command, "2", way], **pipes) as second,
@@ -96,9 +87,7 @@ def test_two_processes_save_to_one_folder_and_a_third_reads_one_whole_adapter(
                 model = nn.Sequential(linear_layer(7, 5))
                 load_adapter(model, folder)
                 seen.append(model[0].lora.alpha)
-                assert torch.equal(
-                    model[0].lora.A, torch.full_like(model[0].lora.A, seen[-1])
-                )
+                assert model[0].lora.A.eq(seen[-1]).all()
         saved = []
         for saver in (first, second):
             output, errors = saver.communicate(timeout=60)
@@ -134,10 +123,9 @@ digest = hashlib.sha256(b"".join(part.images.numpy().tobytes() for part in split
 def reply_to(kernel, question):
     """Wait for the answer to one message; what the kernel says about itself may come
     before."""
-    while (message := kernel.get_shell_msg(timeout=120))["parent_header"][
-        "msg_id"
-    ] != question:
-        pass
+    message = {"parent_header": {}}
+    while message["parent_header"].get("msg_id") != question:
+        message = kernel.get_shell_msg(timeout=120)
     return message["content"]
 
 
@@ -145,7 +133,6 @@ def test_two_kernels_download_into_one_cache_at_once(
     tmp_path, tiny_is_published, monkeypatch
 ):
     cache = tmp_path / "cache"
-
     with serving(tiny_is_published, monkeypatch) as server:
         # Neither gets its last file before both have asked for it.
         server.meeting = threading.Barrier(2)
@@ -156,28 +143,19 @@ def test_two_kernels_download_into_one_cache_at_once(
             "mirror": MNIST.mirrors[0],
         }
         code = LOADER.format(given=json.dumps(given))
+        options = {"env": kernel_environment(), "startup_timeout": 120}
         with contextlib.ExitStack() as stack:
             kernels = [
-                stack.enter_context(
-                    run_kernel(
-                        kernel_name="python3",
-                        env=kernel_environment(),
-                        startup_timeout=120,
-                    )
-                )
+                stack.enter_context(run_kernel(kernel_name="python3", **options))
                 for _ in range(2)
             ]
-            asked = [
-                kernel.execute(code, user_expressions={"digest": "digest"})
-                for kernel in kernels
-            ]
+            wanted = {"user_expressions": {"digest": "digest"}}
+            asked = [kernel.execute(code, **wanted) for kernel in kernels]
             replies = [reply_to(*pair) for pair in zip(kernels, asked, strict=True)]
         assert not server.meeting.broken
     assert [reply["status"] for reply in replies] == ["ok", "ok"], replies
-    first, second = (
-        reply["user_expressions"]["digest"]["data"]["text/plain"] for reply in replies
-    )
-    assert first == second
+    first, second = (reply["user_expressions"]["digest"] for reply in replies)
+    assert first["data"]["text/plain"] == second["data"]["text/plain"]
     assert contents(cache) == sorted(
         ["MNIST", "MNIST/raw", *(f"MNIST/raw/{n}" for n in [*TINY, *tiny_is_published])]
     )
