@@ -13,6 +13,7 @@ import pytest
 
 from lowrank_utils.comparison.command import main
 from lowrank_utils.comparison.settings import Settings
+from lowrank_utils.comparison.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 # A sweep that takes longer is interrupted, so that it can't hold up all tests.
@@ -158,3 +159,10 @@ def kept(tmp_path):
         return results, failed
 
     return read
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "out")
+    with store.locked():
+        yield store
