@@ -212,7 +212,7 @@ SIX = [{**test, "ranks": [rank]} for rank in (1, 4, 8) for test in DECLARED["tes
 KEYS = "declared must have shifts, steps and tests; got"
 EMPTY = "must be a list with one entry or more"
 # What is declared → what is said to it.
-NOTHING_TO_RUN = [
+WRONG = [
     (declared(tests=SIX), "tests must be 5 or fewer; got 6"),
     (declared(tests=one_test("QLoRA")), "first must be one of 'DoRA norm kept"),
     # A method without a rank.
@@ -228,48 +228,33 @@ NOTHING_TO_RUN = [
     (declared(tests=one_test(ranks=[1, 1])), "ranks must have each entry once"),
     (declared(tests=one_test(ranks=[0])), "a rank must be a whole number, 1 or more"),
     (declared(steps=[1.5]), "steps must be a whole number"),
-    (
-        declared(steps=[64, 128]),
-        f"{DORA} isn't run with rank 1 and 128 steps on permutation",
-    ),
+    (declared(steps=[64, 128]), f"{DORA} isn't run with rank 1 and 128 steps on perm"),
 ]
 TEST = f"“{DORA} − LoRA, rank 1 and 4” is declared, but "
 GAIN = f"“{DORA} − gain, rank 1” is declared, but "
 LACKS = "isn't run with rank {} and 64 steps on permutation"
 FEW = "its runs have {} networks in common; 2 tests need 7 or more: with n networks p "
 TWO = ["LoRA", DORA]
+# Each method and rank, but not together; and two methods above few networks.
+APART = [grid(methods=["gain"]), grid(methods=TWO, ranks=[1])]
+APART += [grid(methods=["LoRA"], ranks=[4])]
+DORA_LATER = grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS])
+GAIN_AT_THREE = grid(methods=["gain"], networks=NETWORKS[:3])
 # Grids that don't run what is declared → what is said to them.
 TOO_LITTLE = [
     ([grid(methods=TWO)], GAIN + "gain " + LACKS.format(1)),
     ([grid(ranks=[1])], f"{TEST}{DORA} {LACKS.format(4)}"),
     ([grid(shift="inversion")], f"{TEST}{DORA} {LACKS.format(1)}"),
-    # Each method, but not together.
-    (
-        [
-            grid(methods=TWO, ranks=[1]),
-            grid(methods=["LoRA"], ranks=[4]),
-            grid(methods=["gain"]),
-        ],
-        f"{TEST}{DORA} {LACKS.format(4)}",
-    ),
+    (APART, f"{TEST}{DORA} {LACKS.format(4)}"),
     ([grid(networks=NETWORKS[:6])], TEST + FEW.format(6)),
-    (
-        [
-            grid(methods=["LoRA"]),
-            grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS]),
-        ],
-        TEST + FEW.format(3),
-    ),
-    (
-        [grid(methods=TWO), grid(methods=["gain"], networks=NETWORKS[:3])],
-        GAIN + FEW.format(3),
-    ),
+    ([grid(methods=["LoRA"]), DORA_LATER], TEST + FEW.format(3)),
+    ([grid(methods=TWO), GAIN_AT_THREE], GAIN + FEW.format(3)),
 ]
 
 
 @pytest.mark.parametrize(
     ("content", "grids", "said"),
-    [(content, [grid()], said) for content, said in NOTHING_TO_RUN]
+    [(content, [grid()], said) for content, said in WRONG]
     + [(DECLARED, *case) for case in TOO_LITTLE],
 )
 def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(

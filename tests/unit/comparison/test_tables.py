@@ -39,20 +39,15 @@ SCORES = {
 SLOW, LONG = 64, 128
 
 
-def each_network(values, cell, default):
-    given = (values or {}).get(cell, default)
+def each_network(given):
     return given if isinstance(given, list) else [given] * 100
 
 
-def result(
-    scores=SCORES,
-    steps=(SLOW,),
-    networks=(),
-    losses=None,
-    tuned=None,
-    extra=None,
-    **settings,
-):
+def changed(values, others):
+    return values | {name: others[name] for name in others if name in values}
+
+
+def result(scores=SCORES, steps=(SLOW,), networks=(), **more):
     """Return a result as ``write_result`` gives it.
 
     Args:
@@ -63,32 +58,39 @@ def result(
         tuned: the same for the score in the tuning; by default a hundredth below the
             accuracy.
         extra: (method, rank) → further values of its runs and choices.
-        settings: others than ``SETTINGS``.
+        more: settings other than ``SETTINGS``.
     """
+    losses, tuned, extra = (more.pop(n, {}) for n in ("losses", "tuned", "extra"))
     choices, runs = [], []
     for cell, values in scores.items():
         method, rank = cell
-        trained, more = method != "frozen", (extra or {}).get(cell, {})
+        trained, others = method != "frozen", extra.get(cell, {})
         rates = {"learning_rate": 0.0123456 if trained else None}
         rates["factor"] = 50.0 if method in (DORA, "gain") else None
         fixed = {"trainable": (rank or 0) * 100, "dead": False, "negative": {}}
         seeds = networks or range(11, 11 + len(values))
         for place, (network, accuracies) in enumerate(zip(seeds, values, strict=True)):
             several = accuracies if isinstance(accuracies, list) else [accuracies]
-            loss = each_network(losses, cell, 0.5)[place] if trained else None
-            score = each_network(tuned, cell, sum(several) / len(several) - 0.01)[place]
+            loss = each_network(losses.get(cell, 0.5))[place] if trained else None
+            score = sum(several) / len(several) - 0.01
+            score = each_network(tuned.get(cell, score))[place]
             tries = {"points": [], "score": score, "widened": 0, "at_edge": False}
             for length in steps:
                 run = {"network": network, "method": method, "rank": rank}
                 run |= {"steps": length} | rates
                 choice = run | tries
                 if trained:
-                    choices.append(choice | {n: more[n] for n in more if n in choice})
+                    choices.append(changed(choice, others))
                 for seed, accuracy in enumerate(several, start=1):
                     whole = run | fixed | {"seed": seed, "training_loss": loss}
                     whole |= {"validation": accuracy - 0.02, "test": accuracy}
-                    runs.append(whole | {n: more[n] for n in more if n in whole})
-    return {"settings": SETTINGS | settings, "choices": choices, "runs": runs}
+                    runs.append(changed(whole, others))
+    return {"settings": SETTINGS | more, "choices": choices, "runs": runs}
+
+
+@pytest.fixture
+def table():
+    return results_table([result()])
 
 
 def rows_of(table, method, rank=None):
@@ -121,12 +123,12 @@ def test_a_row_for_each_adaptation_with_what_was_tuned_and_what_came_out():
     assert rows_of(table, "frozen")[untuned].isna().all(axis=None)
 
 
-def test_an_adaptation_in_two_results_counts_once():
+def test_an_adaptation_in_two_results_counts_once(table):
     scores = {("LoRA", 8): [0.8] * 3, ("m alone", None): SCORES["m alone", None]}
     both = results_table([result(), result(scores), result()])
     assert len(both) == 6 * 3 + 3
     without = both[~both["rank"].eq(8).fillna(value=False)]
-    assert_frame_equal(means(without), means(results_table([result()])))
+    assert_frame_equal(means(without), means(table))
     assert differences(both, "LoRA", "m alone")["count"].tolist() == [3, 3, 3]
 
 
@@ -158,8 +160,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert_frame_equal(*both, check_exact=True)
 
 
-def test_means_are_over_networks_with_students_interval():
-    table = results_table([result()])
+def test_means_are_over_networks_with_students_interval(table):
     summary = means(table)
     assert len(summary) == 6
     for cell, values in SCORES.items():
@@ -169,22 +170,15 @@ def test_means_are_over_networks_with_students_interval():
     assert len(means(table.head(0))) == 0
 
 
-def test_more_seeds_above_a_network_make_nothing_surer_and_move_no_weight():
+def test_more_seeds_above_a_network_make_nothing_surer_and_move_no_weight(table):
     """The unit is the network: three of them with twenty seeds are three, and each
     counts as much as another."""
-    few = results_table([result()])
     many = {key: [[a] * 20, b, [c] * 5] for key, (a, b, c) in SCORES.items()}
     more = results_table([result(many)])
-    assert len(more) > 4 * len(few)
-    assert_frame_equal(means(few), means(more))
+    assert len(more) > 4 * len(table)
+    assert_frame_equal(means(table), means(more))
     for second in ("LoRA", "m alone"):
-        assert_frame_equal(*(differences(t, DORA, second) for t in (few, more)))
-
-
-def test_seeds_are_averaged_within_their_network():
-    table = results_table([result({("LoRA", 1): [[0.6, 0.8], 0.5]})])
-    assert network_means(table)["test"].tolist() == pytest.approx([0.7, 0.5])
-    assert means(table)["mean"].tolist() == pytest.approx([0.6])
+        assert_frame_equal(*(differences(t, DORA, second) for t in (table, more)))
 
 
 def test_a_dead_run_counts_in_every_mean():
@@ -198,8 +192,7 @@ def test_a_dead_run_counts_in_every_mean():
     assert (row["count"], row["mean"]) == (3, pytest.approx(0.25 / 3))
 
 
-def test_differences_are_paired_by_network_whatever_the_order_of_the_rows():
-    table = results_table([result()])
+def test_differences_are_paired_by_network_whatever_the_order_of_the_rows(table):
     rows = differences(table, DORA, "LoRA")
     assert rows["rank"].tolist() == [1, 4]
     for row in rows.to_dict("records"):
@@ -226,8 +219,7 @@ def test_only_networks_that_have_both_count():
     assert len(differences(results_table([ours, apart]), DORA, "LoRA")) == 0
 
 
-def test_a_method_without_a_rank_is_paired_with_each_rank_of_the_other():
-    table = results_table([result()])
+def test_a_method_without_a_rank_is_paired_with_each_rank_of_the_other(table):
     for pair, sign in (((DORA, "m alone"), 1), (("m alone", DORA), -1)):
         rows = differences(table, *pair)
         assert rows["rank"].tolist() == [1, 4]
@@ -249,8 +241,7 @@ def test_tasks_and_lengths_are_not_mixed():
     assert found.tolist() == pytest.approx([0.02, 0.64 - 0.9])
 
 
-def test_nothing_to_pair_is_an_empty_table():
-    table = results_table([result()])
+def test_nothing_to_pair_is_an_empty_table(table):
     assert len(differences(table, DORA, "full")) == 0
     with pytest.raises(ValueError, match=r"second must be one of .*; got 'lora'"):
         differences(table, DORA, "lora")
@@ -266,13 +257,11 @@ def test_one_network_has_a_mean_and_no_verdict():
 
 # DoRA is below m alone, which it contains, in training loss and in score, above each of
 # four networks.
-HELD_BACK = {
-    (DORA, 1): [0.70, 0.71, 0.72, 0.71],
-    ("m alone", None): [0.80, 0.81, 0.80, 0.82],
-}
+HELD_BACK = {(DORA, 1): [0.70, 0.71, 0.72, 0.71]}
+HELD_BACK["m alone", None] = [0.80, 0.81, 0.80, 0.82]
 LOSSES = {
     (DORA, 1): [0.60, 0.62, 0.61, 0.60],
-    ("m alone", None): [0.40, 0.41, 0.40, 0.39],
+    ("m alone", None): [0.40, 0.41, 0.4, 0.39],
 }
 
 
@@ -364,8 +353,8 @@ def test_under_tuned_at_one_length_task_and_rank_says_nothing_of_another():
     assert set(rows["verdict"][~bad]) == {"better"}
 
 
-def test_the_spread_over_ranks_is_taken_for_each_network():
-    spread = spread_over_ranks(results_table([result()]), ["LoRA", DORA, "m alone"])
+def test_the_spread_over_ranks_is_taken_for_each_network(table):
+    spread = spread_over_ranks(table, ["LoRA", DORA, "m alone"])
     found = spread.set_index(["method", "network"])["spread"].to_dict()
     expected = {"LoRA": (0.10, 0.07, 0.07), DORA: (0.07, 0.06, 0.06)}
     assert found == pytest.approx(
