@@ -6,13 +6,13 @@ import json
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import nbformat
 import pytest
 
 from lowrank_utils.comparison.command import main
 from lowrank_utils.comparison.settings import Settings
+from lowrank_utils.comparison.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 # A sweep that takes longer is interrupted, so that it can't hold up all tests.
@@ -61,16 +61,12 @@ Path(result_path).write_text(json.dumps(result))
 def notebook(tmp_path):
     """The stand-in's path."""
     source = nbformat.read(ROOT / "notebooks" / "comparison.ipynb", as_version=4)
-    (parameters,) = [
-        cell for cell in source.cells if "parameters" in cell.metadata.get("tags", [])
-    ]
-    copy = nbformat.v4.new_notebook(metadata=source.metadata)
-    copy.cells = [
-        nbformat.v4.new_code_cell(parameters.source, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(BODY),
-    ]
+    tag = {"tags": ["parameters"]}
+    (parameters,) = [c for c in source.cells if tag.items() <= c.metadata.items()]
+    cell, copy = nbformat.v4.new_code_cell, nbformat.v4.new_notebook
+    cells = [cell(parameters.source, metadata=tag), cell(BODY)]
     path = tmp_path / "stand_in.ipynb"
-    nbformat.write(copy, path)
+    nbformat.write(copy(metadata=source.metadata, cells=cells), path)
     return path
 
 
@@ -78,17 +74,11 @@ def notebook(tmp_path):
 def arguments(notebook, tmp_path):
     """The arguments of a sweep of the stand-in, into ``tmp_path / "out"``."""
 
-    def build(*more, out="out"):
-        fixed = [
-            "-p",
-            "networks",
-            "[7, 8]",
-            "-p",
-            "methods",
-            "[LoRA, DoRA with m's rate]",
-        ]
-        fixed += ["-p", "seeds", "[1, 2, 3]", "--out", str(tmp_path / out)]
-        return ["--notebook", str(notebook), *map(str, more), *fixed]
+    def build(*more, out="out", networks=("[7, 8]",)):
+        fixed = ["-p", "networks", *networks, "-p", "seeds", "[1, 2, 3]"]
+        fixed += ["-p", "methods", "[LoRA, DoRA with m's rate]"]
+        fixed += ["--out", tmp_path / out]
+        return [str(word) for word in ("--notebook", notebook, *more, *fixed)]
 
     return build
 
@@ -96,32 +86,18 @@ def arguments(notebook, tmp_path):
 @pytest.fixture
 def command(arguments):
     """The command line of such a sweep, for a process of its own."""
-
-    def build(*more, out="out"):
-        return [
-            sys.executable,
-            "-m",
-            "lowrank_utils.comparison",
-            *arguments(*more, out=out),
-        ]
-
-    return build
-
-
-class Ended(NamedTuple):
-    """What a sweep left: its exit status and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+    return lambda *more: [
+        *(sys.executable, "-m", "lowrank_utils.comparison"),
+        *arguments(*more),
+    ]
 
 
 @pytest.fixture
 def sweep(arguments, monkeypatch, capfd):
     """Run a sweep to its end in this process, which has loaded all that the command
-    would load first."""
+    would load first, and return what it printed."""
 
-    def run(*more, out="out", **environment):
+    def run(*more, status=0, out="out", networks=("[7, 8]",), **environment):
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
@@ -129,32 +105,36 @@ def sweep(arguments, monkeypatch, capfd):
             too_long = threading.Timer(SECONDS, _thread.interrupt_main)
             too_long.start()
             try:
-                status = main(arguments(*more, out=out))
+                found = main(arguments(*more, out=out, networks=networks))
             finally:
                 too_long.cancel()
-        return Ended(status, *capfd.readouterr())
+        printed = capfd.readouterr()
+        assert found == status, printed.err
+        assert "Traceback" not in printed.err
+        return printed
 
     return run
 
 
 @pytest.fixture
 def kept(tmp_path):
-    """Return what a sweep keeps: the results by the run's name, those that failed, and
-    all other names."""
+    """Return what a sweep keeps: the results by the run's name, and the folders of
+    those that failed."""
 
     def read(out="out"):
-        folder = tmp_path / out
-        results = {
-            path.name: json.loads((path / "result.json").read_text())
-            for path in (folder / "runs").iterdir()
-        }
+        folder, results = tmp_path / out, {}
         for path in (folder / "runs").iterdir():
-            assert {file.name for file in path.iterdir()} == {
-                "notebook.ipynb",
-                "result.json",
-            }
+            names = sorted(file.name for file in path.iterdir())
+            assert names == ["notebook.ipynb", "result.json"]
             nbformat.validate(nbformat.read(path / "notebook.ipynb", as_version=4))
-        failed = {path.name: path for path in (folder / "failed").iterdir()}
-        return results, failed
+            results[path.name] = json.loads((path / "result.json").read_text())
+        return results, list((folder / "failed").iterdir())
 
     return read
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "out")
+    with store.locked():
+        yield store

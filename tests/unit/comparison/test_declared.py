@@ -7,19 +7,18 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
+from pandas.testing import assert_frame_equal
 from scipy import stats
-from test_tables import DORA, LONG, ONE_RATE, SETTINGS, result
+from test_tables import DORA, LONG, ONE_RATE, SETTINGS, only, result
 
 from lowrank_utils.comparison import command as comparison
 from lowrank_utils.comparison.command import main
 from lowrank_utils.comparison.declared import judge, read_declaration
-from lowrank_utils.comparison.grid import SweepError
+from lowrank_utils.comparison.grid import SweepError, expand
 from lowrank_utils.comparison.intervals import holm, sign_flip_test
-from lowrank_utils.comparison.settings import Settings
-from lowrank_utils.comparison.store import Outcome, Store
+from lowrank_utils.comparison.store import Outcome
 from lowrank_utils.comparison.tables import results_table
 
 NETWORKS = list(range(11, 19))
@@ -44,24 +43,18 @@ def one_test(first=DORA, second="LoRA", ranks=(1,)):
     return [{"first": first, "second": second, "ranks": list(ranks)}]
 
 
-def scores(ahead=AHEAD, gain=0.001):
+BOTH_RANKS = one_test(ranks=[1, 4])
+
+
+def scores(ahead=AHEAD):
     """DoRA's lead over LoRA differs between the ranks and is ``ahead`` in their
     mean."""
     lora = [0.70 + 0.01 * place for place in range(len(ahead))]
-    dora = {
-        rank: [a + by + d for a, d in zip(lora, ahead, strict=True)]
-        for rank, by in ((1, 0.2), (4, -0.2))
-    }
-    return {
-        ("LoRA", 1): lora,
-        ("LoRA", 4): lora,
-        (DORA, 1): dora[1],
-        (DORA, 4): dora[4],
-        ("gain", 1): [
-            value - gain * (-1) ** place / (1 + place)
-            for place, value in enumerate(dora[1])
-        ],
-    }
+    high = [a + 0.2 + d for a, d in zip(lora, ahead, strict=True)]
+    low = [value - 0.4 for value in high]
+    gain = [v - 0.001 * (-1) ** place / (1 + place) for place, v in enumerate(high)]
+    of_lora = {("LoRA", 1): lora, ("LoRA", 4): lora}
+    return of_lora | {(DORA, 1): high, (DORA, 4): low, ("gain", 1): gain}
 
 
 def both_shifts(values=None, **more):
@@ -74,35 +67,23 @@ def judged(results, **changes):
 
 
 def test_a_tests_answer_is_the_mean_over_shifts_and_ranks_of_each_network():
-    answers = judged(both_shifts())
-    row, other = (row for _, row in answers.iterrows())
-    assert (row["steps"], row["count"], row["test"]) == (
-        64,
-        8,
-        f"{DORA} − LoRA, rank 1 and 4",
-    )
-    assert row["mean"] == pytest.approx(np.mean(AHEAD))
+    first, second = judged(both_shifts()).to_dict("records")
+    expected = {"steps": 64, "test": f"{DORA} − LoRA, rank 1 and 4", "count": 8}
     # Two tests, so that each interval has 97.5 %.
     ends = stats.ttest_1samp(AHEAD, 0).confidence_interval(0.975)
-    assert (row["low"], row["high"]) == pytest.approx((ends.low, ends.high))
-    assert row["p"] == pytest.approx(2 / 2**8)
-    assert row["p_holm"] == pytest.approx(4 / 2**8)
-    assert row["verdict"] == "better"
-    assert (other["count"], other["verdict"]) == (8, "no difference worth having")
-    opposite = judged(both_shifts(), tests=one_test("LoRA", DORA, [1, 4]))
-    assert opposite["mean"].tolist() == pytest.approx([-np.mean(AHEAD)])
-    assert opposite["verdict"].tolist() == ["worse"]
+    expected |= {"mean": np.mean(AHEAD), "low": ends.low, "high": ends.high}
+    expected |= {"p": 2 / 2**8, "p_holm": 4 / 2**8, "verdict": "better"}
+    assert first == pytest.approx(expected)
+    assert (second["count"], second["verdict"]) == (8, "no difference worth having")
+    opposite = only(judged(both_shifts(), tests=one_test("LoRA", DORA, [1, 4])))
+    assert opposite["mean"] == pytest.approx(-np.mean(AHEAD))
+    assert opposite["verdict"] == "worse"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_intervals_level_goes_by_the_number_of_tests(count):
-    tests = [
-        *one_test(),
-        *one_test(ranks=[4]),
-        *one_test(ranks=[1, 4]),
-        *one_test("LoRA", DORA),
-        *one_test("gain", DORA),
-    ]
+    tests = one_test() + one_test(ranks=[4]) + BOTH_RANKS
+    tests += one_test("LoRA", DORA) + one_test("gain", DORA)
     answers = judged(both_shifts(), tests=tests[:count])
     values = [0.2 + d for d in AHEAD]
     ends = stats.ttest_1samp(values, 0).confidence_interval(1 - 0.05 / count)
@@ -114,29 +95,19 @@ def test_the_intervals_level_goes_by_the_number_of_tests(count):
 def test_a_corrected_p_above_five_of_a_hundred_decides_nothing_whatever_the_interval():
     # Six equal signs: p = 2/64 = 0.031 stands for one test, and not for two. The t
     # interval excludes zero in both.
-    steady = scores([0.030, 0.031, 0.029, 0.030, 0.032, 0.028])
-    alone = judged(both_shifts(steady), tests=one_test(ranks=[1, 4]))
-    assert (alone["p_holm"].iloc[0], alone["verdict"].iloc[0]) == (
-        pytest.approx(0.03125),
-        "better",
-    )
-    two = judged(both_shifts(steady)).iloc[0]
+    steady = both_shifts(scores([0.030, 0.031, 0.029, 0.030, 0.032, 0.028]))
+    alone = only(judged(steady, tests=BOTH_RANKS))
+    assert (alone["p_holm"], alone["verdict"]) == (pytest.approx(2 / 64), "better")
+    two = judged(steady).iloc[0]
     assert two["low"] > 0.01
-    assert (two["p"], two["p_holm"], two["verdict"]) == (
-        pytest.approx(0.03125),
-        pytest.approx(0.0625),
-        "undecided",
-    )
-    worse = judged(
-        both_shifts(steady),
-        tests=[*one_test("LoRA", DORA, [1, 4]), *one_test("gain", DORA)],
-    ).iloc[0]
+    assert two[["p", "p_holm"]].tolist() == pytest.approx([2 / 64, 4 / 64])
+    assert two["verdict"] == "undecided"
+    tests = one_test("LoRA", DORA, [1, 4]) + one_test("gain", DORA)
+    worse = judged(steady, tests=tests).iloc[0]
     assert worse["high"] < -0.01
     assert worse["verdict"] == "undecided"
     # That a difference is within a point is no claim that needs a p.
-    small = judged(
-        both_shifts(scores([0.001, -0.001] * 4)), tests=one_test(ranks=[1, 4])
-    ).iloc[0]
+    small = only(judged(both_shifts(scores([0.001, -0.001] * 4)), tests=BOTH_RANKS))
     assert small["p"] > 0.05
     assert small["verdict"] == "no difference worth having"
 
@@ -150,38 +121,29 @@ def test_each_length_is_a_family_of_its_own():
     answers = judged(results, steps=[64, LONG])
     assert answers["steps"].tolist() == [64, 64, LONG, LONG]
     for steps in (64, LONG):
-        alone = judged(results, steps=[steps])
         family = answers[answers["steps"] == steps].reset_index(drop=True)
-        pd.testing.assert_frame_equal(family, alone)
-        assert family["p_holm"].tolist() == pytest.approx(holm(family["p"].tolist()))
+        assert_frame_equal(family, judged(results, steps=[steps]))
 
 
 def test_more_seeds_make_nothing_surer_and_move_no_weight_between_networks():
     answers = judged(both_shifts())
     seeds = [1, 20, 3, 1, 1, 7, 1, 2]
-    more = {
-        key: [[v] * n for v, n in zip(values, seeds, strict=True)]
-        for key, values in scores().items()
-    }
-    pd.testing.assert_frame_equal(judged(both_shifts(more)), answers)
+    more, uneven = scores(), scores()
+    for key, values in scores().items():
+        more[key] = [[v] * n for v, n in zip(values, seeds, strict=True)]
+        if key[1] == 4:
+            uneven[key] = [[v] * 9 for v in values]
+    assert_frame_equal(judged(both_shifts(more)), answers)
     # Nor do more seeds on one of the shifts, or at one of the ranks.
-    uneven = {
-        key: [[v] * 9 for v in values] if key[1] == 4 else values
-        for key, values in scores().items()
-    }
-    first, second = DECLARED["shifts"]
-    mixed = [result(uneven, shift=first), result(scores(), shift=second)]
-    pd.testing.assert_frame_equal(judged(mixed), answers)
+    mixed = [both_shifts(uneven)[0], both_shifts()[1]]
+    assert_frame_equal(judged(mixed), answers)
 
 
 def test_it_is_the_same_whatever_the_order_of_the_rows():
-    table = results_table(both_shifts())
-    answers = judge(table, read_declaration(declared()))
+    table, declaration = results_table(both_shifts()), read_declaration(DECLARED)
     for seed in range(3):
         mixed = table.sample(frac=1, random_state=seed)
-        pd.testing.assert_frame_equal(
-            judge(mixed, read_declaration(declared())), answers
-        )
+        assert_frame_equal(judge(mixed, declaration), judge(table, declaration))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +161,10 @@ def test_a_network_that_lacks_one_run_does_not_count(lacks):
     gone = table["network"] == NETWORKS[2]
     for name, value in lacks.items():
         gone &= (table[name] == value).fillna(value=False)
-    row = judge(
-        table[~gone], read_declaration(declared(tests=one_test(ranks=[1, 4])))
-    ).iloc[0]
+    row = only(judge(table[~gone], read_declaration(declared(tests=BOTH_RANKS))))
     rest = [value for place, value in enumerate(AHEAD) if place != 2]
-    assert (row["count"], row["mean"]) == (7, pytest.approx(np.mean(rest)))
-    assert row["p"] == pytest.approx(sign_flip_test(rest))
+    expected = [7, np.mean(rest), sign_flip_test(rest)]
+    assert [row["count"], row["mean"], row["p"]] == pytest.approx(expected)
 
 
 def test_what_only_describes_does_not_get_into_the_declared_tests():
@@ -220,177 +180,94 @@ def test_what_only_describes_does_not_get_into_the_declared_tests():
         *both_shifts(),
     ]
     for results in ([*both_shifts(), *describing], [*describing, *both_shifts()]):
-        pd.testing.assert_frame_equal(judged(results), answers)
+        assert_frame_equal(judged(results), answers)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_whole_networks_are_no_answer(count):
     table = results_table(both_shifts())
     left = table[(table["network"] < 11 + count) | (table["method"] != "LoRA")]
-    with pytest.raises(
-        ValueError,
-        match=r"needs two networks or more with all its runs of 64 steps; there",
-    ):
-        judge(left, read_declaration(declared()))
+    with pytest.raises(ValueError, match=r"needs two networks or more .* 64 steps"):
+        judge(left, read_declaration(DECLARED))
 
 
 # --- What may be declared ----------------------------------------------------------------------------------
 
-RUNS = {
-    "networks": NETWORKS,
-    "methods": ["LoRA", DORA, "gain"],
-    "ranks": [1, 4],
-    "steps": [64],
-    "adaptation_examples": 512,
-}
+RUNS = {"networks": NETWORKS, "methods": ["LoRA", DORA, "gain"], "ranks": [1, 4]}
+RUNS |= {"steps": [64], "adaptation_examples": 512}
 
 
 def grid(**changes):
     """All shifts that are declared, each with all methods, ranks and networks."""
-    lists = {
-        name: [value] if isinstance(value, list) else value
-        for name, value in (RUNS | changes).items()
-    }
-    return {"shift": DECLARED["shifts"], **lists}
+    runs = RUNS | changes
+    lists = {name: [v] if isinstance(v, list) else v for name, v in runs.items()}
+    return {"shift": DECLARED["shifts"]} | lists
 
 
 def settings(**changes):
-    return [
-        Settings.of(SETTINGS | RUNS | {"shift": shift} | changes)
-        for shift in DECLARED["shifts"]
-    ]
+    return expand([grid(**changes)], SETTINGS)
 
 
+SIX = [{**test, "ranks": [rank]} for rank in (1, 4, 8) for test in DECLARED["tests"]]
+KEYS = "declared must have shifts, steps and tests; got"
+EMPTY = "must be a list with one entry or more"
+# What is declared → what is said to it.
+WRONG = [
+    (declared(tests=SIX), "tests must be 5 or fewer; got 6"),
+    (declared(tests=one_test("QLoRA")), "first must be one of 'DoRA norm kept"),
+    # A method without a rank.
+    (declared(tests=one_test(DORA, "m alone")), "second must be one of"),
+    (declared(tests=one_test("LoRA", "LoRA")), "two methods; got 'LoRA' twice"),
+    (declared(shifts=["mirror"]), "a shift must be one of"),
+    ({"shifts": ["inversion"], "steps": [64]}, KEYS),
+    (declared(level=0.1), KEYS),
+    ([1], f"{KEYS} [1]"),
+    (declared(tests=[{"first": DORA, "ranks": [1]}]), "a test must have first, second"),
+    (declared(tests=one_test(ranks=[])), f"ranks {EMPTY}"),
+    (declared(tests=[]), f"tests {EMPTY}; got []"),
+    (declared(tests=one_test(ranks=[1, 1])), "ranks must have each entry once"),
+    (declared(tests=one_test(ranks=[0])), "a rank must be a whole number, 1 or more"),
+    (declared(steps=[1.5]), "steps must be a whole number"),
+    (declared(steps=[64, 128]), f"{DORA} isn't run with rank 1 and 128 steps on perm"),
+]
 TEST = f"“{DORA} − LoRA, rank 1 and 4” is declared, but "
 GAIN = f"“{DORA} − gain, rank 1” is declared, but "
-FEW = (
-    " networks in common; 2 tests need 7 or more: with n networks p can't be below 2/2ⁿ"
+LACKS = "isn't run with rank {} and 64 steps on permutation"
+FEW = "its runs have {} networks in common; 2 tests need 7 or more: with n networks p "
+TWO = ["LoRA", DORA]
+# Each method and rank, but not together; and two methods above few networks.
+APART = [grid(methods=["gain"]), grid(methods=TWO, ranks=[1])]
+APART += [grid(methods=["LoRA"], ranks=[4])]
+DORA_LATER = grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS])
+GAIN_AT_THREE = grid(methods=["gain"], networks=NETWORKS[:3])
+# Grids that don't run what is declared → what is said to them.
+TOO_LITTLE = [
+    ([grid(methods=TWO)], GAIN + "gain " + LACKS.format(1)),
+    ([grid(ranks=[1])], f"{TEST}{DORA} {LACKS.format(4)}"),
+    ([grid(shift="inversion")], f"{TEST}{DORA} {LACKS.format(1)}"),
+    (APART, f"{TEST}{DORA} {LACKS.format(4)}"),
+    ([grid(networks=NETWORKS[:6])], TEST + FEW.format(6)),
+    ([grid(methods=["LoRA"]), DORA_LATER], TEST + FEW.format(3)),
+    ([grid(methods=TWO), GAIN_AT_THREE], GAIN + FEW.format(3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "grids", "said"),
+    [(content, [grid()], said) for content, said in WRONG]
+    + [(DECLARED, *case) for case in TOO_LITTLE],
 )
-SIX = [{**test, "ranks": [rank]} for rank in (1, 4, 8) for test in DECLARED["tests"]]
-
-WRONG = {
-    "six tests": (declared(tests=SIX), [grid()], "tests must be 5 or fewer; got 6"),
-    "an unknown method": (
-        declared(tests=one_test("QLoRA")),
-        [grid()],
-        "first must be one of 'DoRA norm kept with m's rate'",
-    ),
-    "a method without a rank": (
-        declared(tests=one_test(DORA, "m alone")),
-        [grid()],
-        "second must be one of",
-    ),
-    "one method twice": (
-        declared(tests=one_test("LoRA", "LoRA")),
-        [grid()],
-        "a test must compare two methods; got 'LoRA' twice",
-    ),
-    "an unknown shift": (
-        declared(shifts=["mirror"]),
-        [grid()],
-        "a shift must be one of",
-    ),
-    "no tests": (
-        {"shifts": ["inversion"], "steps": [64]},
-        [grid()],
-        "declared must have shifts, steps and tests; got",
-    ),
-    "another key": (
-        declared(level=0.1),
-        [grid()],
-        "declared must have shifts, steps and tests; got",
-    ),
-    "a list": ([1], [grid()], "declared must have shifts, steps and tests; got [1]"),
-    "no second": (
-        declared(tests=[{"first": DORA, "ranks": [1]}]),
-        [grid()],
-        "a test must have first, second and ranks; got {'first'",
-    ),
-    "no ranks": (
-        declared(tests=one_test(ranks=[])),
-        [grid()],
-        "ranks must be a list with one entry or more",
-    ),
-    "empty tests": (
-        declared(tests=[]),
-        [grid()],
-        "tests must be a list with one entry or more; got []",
-    ),
-    "one rank twice": (
-        declared(tests=one_test(ranks=[1, 1])),
-        [grid()],
-        "ranks must have each entry once",
-    ),
-    "rank 0": (
-        declared(tests=one_test(ranks=[0])),
-        [grid()],
-        "a rank must be a whole number, 1 or more; got 0",
-    ),
-    "half a step": (declared(steps=[1.5]), [grid()], "steps must be a whole number"),
-    "a method that isn't run": (
-        DECLARED,
-        [grid(methods=["LoRA", DORA])],
-        GAIN + "gain isn't run with rank 1 and 64 steps on permutation",
-    ),
-    "a rank that isn't run": (
-        DECLARED,
-        [grid(ranks=[1])],
-        TEST + f"{DORA} isn't run with rank 4 and 64 steps on permutation",
-    ),
-    "a shift that isn't run": (
-        DECLARED,
-        [grid() | {"shift": "inversion"}],
-        TEST + f"{DORA} isn't run with rank 1 and 64 steps on permutation",
-    ),
-    "a length that isn't run": (
-        declared(steps=[64, 128]),
-        [grid()],
-        TEST + f"{DORA} isn't run with rank 1 and 128 steps on permutation",
-    ),
-    "a pair that isn't run together": (
-        DECLARED,
-        [
-            grid(methods=["LoRA", DORA], ranks=[1]),
-            grid(methods=["LoRA"], ranks=[4]),
-            grid(methods=["gain"]),
-        ],
-        TEST + f"{DORA} isn't run with rank 4 and 64 steps",
-    ),
-    "six networks": (DECLARED, [grid(networks=NETWORKS[:6])], (TEST, "6" + FEW)),
-    "networks of their own": (
-        DECLARED,
-        [
-            grid(methods=["LoRA"]),
-            grid(methods=[DORA, "gain"], networks=[n + 5 for n in NETWORKS]),
-        ],
-        (TEST, "3" + FEW),
-    ),
-    "few networks with the last method": (
-        DECLARED,
-        [grid(methods=["LoRA", DORA]), grid(methods=["gain"], networks=NETWORKS[:3])],
-        (GAIN, "3" + FEW),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
 def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(
-    case, tmp_path, monkeypatch, capsys
+    content, grids, said, tmp_path, monkeypatch, capsys
 ):
-    content, grids, said = WRONG[case]
     path = tmp_path / "grid.yaml"
-    path.write_text(
-        yaml.safe_dump({"declared": content, "grids": grids}, sort_keys=False),
-        encoding="utf-8",
-    )
-    monkeypatch.setattr(
-        comparison, "run_all", lambda *_: pytest.fail("something is trained")
-    )
+    path.write_text(yaml.safe_dump({"declared": content, "grids": grids}), "utf-8")
+    # Nothing is trained.
+    monkeypatch.setattr(comparison, "run_all", None)
     assert main([str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lowrank-compare: ")
-    for part in (said,) if isinstance(said, str) else said:
-        assert part in error.replace('"', "'")
+    assert said in error.replace('"', "'")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -398,46 +275,34 @@ def test_what_the_runs_cannot_answer_is_refused_before_anything_is_trained(
 # Networks that have one of a test's ranks, or one of its shifts, and not the other,
 # don't count when it is judged.
 @pytest.mark.parametrize(
-    "apart", [{"ranks": ([1], [4])}, {"shift": (["permutation"], ["inversion"])}]
+    ("name", "one", "other"),
+    [("ranks", [1], [4]), ("shift", "permutation", "inversion")],
 )
-def test_enough_networks_must_have_all_of_a_tests_runs(apart):
-    ((name, values),) = apart.items()
-    declaration = read_declaration(declared(tests=one_test(ranks=[1, 4])))
-    halves = [
-        run
-        for value, networks in zip(
-            values, (NETWORKS, [n + 100 for n in NETWORKS]), strict=True
-        )
-        for run in settings(
-            networks=networks, **({"ranks": value} if name == "ranks" else {})
-        )
-        if name == "ranks" or [run.shift] == value
-    ]
+def test_enough_networks_must_have_all_of_a_tests_runs(name, one, other):
+    apart = {name: other, "networks": [n + 100 for n in NETWORKS]}
+    halves = settings(**{name: one}) + settings(**apart)
     with pytest.raises(ValueError, match=re.escape(TEST)):
-        declaration.check(halves)
+        read_declaration(declared(tests=BOTH_RANKS)).check(halves)
 
 
 # A test's mean over “rotation” would be one over two angles, and a network with one of
 # them would still count.
 def test_a_declared_shift_is_one_task():
-    runs = settings()
-    read_declaration(declared()).check(runs)
-    for change in (
-        {"alpha": 4.0},
-        {"adaptation_examples": 500},
-        {"batch_size": 32, "steps": [64]},
+    runs, declaration = settings(), read_declaration(DECLARED)
+    declaration.check(runs)
+    for name, value in (
+        ("alpha", 4.0),
+        ("adaptation_examples", 500),
+        ("batch_size", 32),
     ):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            read_declaration(declared()).check([*runs, replace(runs[0], **change)])
+        with pytest.raises(ValueError, match=name):
+            declaration.check([*runs, replace(runs[0], **{name: value})])
 
 
 def test_what_the_runs_can_answer_is_taken_from_several_grids():
-    runs = [
-        *settings(methods=["LoRA", DORA]),
-        *settings(methods=["gain"], networks=NETWORKS[:7]),
-    ]
+    runs = settings(methods=TWO) + settings(methods=["gain"], networks=NETWORKS[:7])
     read_declaration(DECLARED).check(runs)
-    read_declaration(DECLARED).check([*runs, *settings(networks=[1], methods=["full"])])
+    read_declaration(DECLARED).check(runs + settings(networks=[1], methods=["full"]))
 
 
 def test_a_declaration_as_json_holds_it_is_what_the_file_has():
@@ -445,13 +310,6 @@ def test_a_declaration_as_json_holds_it_is_what_the_file_has():
 
 
 # --- A declaration stays ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "out")
-    with store.locked():
-        yield store
 
 
 def finish_a_run(store):
@@ -477,14 +335,9 @@ def test_after_a_run_it_may_not(store, earlier):
     store.declare(earlier)
     finish_a_run(store)
     store.declare(earlier)
-    for later in (
-        declared(steps=[128]),
-        declared(tests=DECLARED["tests"][:1]),
-        None if earlier else DECLARED,
-    ):
-        with pytest.raises(
-            SweepError, match=r"was declared before them, .*choose another --out"
-        ):
+    others = [declared(steps=[128]), declared(tests=DECLARED["tests"][:1])]
+    for later in (*others, None if earlier else DECLARED):
+        with pytest.raises(SweepError, match=r"declared before them, .* another"):
             store.declare(later)
         assert on_disk(store) == earlier
 

@@ -2,10 +2,11 @@
 and freezes the rest."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from support import normal
+from support import assert_same_state, normal, snapshot
 from torch import nn
 
 from lowrank_utils.adapt import count_parameters, parameter_groups
@@ -15,6 +16,7 @@ from lowrank_utils.training import MultilayerPerceptron
 ADAPTER = LowRank(rank=3, alpha=8.0, scaling="alpha/rank", init="peft")
 LINEARS = (0, 2, 4)
 EACH = pytest.mark.parametrize("method", METHODS)
+WITH_LAST = pytest.mark.parametrize("last_layer", [True, False])
 
 
 @pytest.fixture
@@ -22,17 +24,26 @@ def pretrained():
     return MultilayerPerceptron(20, 8, 6, 3).double()
 
 
-def prepared(pretrained, method, adapter=ADAPTER, trains_last_layer=False, seed=0):
+def prepared(pretrained, method, adapter=ADAPTER, last_layer=False, seed=0):
     model = copy.deepcopy(pretrained)
     torch.manual_seed(seed)
-    make_trainable(method, model, adapter, trains_last_layer)
+    make_trainable(method, model, adapter, last_layer)
     return model
 
 
+def series(method, rank=4, last_layer=False, **changes):
+    """Return the network of the series, prepared."""
+    adapter = ADAPTER._replace(rank=rank, **changes)
+    network = MultilayerPerceptron(784, 128, 256, 10)
+    return prepared(network, method, adapter, last_layer)
+
+
+def trained_numbers(model):
+    return count_parameters(model).trainable
+
+
 def trainable(model):
-    return {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def of_layers(*endings, linears=LINEARS):
@@ -64,34 +75,27 @@ OTHERS = {
 
 
 @EACH
-def test_what_is_trainable(pretrained, method):
+@WITH_LAST
+def test_what_is_trainable(pretrained, method, last_layer):
     assert TRAINED.keys() | OTHERS.keys() == METHODS.keys()
-    expected = OTHERS[method] if method in OTHERS else of_layers(*TRAINED[method])
+    expected = of_layers(*TRAINED.get(method, ())) | OTHERS.get(method, set())
+    if method in TRAINED and last_layer:
+        # The last layer itself.
+        expected = of_layers(*TRAINED[method], linears=(0, 2)) | OTHERS["last layer"]
     # All frozen before, or nothing: a method says itself what it trains.
     for before in (True, False):
-        assert (
-            trainable(prepared(pretrained.requires_grad_(before), method)) == expected
-        )
+        pretrained.requires_grad_(before)
+        model = prepared(pretrained, method, last_layer=last_layer)
+        assert trainable(model) == expected
+    plain = last_layer or method in OTHERS
+    assert (type(model.layers[4]) is nn.Linear) == plain
 
 
 @EACH
-def test_the_last_layer_is_trained_itself_where_a_task_wants_that(pretrained, method):
-    model = prepared(pretrained, method, trains_last_layer=True)
-    last = {"layers.4.weight", "layers.4.bias"}
-    expected = {"frozen": set(), "last layer": last, "full": OTHERS["full"]}
-    if method in TRAINED:
-        expected[method] = of_layers(*TRAINED[method], linears=(0, 2)) | last
-    assert trainable(model) == expected[method]
-    assert type(model.layers[4]) is nn.Linear
-
-
-@EACH
-@pytest.mark.parametrize("trains_last_layer", [True, False])
-def test_a_method_starts_as_the_pretrained_network_and_leaves_that_alone(
-    pretrained, method, trains_last_layer
-):
-    before = copy.deepcopy(pretrained.state_dict())
-    model = prepared(pretrained, method, trains_last_layer=trains_last_layer)
+@WITH_LAST
+def test_a_method_starts_as_the_pretrained_network(pretrained, method, last_layer):
+    before = snapshot(pretrained)
+    model = prepared(pretrained, method, last_layer=last_layer)
     x = normal(5, 20)
     assert torch.allclose(model(x), pretrained(x), rtol=1e-12, atol=1e-12)
     if METHODS[method].has_rank:
@@ -100,10 +104,7 @@ def test_a_method_starts_as_the_pretrained_network_and_leaves_that_alone(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    assert all(
-        torch.equal(value, before[name])
-        for name, value in pretrained.state_dict().items()
-    )
+    assert_same_state(pretrained, before)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "frozen"])
@@ -111,9 +112,8 @@ def test_a_step_moves_the_outputs(pretrained, method):
     model = prepared(pretrained, method)
     x = normal(5, 20)
     before = model(x).detach()
-    optimizer = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad], lr=0.05
-    )
+    moving = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(moving, lr=0.05)
     model(x).square().sum().backward()
     optimizer.step()
     assert not torch.allclose(model(x), before)
@@ -121,101 +121,68 @@ def test_a_step_moves_the_outputs(pretrained, method):
 
 def test_methods_of_one_rank_start_from_the_same_a(pretrained):
     """Whatever else they draw; only a LoRA with another rank in a layer can't."""
-    starts = {
-        method: [
-            prepared(pretrained, method).layers[i].lora.A.detach() for i in LINEARS
-        ]
-        for method in TRAINED
-        if method not in ("m alone", "LoRA matched below", "LoRA matched above")
-    }
-    for method, start in starts.items():
-        for mine, its in zip(start, starts["LoRA"], strict=True):
-            assert torch.equal(mine, its), method
-    assert not torch.equal(
-        prepared(pretrained, "LoRA", seed=1).layers[0].lora.A, starts["LoRA"][0]
-    )
+
+    def start(method, seed=0):
+        layers = prepared(pretrained, method, seed=seed).layers
+        return [layers[index].lora.A.tolist() for index in LINEARS]
+
+    for method in TRAINED.keys() - {
+        "m alone",
+        "LoRA matched below",
+        "LoRA matched above",
+    }:
+        assert start(method) == start("LoRA"), method
+    assert start("LoRA", seed=1)[0] != start("LoRA")[0]
 
 
 def test_random_rows_are_others_in_each_layer_and_with_each_seed():
     square = MultilayerPerceptron(6, 6, 6, 6)
-    rows = [layer.R for layer in prepared(square, "random rows").layers[::2]]
-    again = prepared(square, "random rows").layers[0].R
-    assert torch.equal(rows[0], again)
-    others = [rows[1], rows[2], prepared(square, "random rows", seed=1).layers[0].R]
-    directions = [nn.functional.normalize(R, dim=1) for R in (rows[0], *others)]
-    assert not any(
-        torch.allclose(directions[0], direction) for direction in directions[1:]
-    )
+
+    def rows(seed):
+        model = prepared(square, "random rows", seed=seed)
+        return [layer.R for layer in model.layers[::2]]
+
+    directions = [nn.functional.normalize(R, dim=1) for R in (*rows(0), *rows(1))]
+    for one, other in itertools.combinations(directions, 2):
+        assert not torch.allclose(one, other)
+    assert torch.equal(rows(0)[0], rows(0)[0])
 
 
 @pytest.mark.parametrize(
     "method", [name for name, method in METHODS.items() if method.part]
 )
 def test_a_part_is_what_its_name_says_and_nothing_else(pretrained, method):
-    model = prepared(pretrained, method, trains_last_layer=True)
-    rest, part = parameter_groups(model, 0.01, {METHODS[method].part.pattern: 10})
+    model = prepared(pretrained, method, last_layer=True)
+    groups = parameter_groups(model, 0.01, {METHODS[method].part.pattern: 10})
     names = {parameter: name for name, parameter in model.named_parameters()}
-    own = {
-        "LoRA": "lora.B",
-        "LoRA matched below": "lora.B",
-        "LoRA matched above": "lora.B",
-    }
-    expected = of_layers(own.get(method, TRAINED[method][-1]), linears=(0, 2))
-    assert {names[parameter] for parameter in part["params"]} == expected
-    assert {names[parameter] for parameter in rest["params"]} == trainable(
-        model
-    ) - expected
-
-
-def test_which_methods_have_a_rank(pretrained):
-    for method in METHODS:
-        counts = {
-            count_parameters(
-                prepared(pretrained, method, ADAPTER._replace(rank=rank))
-            ).trainable
-            for rank in (1, 3)
-        }
-        assert len(counts) == (2 if METHODS[method].has_rank else 1), method
+    rest, part = ({names[p] for p in group["params"]} for group in groups)
+    of_b = method in ("LoRA", "LoRA matched below", "LoRA matched above")
+    own = "lora.B" if of_b else TRAINED[method][-1]
+    assert part == of_layers(own, linears=(0, 2))
+    assert rest == trainable(model) - part
 
 
 @pytest.mark.parametrize("rank", [1, 4, 32])
-@pytest.mark.parametrize("trains_last_layer", [True, False])
-def test_how_many_parameters_each_trains_in_the_series_network(rank, trains_last_layer):
-    series = MultilayerPerceptron(784, 128, 256, 10)
-    counts = {
-        method: count_parameters(
-            prepared(series, method, ADAPTER._replace(rank=rank), trains_last_layer)
-        ).trainable
-        for method in TRAINED
-    }
-    lora = (
-        rank * (784 + 128 + 128 + 256 + (256 + 10) * (not trains_last_layer))
-        + 2570 * trains_last_layer
-    )
-    outputs = 128 + 256 + 10 * (not trains_last_layer)
-    added = {
-        method: count - lora for method, count in counts.items() if method != "m alone"
-    }
+@WITH_LAST
+def test_how_many_parameters_each_trains_in_the_series_network(rank, last_layer):
+    adapted = rank * (784 + 128 + 128 + 256)
+    lora = adapted + (2570 if last_layer else rank * (256 + 10))
+    outputs = 128 + 256 + 10 * (not last_layer)
+    expected = dict.fromkeys(TRAINED.keys() - {"m alone"}, outputs)
+    expected |= {"LoRA": 0, "LoRA with one rate": 0}
     # One more rank in layer 2, and for more than m has in layer 4 as well; without
     # layer 4 m has just as many.
-    assert added["LoRA matched below"] == 384 <= outputs <= added["LoRA matched above"]
-    assert added["LoRA matched above"] == (384 if trains_last_layer else 650)
-    assert {added[method] for method in added if not method.startswith("LoRA")} == {
-        outputs
-    }
-    assert added["LoRA with biases"] == outputs
-    assert added["LoRA"] == added["LoRA with one rate"] == 0
+    expected["LoRA matched below"] = 384
+    expected["LoRA matched above"] = 384 if last_layer else 650
+    assert {name for name, m in METHODS.items() if m.has_rank} == expected.keys()
+    for method, more in expected.items():
+        assert trained_numbers(series(method, rank, last_layer)) == lora + more, method
 
 
 def test_matched_lora_scales_each_layer_by_its_own_rank():
-    model = prepared(
-        MultilayerPerceptron(784, 128, 256, 10),
-        "LoRA matched above",
-        ADAPTER._replace(rank=4),
-    )
-    layers = [model.layers[i].lora for i in LINEARS]
-    assert [layer.A.shape[1] for layer in layers] == [4, 5, 5]
-    assert [layer.alpha for layer in layers] == [8 / 4, 8 / 5, 8 / 5]
+    layers = series("LoRA matched above").layers
+    found = [(layers[i].lora.A.shape[1], layers[i].lora.alpha) for i in LINEARS]
+    assert found == [(4, 8 / 4), (5, 8 / 5), (5, 8 / 5)]
 
 
 @pytest.mark.parametrize(
@@ -226,47 +193,36 @@ def test_matched_lora_scales_each_layer_by_its_own_rank():
 )
 def test_scaling_and_initialisation_reach_the_layers(method, scaling, expected):
     assert SCALINGS[scaling](8, 4) == expected
-    series = MultilayerPerceptron(784, 128, 256, 10)
-    for init, largest in (("article", None), ("peft", 1 / 784**0.5)):
-        model = prepared(series, method, LowRank(4, 8.0, scaling, init))
-        # Layer 0 has the same rank in all methods.
-        assert model.layers[0].lora.alpha == expected
-        reached = model.layers[0].lora.A.abs().max()
-        assert (reached <= largest) if largest else (reached > 0.5)
+    # Layer 0 has the same rank in all methods.
+    article, peft = (
+        series(method, scaling=scaling, init=init).layers[0].lora
+        for init in ("article", "peft")
+    )
+    assert article.alpha == peft.alpha == expected
+    assert article.A.abs().max() > 0.5
+    assert peft.A.abs().max() <= 1 / 784**0.5
 
 
-def test_the_forms_of_dora_differ_in_the_gradient_of_the_norm_alone(pretrained):
-    for method in ("DoRA with one rate", "DoRA with m's rate"):
-        assert prepared(pretrained, method).layers[0].detach_norm
-        assert (
-            not prepared(pretrained, method.replace("DoRA", "DoRA norm kept"))
-            .layers[0]
-            .detach_norm
-        )
-        kept = METHODS[method.replace("DoRA", "DoRA norm kept")]
-        assert kept.part == METHODS[method].part
-        assert kept.rates == METHODS[method].rates
+@pytest.mark.parametrize("method", ["DoRA with one rate", "DoRA with m's rate"])
+def test_the_forms_of_dora_differ_in_the_gradient_of_the_norm_alone(pretrained, method):
+    kept = method.replace("DoRA", "DoRA norm kept")
+    assert prepared(pretrained, method).layers[0].detach_norm
+    assert not prepared(pretrained, kept).layers[0].detach_norm
+    assert METHODS[kept].part == METHODS[method].part
+    assert METHODS[kept].rates == METHODS[method].rates
 
 
 def test_adapters_look_for_their_rates_in_one_range_and_factors_of_m_and_its_controls_too():
-    adapters = [method for method in METHODS.values() if method.has_rank]
-    assert len({method.rates for method in adapters}) == 1
-    parts = [
-        METHODS[name].part
-        for name in ("DoRA with m's rate", "gain", "positive gain", "random rows")
-    ]
-    assert len({(part.low, part.high) for part in parts}) == 1
+    assert len({m.rates for m in METHODS.values() if m.has_rank}) == 1
+    controls = ("DoRA with m's rate", "gain", "positive gain", "random rows")
+    assert len({METHODS[name].part._replace(pattern="") for name in controls}) == 1
 
 
 def test_what_a_method_contains_is_a_method_that_trains_no_more():
-    series = MultilayerPerceptron(784, 128, 256, 10)
+    numbers = {name: trained_numbers(series(name, rank=3)) for name in METHODS}
     for name, method in METHODS.items():
         for part in method.contains:
-            counts = [
-                count_parameters(prepared(series, one)).trainable
-                for one in (name, part)
-            ]
-            assert counts[0] >= counts[1], f"{name} can't contain {part}"
+            assert numbers[name] >= numbers[part], f"{name} can't contain {part}"
     assert "m alone" in METHODS["DoRA with one rate"].contains
     assert "LoRA" in METHODS["gain"].contains
 
@@ -274,20 +230,17 @@ def test_what_a_method_contains_is_a_method_that_trains_no_more():
 def test_methods_work_on_a_model_with_other_layers():
     """Normalisation layers and embeddings are frozen where a method says that only
     something else is trained."""
-    model = nn.Sequential(
-        nn.LayerNorm(6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2)
-    )
-    for method, expected in (
-        ("frozen", set()),
-        ("last layer", {"3.weight", "3.bias"}),
-        ("m alone", {"1.m", "3.m"}),
-        ("LoRA", {"1.lora.A", "1.lora.B", "3.lora.A", "3.lora.B"}),
-    ):
+    linears = (nn.Linear(6, 4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.LayerNorm(6), linears[0], nn.LayerNorm(4), linears[1])
+    for method, expected in {
+        "frozen": set(),
+        "last layer": {"3.weight", "3.bias"},
+        "m alone": {"1.m", "3.m"},
+        "LoRA": {"1.lora.A", "1.lora.B", "3.lora.A", "3.lora.B"},
+    }.items():
         assert trainable(prepared(model, method)) == expected
 
 
 def test_an_unknown_method_is_refused(pretrained):
-    with pytest.raises(
-        ValueError, match="unknown method 'QLoRA'; there are 'frozen', "
-    ):
+    with pytest.raises(ValueError, match="unknown method 'QLoRA'; there are 'frozen'"):
         make_trainable("QLoRA", pretrained, ADAPTER)

@@ -9,69 +9,50 @@ import sys
 
 import pytest
 
-from lowrank_utils.comparison.grid import (
-    NOTEBOOK,
-    SweepError,
-    expand,
-    notebook_defaults,
-)
+from lowrank_utils.comparison import grid
+from lowrank_utils.comparison.grid import SweepError
 from lowrank_utils.comparison.settings import Settings
 from lowrank_utils.comparison.store import Outcome, Store
 
-(SETTINGS,) = expand([{}], notebook_defaults(NOTEBOOK))
+(SETTINGS,) = grid.expand([{}], grid.notebook_defaults(grid.NOTEBOOK))
 DONE = Outcome("{}", '{"runs": []}', "")
 FAILED = Outcome("{}", None, "RuntimeError: no")
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "out")
-    with store.locked():
-        yield store
-
-
 def names(folder):
-    return {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
-    } - {".lock"}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)) for path in files} - {".lock"}
 
 
-def test_a_run_that_is_done(store):
-    assert store.state("a") == "to do"
-    store.keep("a", SETTINGS, DONE)
-    assert store.state("a") == "done"
-    assert store.result("a") == {"runs": []}
-    assert names(store.folder) == {"runs/a/notebook.ipynb", "runs/a/result.json"}
+WHOLE = {"runs/a/notebook.ipynb", "runs/a/result.json"}
 
 
 def test_a_run_that_failed_and_then_did_not(store):
+    assert store.state("a") == "to do"
     store.keep("a", SETTINGS, FAILED)
     store.keep("a", SETTINGS, FAILED._replace(error="another"))
     assert store.state("a") == "failed"
-    assert (store.folder / "failed" / "a" / "error.txt").read_text() == "another\n"
-    assert (
-        Settings.of(
-            json.loads((store.folder / "failed" / "a" / "parameters.json").read_text())
-        )
-        == SETTINGS
-    )
+    folder = store.folder / "failed" / "a"
+    assert (folder / "error.txt").read_text() == "another\n"
+    parameters = json.loads((folder / "parameters.json").read_text())
+    assert Settings.of(parameters) == SETTINGS
     store.keep("a", SETTINGS, DONE)
     assert store.state("a") == "done"
-    assert names(store.folder) == {"runs/a/notebook.ipynb", "runs/a/result.json"}
+    assert store.result("a") == {"runs": []}
+    assert names(store.folder) == WHOLE
 
 
-@pytest.mark.parametrize("fails_at", ["open", "fsync", "rename"])
-def test_a_full_disk_leaves_nothing_half_written(store, monkeypatch, fails_at):
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "call", ["pathlib.Path.open", "os.fsync", "pathlib.Path.rename"]
+)
+def test_a_full_disk_leaves_nothing_half_written(store, monkeypatch, call):
     store.keep("a", SETTINGS, FAILED)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        if fails_at == "fsync":
-            patch.setattr(os, "fsync", full)
-        else:
-            patch.setattr(f"pathlib.Path.{fails_at}", full)
+        patch.setattr(call, full)
         with pytest.raises(OSError, match="No space left"):
             store.keep("a", SETTINGS, DONE)
     # What was known before is still known.
@@ -82,21 +63,15 @@ def test_a_full_disk_leaves_nothing_half_written(store, monkeypatch, fails_at):
 
 
 def test_what_a_killed_sweep_left_half_written_is_removed(tmp_path):
-    store = Store(tmp_path)
     (tmp_path / ".partial-x").mkdir()
     (tmp_path / ".partial-x" / "result.json").write_text('{"ru')
-    with store.locked():
+    with Store(tmp_path).locked():
         assert names(tmp_path) == set()
 
 
 def test_one_at_a_time(store):
-    with (
-        pytest.raises(
-            SweepError,
-            match=r"another sweep is at work in .*; wait for it or choose another --out",
-        ),
-        Store(store.folder).locked(),
-    ):
+    said = r"another sweep is at work in .*; wait for it or choose another --out"
+    with pytest.raises(SweepError, match=said), Store(store.folder).locked():
         pytest.fail("both are in")
 
 
@@ -106,11 +81,9 @@ def test_one_at_a_time(store):
 )
 def test_a_read_only_folder_is_one_clear_line(tmp_path):
     tmp_path.chmod(0o500)
+    said = "can't be written"
     try:
-        with (
-            pytest.raises(SweepError, match="can't be written"),
-            Store(tmp_path).locked(),
-        ):
+        with pytest.raises(SweepError, match=said), Store(tmp_path).locked():
             pass
     finally:
         tmp_path.chmod(0o700)
@@ -120,33 +93,33 @@ def test_an_altered_result_is_named(store):
     store.keep("a", SETTINGS, DONE)
     path = store.folder / "runs" / "a" / "result.json"
     path.write_text('{"runs": [')
-    with pytest.raises(
-        SweepError, match=r"result\.json can't be read .*; remove its folder"
-    ):
+    said = r"result\.json can't be read .*; remove its folder"
+    with pytest.raises(SweepError, match=said):
         store.result("a")
     shutil.rmtree(path.parent)
     assert store.state("a") == "to do"
 
 
-DECLARED = {"shifts": ["rotation"], "steps": [64], "tests": []}
-
-
 @pytest.mark.parametrize("fails_at", ["write_text", "replace"])
 def test_a_declaration_is_written_in_one_step(store, monkeypatch, fails_at):
-    store.declare(DECLARED)
-
     def stops(self, *_, **__):
         if fails_at == "write_text":
             self.write_bytes(b'{"shi')
-        raise OSError(errno.ENOSPC, "No space left on device")
+        full()
 
+    path, older, newer = (
+        store.folder / "declared.json",
+        {"steps": [64]},
+        {"steps": [128]},
+    )
+    store.declare(older)
     with monkeypatch.context() as patch:
         patch.setattr(f"pathlib.Path.{fails_at}", stops)
         with pytest.raises(OSError, match="No space left"):
-            store.declare(DECLARED | {"steps": [128]})
-    assert json.loads((store.folder / "declared.json").read_text()) == DECLARED
-    store.declare(DECLARED | {"steps": [128]})
-    assert json.loads((store.folder / "declared.json").read_text())["steps"] == [128]
+            store.declare(newer)
+    assert json.loads(path.read_text()) == older
+    store.declare(newer)
+    assert json.loads(path.read_text()) == newer
 
 
 # Killed at the n-th call that changes a file's or folder's name, or removes one, and
@@ -171,11 +144,9 @@ def killed_before(function):
 
 store = Store(folder)
 with store.locked():
-    pathlib.Path.rename = killed_before(pathlib.Path.rename)
-    pathlib.Path.replace = killed_before(pathlib.Path.replace)
-    pathlib.Path.write_text = killed_before(pathlib.Path.write_text)
-    os.fsync = killed_before(os.fsync)
-    shutil.rmtree = killed_before(shutil.rmtree)
+    of_path = [(pathlib.Path, name) for name in ("rename", "replace", "write_text")]
+    for owner, name in [*of_path, (os, "fsync"), (shutil, "rmtree")]:
+        setattr(owner, name, killed_before(getattr(owner, name)))
     store.declare({"new": 1})
     store.keep("a", None, Outcome("{}", '{"runs": []}', ""))
     os._exit(0)
@@ -190,9 +161,8 @@ def test_whenever_a_sweep_is_killed_a_run_and_a_declaration_are_the_old_or_the_n
     with store.locked():
         store.declare({"old": 1})
         store.keep("a", SETTINGS, FAILED)
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(calls)], check=False
-    )
+    words = [sys.executable, "-c", KILLED, str(tmp_path), str(calls)]
+    run = subprocess.run(words, check=False)
     # Two for the declaration, two files, the rename and the older failure's removal.
     assert run.returncode == (9 if calls < 6 else 0)
     with store.locked():
