@@ -95,9 +95,8 @@ class Shared(nn.Module):
         return self.again(torch.relu(self.other(torch.relu(self.first(x)))))
 
 
-class NotebookLoRA(nn.Module):
-    """A wrapper as a notebook writes it: ``linear`` and ``lora``, and a weight to
-    merge."""
+class NotebookLoRAWithoutWeight(nn.Module):
+    """A wrapper as a notebook writes it: ``linear`` and ``lora``."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -105,16 +104,14 @@ class NotebookLoRA(nn.Module):
         sizes = linear.in_features, linear.out_features
         self.lora = LoRALayer(*sizes, rank, alpha, dtype=linear.weight.dtype)
 
-    @property
-    def weight(self):
-        return self.linear.weight + self.lora.alpha * (self.lora.A @ self.lora.B).T
-
     def forward(self, x):
         return self.linear(x) + self.lora(x)
 
 
-class NotebookLoRAWithoutWeight(NotebookLoRA):
-    weight = None
+class NotebookLoRA(NotebookLoRAWithoutWeight):
+    @property
+    def weight(self):
+        return self.linear.weight + self.lora.delta_weight()
 
 
 def modules(model):
@@ -273,23 +270,20 @@ def test_a_pattern_that_matches_nothing_is_refused_and_the_names_are_listed():
     refused(Network(), "Embed", match=message.format("Embed"))
 
 
-@pytest.mark.parametrize("empty", [[], (), set()])
-def test_an_empty_list_of_targets_is_refused(empty):
-    refused(Network(), empty, match="^targets is empty; leave it out to adapt all")
-
-
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    ("targets", "error", "message"),
     [
-        (7, "targets must be a pattern or a list of patterns; got int"),
-        (nn.Linear, "targets must be a pattern or a list of patterns; got type"),
-        (["embed", 7], r"a target must be a string; got 7 \(int\)"),
-        ([["embed"]], r"a target must be a string; got \['embed'\] \(list\)"),
-        ([None], r"a target must be a string; got None \(NoneType\)"),
+        ([], ValueError, "^targets is empty; leave it out to adapt all linear layers$"),
+        (set(), ValueError, "^targets is empty; leave it out to adapt all"),
+        (7, TypeError, "targets must be a pattern or a list of patterns; got int"),
+        (nn.Linear, TypeError, "targets must be a pattern or a list .*; got type"),
+        (["embed", 7], TypeError, r"a target must be a string; got 7 \(int\)"),
+        ([["embed"]], TypeError, r"a target must be .*; got \['embed'\] \(list\)"),
+        ([None], TypeError, r"a target must be a string; got None \(NoneType\)"),
     ],
 )
-def test_targets_of_a_wrong_type_are_refused(targets, message):
-    refused(Network(), targets, error=TypeError, match=message)
+def test_targets_that_are_empty_or_of_a_wrong_type_are_refused(targets, error, message):
+    refused(Network(), targets, error=error, match=message)
 
 
 @pytest.mark.parametrize("model", [None, "model", nn.Linear, [nn.Linear(2, 2)]])
@@ -299,16 +293,25 @@ def test_a_model_that_is_no_module_is_refused(model):
         replace_linear_layers(model, LinearWithLoRA, 2, 4.0)
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, *ALL])
-def test_a_bare_linear_layer_is_refused_with_what_to_write_instead(kind):
-    model = nn.Linear(4, 3) if kind is nn.Linear else moved(kind)
-    message = f"^model is itself a {kind.__name__}, .* write layer_class"
+INSTEAD = (
+    r"^model is itself a {}, which can't be replaced in place; "
+    r"for a linear layer write layer_class\(linear, rank, alpha\)$"
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(4, 3), INSTEAD.format("Linear")),
+        *[(moved(wrapper), INSTEAD.format(wrapper.__name__)) for wrapper in ALL],
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()),
+            "Sequential has no linear layers",
+        ),
+    ],
+)
+def test_a_model_with_nothing_to_replace_is_refused_with_what_to_do(model, message):
     refused(model, match=message)
-
-
-def test_a_model_without_linear_layers_is_refused():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
-    refused(model, match="Sequential has no linear layers")
 
 
 @pytest.mark.parametrize("first", [*ALL, NotebookLoRA])
@@ -355,9 +358,8 @@ def test_a_wrong_argument_of_the_layers_leaves_the_model_as_it_was(
 def test_a_layer_without_a_shape_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.LazyLinear(2))
     before = list(model)
-    with pytest.raises(
-        ValueError, match="has no shape yet: pass one batch through the model first"
-    ):
+    message = "has no shape yet: pass one batch through the model first"
+    with pytest.raises(ValueError, match=message):
         replace_linear_layers(model, LinearWithLoRA, 2, 4.0)
     assert all(new is old for new, old in zip(model, before, strict=True))
     model(torch.zeros(1, 4))
@@ -369,11 +371,11 @@ def test_a_layer_without_a_shape_leaves_the_model_as_it_was():
 
 def test_without_adapters_the_modules_are_torchs_each_once_or_under_each_name():
     model = nn.Sequential(Shared(), Network())
-    assert list(named_modules_outside_adapters(model)) == list(model.named_modules())
-    assert list(
-        named_modules_outside_adapters(model, remove_duplicate=False)
-    ) == modules(model)
-    assert len(modules(model)) == len(list(model.named_modules())) + 1
+    once, all_names = list(model.named_modules()), modules(model)
+    assert list(named_modules_outside_adapters(model)) == once
+    found = named_modules_outside_adapters(model, remove_duplicate=False)
+    assert list(found) == all_names
+    assert len(all_names) == len(once) + 1
 
 
 @every_wrapper

@@ -30,6 +30,15 @@ class Parts:
     unscaled = cached_property(lambda p: p.w + (p.A @ p.B).mT)
     y = cached_property(lambda p: p.base + p.update)
     c = cached_property(lambda p: p.m / p.V.norm(dim=-1))
+    dora = cached_property(lambda p: p.c * p.y + p.b)
+    by_all = cached_property(lambda p: p.x @ p.stored.A @ p.stored.B)
+    wA = cached_property(lambda p: p.w @ p.A)
+    squares = cached_property(lambda p: torch.linalg.vector_norm(p.w, dim=1) ** 2)
+
+    def but(self, **others):
+        """Return the same parts with others in the places of some."""
+        given = {key: vars(self)[key] for key in "xwABbcm" if key in vars(self)}
+        return Parts(**{**given, "a": self.a, **others})
 
 
 # The exercises whose answers are written as functions of such parts: the letters stand
@@ -53,8 +62,9 @@ def written_out(name, answer):
         parts = Parts(**dict(zip(GIVEN[name], inputs, strict=True)))
         if name != "mixed_batch":
             return answer(parts)
-        chosen = {letter: getattr(parts, letter)[parts.k] for letter in "ABc"}
-        return answer(Parts(**{**vars(parts), **chosen, "stored": parts}))
+        k, chosen = parts.k, {"A": parts.A, "B": parts.B, "c": parts.c}
+        rows = {letter: value[k] for letter, value in chosen.items()}
+        return answer(parts.but(**rows, k=k, stored=parts))
 
     return of_parts if name in GIVEN else answer
 
@@ -77,13 +87,12 @@ def train_modules(model, kind):
             module.requires_grad_(True)
 
 
-ENCODERS = {f"linear{i}.lora.{factor}" for i in (1, 2) for factor in "AB"}
+ONE_AND_TWO = ("linear1.lora.", "linear2.lora.")
 
 
-def freeze_what_is_no_adapter(model):
-    for name, parameter in model.named_parameters():
-        if ".lora." not in name:
-            parameter.requires_grad_(False)
+def keep_adapters(model):
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    return train(model, lambda name: ".lora." in name and flags[name])
 
 
 def merge(layer, weight=None, bias="clone", dtype="the layer's"):
@@ -125,12 +134,10 @@ def weight_norm(grad_w, g, v):
 
 def times(factor):
     """Return the solution with v's gradient multiplied by factor(g, ‖v‖)."""
-
-    def answer(grad_w, g, v):
-        grad_g, grad_v = weight_norm(grad_w, g, v)
-        return grad_g, factor(g, v.norm()) * grad_v
-
-    return answer
+    return lambda grad_w, g, v: (
+        weight_norm(grad_w, g, v)[0],
+        weight_norm(grad_w, g, v)[1] * factor(g, v.norm()),
+    )
 
 
 def floats(function):
@@ -185,27 +192,23 @@ def sign_flip(d, as_far=lambda means, seen: means.abs() >= seen.abs() - 1e-12):
 
 def factored(p, twice=2, mixed=1, last=2):
     """``mixed`` and ``last`` are the powers of the scaling in these two terms."""
-    squares = p.w.norm(dim=1) ** 2 + twice * p.a**mixed * ((p.w @ p.A) * p.B.T).sum(1)
-    return squares + p.a**last * ((p.A.T @ p.A @ p.B) * p.B).sum(0)
+    first = p.squares + twice * p.a**mixed * (p.wA * p.B.T).sum(1)
+    return first + p.a**last * ((p.A.T @ p.A @ p.B) * p.B).sum(0)
 
 
 def factored_by_addmm(p):
-    W, A, B, a = p.w, p.A, p.B, p.a
-    update = torch.addmm(F.linear(A.T, W), A.T @ A, B, beta=2 * a, alpha=a**2)
-    return torch.linalg.vector_norm(W, dim=1).square() + torch.linalg.vecdot(
-        update, B, dim=0
-    )
+    update = torch.addmm(p.wA.T, p.A.T @ p.A, p.B, beta=2 * p.a, alpha=p.a**2)
+    return p.squares + torch.linalg.vecdot(update, p.B, dim=0)
 
 
 def factored_by_einsum(p):
-    update = 2 * p.a * (p.w @ p.A) + p.a**2 * (p.B.T @ (p.A.T @ p.A))
+    update = 2 * p.a * p.wA + p.a**2 * (p.B.T @ (p.A.T @ p.A))
     return torch.einsum("oi,oi->o", p.w, p.w) + torch.einsum("or,ro->o", update, p.B)
 
 
 def broadcast_factors(p):
     squares = (p.A[:, None] * p.B.T[None]).sum(2).square().sum(0)
-    mixed = 2 * p.a * ((p.w @ p.A) * p.B.T).sum(1)
-    return p.w.norm(dim=1) ** 2 + mixed + p.a**2 * squares
+    return p.squares + 2 * p.a * (p.wA * p.B.T).sum(1) + p.a**2 * squares
 
 
 # Ways to build A·B or V that a list of function names would miss.
@@ -217,30 +220,13 @@ FULL_UPDATES = [
 ]
 
 
-def multi_dot(p):
-    update = torch.linalg.multi_dot([torch.eye(len(p.A)).to(p.A), p.A, p.B]).T
-    return (p.w + p.a * update).norm(dim=1) ** 2
-
-
-def dora(p):
-    return p.c * p.y + p.b
-
-
-def one_row(x, A, B):
-    return x @ A @ B
-
-
-def by_all(p):
-    return p.x @ p.stored.A @ p.stored.B
+def via_identity(A, B):
+    return torch.linalg.multi_dot([torch.eye(len(A)).to(A), A, B]).T
 
 
 def mixed_by_rows(p):
-    return torch.stack(
-        [
-            c * (x @ p.w.T + one_row(x, A, B)) + p.b
-            for x, A, B, c in zip(p.x, p.A, p.B, p.c, strict=True)
-        ]
-    )
+    rows = zip(p.x, p.A, p.B, p.c, strict=True)
+    return torch.stack([c * (x @ p.w.T + x @ A @ B) + p.b for x, A, B, c in rows])
 
 
 def mixed_by_customers(p):
@@ -314,11 +300,11 @@ RETURNS_TENSORS = {
     "split_rows": lambda w: (w.norm(dim=1), w / rows(w)),
     "weight_norm_gradients": weight_norm,
     "dora_scale": lambda p: p.c,
-    "dora_output": dora,
+    "dora_output": lambda p: p.dora,
     "magnitude_gradient": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(0),
     "to_peft": lambda A, B, a: (A.T, B.T, a * A.shape[1]),
     "factored_squares": factored,
-    "mixed_batch": dora,
+    "mixed_batch": lambda p: p.dora,
 }
 OTHERS = {
     "smallest_rank": lambda s, share: first(kept_of(s), share),
@@ -347,8 +333,10 @@ OTHER_SOLUTIONS = {
     "mixed_batch": [
         mixed_by_einsum,
         lambda p: p.c * (p.base + torch.einsum("bi,bir,bro->bo", p.x, p.A, p.B)) + p.b,
-        lambda p: p.c * (p.base + torch.vmap(one_row)(p.x, p.A, p.B)) + p.b,
-        lambda p: p.c * (p.base + by_all(p)[p.k, torch.arange(len(p.x))]) + p.b,
+        lambda p: (
+            p.c * (p.base + torch.vmap(lambda x, A, B: x @ A @ B)(p.x, p.A, p.B)) + p.b
+        ),
+        lambda p: p.c * (p.base + p.by_all[p.k, torch.arange(len(p.x))]) + p.b,
     ],
 }
 
@@ -381,7 +369,6 @@ MISTAKES = {
         "the update is missing": lambda p: p.base,
         "the update alone": lambda p: p.xAB,
         "A·B was built in full": lambda p: p.x @ p.V.T,
-        "right, but A·B was": lambda p: p.base + p.x @ (p.A @ p.B),
         "not taken away": lambda p: p.base - p.xAB,
     },
     "scaling": {
@@ -404,8 +391,9 @@ MISTAKES = {
         "the package's class": lambda model: model.requires_grad_(False),
         "still trainable": lambda _: None,
         "must be trainable": lambda model: train(model, lambda n: n.endswith(".A")),
-        "frozen before": freeze_what_is_no_adapter,
-        "everything is frozen": lambda model: train(model, lambda n: n in ENCODERS),
+        "frozen before": keep_adapters,
+        # These are the names in one of the models.
+        "everything is frozen": lambda m: train(m, lambda n: n.startswith(ONE_AND_TWO)),
         "the pretrained layer as well": lambda m: train_modules(m, LinearWithLoRA),
     },
     "merged_weight": {
@@ -436,9 +424,7 @@ MISTAKES = {
         "plain nn.Linear": lambda layer: layer,
         "was changed": merge_in_place,
         "the update is missing": lambda layer: merge(layer, layer.linear.weight),
-        "where is alpha": lambda layer: merge(
-            layer, layer.linear.weight.lerp(layer.weight, 0.4)
-        ),
+        "where is alpha": lambda w: merge(w, w.linear.weight.lerp(w.weight, 0.4)),
         "ΔW alone": lambda layer: merge(layer, layer.lora.delta_weight()),
         "the bias isn't the layer's": lambda layer: merge(layer, bias="left as drawn"),
         "wrong shape": lambda layer: nn.Linear(layer.out_features, layer.in_features),
@@ -454,8 +440,7 @@ MISTAKES = {
         "the vector itself": lambda v: v,
         "a zero in it": lambda v: v / v.norm() if (v != 0).all() else v * 0,
         "sum of 0": lambda v: v / v.norm() if v.sum() != 0 else v * 0,
-        "shorter than 1": lambda v: v / v.norm().clamp(min=1),
-        "a vector shorter": lambda v: v / v.norm().clamp(min=1e-3),
+        "a vector shorter than 1": lambda v: v / v.norm().clamp(min=1e-3),
     },
     "split_rows": {
         "one norm per input": lambda w: (w.norm(dim=0), w / w.norm(dim=0)),
@@ -495,11 +480,10 @@ MISTAKES = {
         "norms of W": lambda p: p.m / p.w.norm(dim=1) * p.y + p.b,
         "not divided": lambda p: p.m * p.y + p.b,
         "bias is missing": lambda p: p.c * p.y,
-        "that is the merged": lambda p: F.linear(p.x, p.c.unsqueeze(1) * p.V, p.b),
         "the merged form": lambda p: p.c * (p.x @ p.V.T) + p.b,
         "scales the update too": lambda p: p.c * p.base + p.update + p.b,
         "not multiplied by m": lambda p: p.c / p.m * p.y + p.b,
-        "alpha is missing": lambda p: dora(Parts(**{**vars(p), "a": 1})),
+        "alpha is missing": lambda p: p.but(a=1).dora,
         "missing in the sum": lambda p: p.c * (p.base + p.xAB) + p.b,
         "missing in V": lambda p: p.m / p.unscaled.norm(dim=1) * p.y + p.b,
     },
@@ -562,9 +546,9 @@ MISTAKES = {
         "the training loss alone": lambda s, c: held_back(s, c, more_loss),
         "second submodel": lambda s, c: held_back(s, {m: c[m][:1] for m in c}),
         "first submodel": lambda s, c: held_back(s, {m: c[m][1:] for m in c}),
-        "no single submodel": lambda s, c: [
-            m for m in held_back(s, c, lower_score) if m in held_back(s, c, more_loss)
-        ],
+        "no single submodel": lambda s, c: sorted(
+            {*held_back(s, c, lower_score)} & {*held_back(s, c, more_loss)}
+        ),
         "only in the first": lambda s, _: [m for m in s if held_back(s, {m: list(s)})],
         "must be a list of names": lambda *_: "whole",
         "`return`": lambda *_: None,
@@ -600,23 +584,17 @@ MISTAKES = {
         "last term lacks the scaling": lambda p: factored(p, last=0),
         "mixed term lacks the scaling": lambda p: factored(p, mixed=0),
         "squared in your mixed term": lambda p: factored(p, mixed=2),
-        "alpha is missing": lambda p: factored(Parts(w=p.w, A=p.A, B=p.B)),
+        "alpha is missing": lambda p: factored(p.but(a=1)),
         "that is the norm": lambda p: factored(p).sqrt(),
         "sum over the inputs": lambda p: p.V.square().sum(0),
         "W alone": lambda p: p.w.square().sum(1),
-        "right, but": multi_dot,
+        "right, but": lambda p: (p.w + p.a * via_identity(p.A, p.B)).norm(dim=1) ** 2,
         "was stored": broadcast_factors,
-        "shape (200, 200)": lambda p: (
-            factored(p, 0) + 2 * p.a * (p.w @ p.A @ p.B).diag()
-        ),
-        "squares of W": lambda p: (
-            factored(p) - rows(p.w)[:, 0] ** 2 + p.w.square().sum(1)
-        ),
+        "shape (200, 200)": lambda p: factored(p, 0) + 2 * p.a * (p.wA @ p.B).diag(),
+        "squares of W": lambda p: factored(p) - p.squares + p.w.square().sum(1),
     },
     "mixed_batch": {
-        "the first row's adapter": lambda p: (
-            p.c[0] * (p.base + p.x @ p.A[0] @ p.B[0]) + p.b
-        ),
+        "the first row's adapter": lambda p: p.but(A=p.A[0], B=p.B[0], c=p.c[0]).dora,
         "bias is scaled": lambda p: p.c * (p.y + p.b),
         "where is c": lambda p: p.y + p.b,
         "should scale the frozen product too": lambda p: p.base + p.c * p.update + p.b,
@@ -624,14 +602,12 @@ MISTAKES = {
         "m/‖V‖ already": lambda p: p.c / p.V.norm(dim=2) * p.y + p.b,
         "with a loop": mixed_by_rows,
         "right, but with a loop": mixed_by_customers,
-        "a weight was built": lambda p: (
-            torch.einsum("boi,bi->bo", p.c.unsqueeze(2) * p.V, p.x) + p.b
-        ),
-        "weight was built": lambda p: (
-            p.c * (p.base + torch.bmm(p.x[:, None], p.A @ p.B)[:, 0]) + p.b
+        "a weight was": lambda p: p.b + (p.c[..., None] * p.V @ p.x[..., None])[..., 0],
+        "weight was": lambda p: (
+            p.c * (p.base + (p.x[:, None] @ (p.A @ p.B))[:, 0]) + p.b
         ),
         "bias is missing": lambda p: p.c * p.y,
-        "added up": lambda p: p.c * (p.base + by_all(p).sum(0)) + p.b,
+        "added up": lambda p: p.c * (p.base + p.by_all.sum(0)) + p.b,
     },
 }
 
