@@ -65,15 +65,8 @@ def move(adapter, seed=0):
 def moved(wrapper, linear=None, rank=3, alpha=1.7, seed=0, **options):
     """Return a moved adapter; by default 7 inputs and 5 outputs, so that no axis can be
     taken for another."""
-    return move(
-        wrapper(
-            linear_layer(seed=seed) if linear is None else linear,
-            rank,
-            alpha,
-            **options,
-        ),
-        seed,
-    )
+    linear = linear_layer(seed=seed) if linear is None else linear
+    return move(wrapper(linear, rank, alpha, **options), seed)
 
 
 def move_all(model):
@@ -87,9 +80,7 @@ def move_all(model):
 
 def snapshot(model):
     """Return copies of all parameters and buffers by name."""
-    return {
-        name: tensor.detach().clone() for name, tensor in model.state_dict().items()
-    }
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
 def assert_same_state(model, before):
@@ -103,10 +94,8 @@ def assert_same_state(model, before):
 def assert_close(actual, expected, rtol=1e-12, atol=0.0):
     """Compare element by element, relative to the largest expected element."""
     actual, expected = (torch.as_tensor(t).detach() for t in (actual, expected))
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=rtol * scale + atol, check_dtype=False
-    )
+    atol += rtol * float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol, check_dtype=False)
 
 
 def assert_equal_but_for_rounding(actual, expected):
@@ -203,11 +192,9 @@ ALLOWED_UNITS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 16}
 
 
 def tolerance(dtype):
-    return (
-        1e-12
-        if dtype == torch.float64
-        else ALLOWED_UNITS[dtype] * torch.finfo(dtype).eps
-    )
+    if dtype == torch.float64:
+        return 1e-12
+    return ALLOWED_UNITS[dtype] * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -230,12 +217,11 @@ class Case:
         return moved(wrapper, linear, self.rank, self.alpha, self.seed, **options)
 
     def x(self, number=0):
-        return normal(
-            *self.batch,
-            self.in_features,
-            seed=self.seed + 10 + number,
-            dtype=self.dtype,
-        )
+        seed = self.seed + 10 + number
+        return normal(*self.batch, self.in_features, seed=seed, dtype=self.dtype)
+
+
+BATCHES = [(), (0,), (1,), (4,), (2, 3), (3, 0, 2), (2, 1, 3)]
 
 
 @st.composite
@@ -248,9 +234,7 @@ def cases(draw, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.floa
         alpha=draw(st.sampled_from([0.25, 1, 4.0, -1.7])),
         bias=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
-        batch=draw(
-            st.sampled_from([(), (0,), (1,), (4,), (2, 3), (3, 0, 2), (2, 1, 3)])
-        ),
+        batch=draw(st.sampled_from(BATCHES)),
         seed=draw(st.integers(0, 10**6)),
     )
 
@@ -260,6 +244,5 @@ def blobs(count=60, features=12, classes=3, dtype=torch.float64, seed=0):
     class."""
     labels = torch.arange(count) % classes
     centres = 3 * normal(classes, features, seed=1000)
-    return Digits(
-        (centres[labels] + normal(count, features, seed=seed)).to(dtype), labels
-    )
+    points = centres[labels] + normal(count, features, seed=seed)
+    return Digits(points.to(dtype), labels)
