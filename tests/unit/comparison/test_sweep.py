@@ -35,8 +35,8 @@ def ranks(kept):
         results, failed = kept(out)
         done = {run["rank"] for result in results.values() for run in result["runs"]}
         paths = [folder / "parameters.json" for folder in failed]
-        without = [json.loads(path.read_text())["ranks"] for path in paths]
-        return sorted(done), sorted(sum(without, []))  # noqa: RUF017 (a few)
+        without = [r for p in paths for r in json.loads(p.read_text())["ranks"]]
+        return sorted(done), sorted(without)
 
     return read
 
@@ -45,9 +45,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_each_combination_is_one_notebook_one_result_and_part_of_one_table(
-    command, kept, ranks, tmp_path
-):
+def test_each_combination_is_a_part_of_one_table(command, kept, ranks, tmp_path):
     out, published = tmp_path / "out", tmp_path / "published"
     words = ("--jobs", 2, "--publish", published, "--name", "small")
     # As a user types it, in a process of its own.
@@ -91,9 +89,7 @@ def test_a_finished_sweep_runs_nothing_again(sweep, kept, tmp_path):
     assert len(kept()[0]) == 2
 
 
-def test_a_test_is_declared_before_the_runs_and_judged_after_all_of_them(
-    sweep, tmp_path
-):
+def test_a_test_is_declared_before_the_runs_and_judged_after_them(sweep, tmp_path):
     out, path = tmp_path / "out", tmp_path / "declaring.yaml"
     lora, dora = "LoRA", "DoRA with m's rate"
     test = {"first": dora, "second": lora, "ranks": [1]}
@@ -217,9 +213,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(command, tmp_path):
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, SweepError])
-def test_what_ended_a_sweep_is_not_hidden_by_the_end_of_its_workers(
-    monkeypatch, reason
-):
+def test_what_ended_a_sweep_is_not_hidden_by_its_workers_end(monkeypatch, reason):
     class Breaking:
         def __init__(self, **_):
             self.shut_down = None
