@@ -192,6 +192,7 @@ def test_both_changes_lie_in_their_ranges(rows, columns, seed):
 # --- What is refused ---------------------------------------------------------------------------------
 
 
+SAME = r"^weight and reference must have the same shape; got \(2, 3\) and "
 ones = torch.ones
 
 
@@ -222,8 +223,8 @@ ones = torch.ones
             (change, *case)
             for change in (magnitude_change, direction_change)
             for case in [
-                ([ones(2, 3), ones(3, 2)], ValueError, r"same .*\(2, 3\) and \(3, 2\)"),
-                ([ones(2, 3), ones(1, 3)], ValueError, r"same .*\(2, 3\) and \(1, 3\)"),
+                ([ones(2, 3), ones(3, 2)], ValueError, SAME + r"\(3, 2\)$"),
+                ([ones(2, 3), ones(1, 3)], ValueError, SAME + r"\(1, 3\)$"),
                 ([None, ones(2, 3)], TypeError, "weight must .*; got NoneType"),
                 ([ones(2, 3), ones(3)], ValueError, r"reference must .*shape \(3,\)"),
             ]
