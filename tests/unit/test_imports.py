@@ -35,6 +35,7 @@ ALLOWED = {
     "__main__": set(),
     "_arguments": LAYERS,
     "_eager": LAYERS,
+    "_lazy_weight": LAYERS,
     "_mnist": {"platformdirs"},
     "adapt": LAYERS,
     "adapters": LAYERS | {"safetensors"},
