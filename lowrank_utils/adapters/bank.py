@@ -287,7 +287,7 @@ class AdapterBank:
             merged = {
                 layer: banked.formed_weight(adapters)
                 for layer, banked in self._banked.items()
-                if (adapters := banked.active_adapters(choice))
+                if (adapters := banked.adapters(choice.active))
             }
             for layer, weight in merged.items():
                 banked = self._banked[layer]

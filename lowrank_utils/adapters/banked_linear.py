@@ -2,7 +2,7 @@
 row it can be asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class BankedLinear(AroundLinear):
             return lazy_weight(self.linear.weight, _no_weight_for_rows)
         if (merged := self._merged_for(choice)) is not None:
             return merged
-        adapters = self.active_adapters(choice)
+        adapters = self.adapters(choice.active)
         if not adapters:
             return self.linear.weight
         return lazy_weight(self.linear.weight, lambda: self.formed_weight(adapters))
@@ -115,7 +115,7 @@ class BankedLinear(AroundLinear):
             return self._by_rows(x, choice.rows, choice.batch_dim)
         if (merged := self._merged_for(choice)) is not None:
             return F.linear(x, merged, self.bias)
-        adapters = self.active_adapters(choice)
+        adapters = self.adapters(choice.active)
         if not adapters:
             return self.linear(x)
         scale = _scale(adapters)
@@ -146,14 +146,12 @@ class BankedLinear(AroundLinear):
                 f"{where} must be the batch's at every adapted layer, and the last the features'; "
                 "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
             )
-        chosen = [self.adapter(slot) for slot in rows]
-        present = [adapter for adapter in chosen if adapter is not None]
-        if not present:
-            return self.linear(x)
-        # Each adapter once, however many rows are its. At the end zeros, which add
+        # Each adapter once, however many rows are its. At the end are zeros, which add
         # nothing, for the rows without one.
-        kinds = list(dict.fromkeys(slot for slot in rows if self.adapter(slot)))
-        adapters = [adapter for slot in kinds if (adapter := self.adapter(slot))]
+        kinds = [s for s in dict.fromkeys(rows) if self.adapter(s) is not None]
+        adapters = self.adapters(kinds)
+        if not adapters:
+            return self.linear(x)
         places = [kinds.index(slot) if slot in kinds else len(kinds) for slot in rows]
         index = torch.tensor(places, device=x.device)
         update = self._update_by_rows(x, adapters, index, batch_dim)
@@ -226,15 +224,13 @@ class BankedLinear(AroundLinear):
             )
         return None
 
-    def active_adapters(self, choice: Choice) -> list[BankedAdapter]:
-        """Return the adapters that ``choice`` has active and that belong to this
-        layer.
+    def adapters(self, slots: Iterable[str | None]) -> list[BankedAdapter]:
+        """Return the adapters in ``slots``, without those of which this layer has no
+        part.
         """
-        return [
-            adapter
-            for slot in choice.active
-            if (adapter := self.adapter(slot)) is not None
-        ]
+        # Not in one step by :=, which torch's compiler doesn't follow here.
+        adapters = [self.adapter(slot) for slot in slots]
+        return [adapter for adapter in adapters if adapter is not None]
 
     def has_its_layer(self) -> bool:
         """Tell whether ``linear`` is still the layer that this one was made around."""
