@@ -2,7 +2,7 @@
 row of a batch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,6 @@ class AdapterBank:
         _refuse_adapted(modules)
         self.model = model
         self._selection = Selection()
-        self._banked: dict[str, BankedLinear] = {}
         # Slots name the modules inside, where a customer's name might not be allowed.
         self._slots: dict[str, str] = {}
         self._next = 0
@@ -97,7 +96,9 @@ class AdapterBank:
     @property
     def is_merged(self) -> bool:
         """Whether the layers use a merged weight now."""
-        return any(layer.merged is not None for layer in self._banked.values())
+        return any(
+            layer.merged is not None for layer in self._selection.layers.values()
+        )
 
     @torch.no_grad()
     def add(
@@ -142,19 +143,15 @@ class AdapterBank:
                     raise RuntimeError(
                         f"{layer} was exchanged while {name!r} was being added; add it again"
                     )
-                if layer in self._banked and not self._is_in_place(layer):
-                    users = ", ".join(map(repr, self._users_of(layer)))
-                    raise RuntimeError(
-                        f"{layer} was exchanged after {users} had been added, which belong to the old layer: "
-                        "remove them first"
-                    )
+                if (banked := self._selection.layers.get(layer)) is not None:
+                    self._selection.refuse_exchanged(self.model, banked.lora)
             slot = str(self._next)
             self._next += 1
             for layer, part in parts.items():
-                banked = self._banked.get(layer)
+                banked = self._selection.layers.get(layer)
                 if banked is None:
                     banked = BankedLinear(_linear(modules, layer), self._selection)
-                    self._banked[layer] = banked
+                    self._selection.layers[layer] = banked
                     self.model.set_submodule(layer, banked)
                 banked.lora[slot] = part.train(banked.training)
             self._selection.present = {**self._selection.present, slot: name}
@@ -181,23 +178,23 @@ class AdapterBank:
                     f"remove: {name!r} is in use by {user}; remove it when that has ended"
                 )
             del self._slots[name]
-            self._selection.always = Choice(
-                tuple(other for other in self._selection.always.active if other != slot)
-            )
+            active = self._selection.always.active
+            if slot in active:
+                self._selection.always = Choice(tuple(s for s in active if s != slot))
             self._selection.present = {
                 other: known
                 for other, known in self._selection.present.items()
                 if other != slot
             }
-            for layer, banked in list(self._banked.items()):
+            for layer, banked in list(self._selection.layers.items()):
                 if slot in banked.lora:
                     del banked.lora[slot]
                 if not banked.lora:
                     # A layer that somebody put there since then stays.
-                    if _module_at(self.model, layer) is banked:
+                    if self._selection.is_in_place(self.model, layer):
                         plain = banked.linear.train(banked.training)
                         self.model.set_submodule(layer, plain)
-                    del self._banked[layer]
+                    del self._selection.layers[layer]
             self._keep_hooks()
 
     def activate(self, *names: str) -> None:
@@ -213,7 +210,7 @@ class AdapterBank:
                     f"each adapter can be active once; got {', '.join(names)}"
                 )
             self._refuse_if_merged("activate")
-            self._refuse_exchanged(names)
+            self._selection.refuse_exchanged(self.model, slots)
             self._selection.always = Choice(slots)
 
     def disable(self) -> None:
@@ -254,12 +251,11 @@ class AdapterBank:
         with self._selection.lock:
             self._refuse_if_merged("rows")
             slots = tuple(None if name is None else self._slot(name) for name in names)
-            self._refuse_exchanged(dict.fromkeys(n for n in names if n is not None))
+            choice = Choice(rows=slots, batch_dim=batch_dim or 0)
+            self._selection.refuse_exchanged(self.model, choice.slots)
             if batch_dim is None:
                 self._refuse_sequence_first()
-            block = self._selection.begin_block(
-                Choice(rows=slots, batch_dim=batch_dim or 0), opener()
-            )
+            block = self._selection.begin_block(choice, opener())
             self._keep_hooks()
         try:
             yield
@@ -283,14 +279,14 @@ class AdapterBank:
                 raise ValueError(
                     "no adapter is active, so there is nothing to merge; call activate first"
                 )
-            self._refuse_exchanged(self.active)
+            self._selection.refuse_exchanged(self.model, choice.slots)
             merged = {
                 layer: banked.formed_weight(adapters)
-                for layer, banked in self._banked.items()
+                for layer, banked in self._selection.layers.items()
                 if (adapters := banked.adapters(choice.active))
             }
             for layer, weight in merged.items():
-                banked = self._banked[layer]
+                banked = self._selection.layers[layer]
                 banked.merged = MergedWeight(weight, choice.active).train(
                     banked.training
                 )
@@ -300,7 +296,7 @@ class AdapterBank:
         never changed.
         """
         with self._selection.lock:
-            for banked in self._banked.values():
+            for banked in self._selection.layers.values():
                 banked.merged = None
 
     def size(self, name: str) -> int:
@@ -308,7 +304,7 @@ class AdapterBank:
         slot = self._slot(name)
         parts = [
             banked.lora[slot]
-            for banked in list(self._banked.values())
+            for banked in list(self._selection.layers.values())
             if slot in banked.lora
         ]
         return sum(buffer.nbytes for part in parts for buffer in part.buffers())
@@ -330,19 +326,6 @@ class AdapterBank:
         if self.is_merged:
             raise RuntimeError(f"{what}: the weights are merged; call restore first")
 
-    def _refuse_exchanged(self, names: Iterable[str]) -> None:
-        """Refuse adapters of which a part belongs to a layer that is the model's no
-        more.
-        """
-        exchanged = [layer for layer in self._banked if not self._is_in_place(layer)]
-        for name in names:
-            for layer in exchanged:
-                if name in self._users_of(layer):
-                    raise RuntimeError(
-                        f"{layer} was exchanged after {name!r} had been added, which belongs to the old layer: "
-                        "remove it, and add it again if it fits the new one"
-                    )
-
     def _refuse_sequence_first(self) -> None:
         found = [
             f"{name or 'the model'} ({type(module).__name__})"
@@ -354,20 +337,12 @@ class AdapterBank:
                 "layers, batch_dim=1 where the first is the sequence's, batch_dim=0 where it is the batch's"
             )
 
-    def _users_of(self, layer: str) -> list[str]:
-        lora = self._banked[layer].lora
-        return [name for name, slot in self._slots.items() if slot in lora]
-
-    def _is_in_place(self, layer: str) -> bool:
-        banked = self._banked[layer]
-        return _module_at(self.model, layer) is banked and banked.has_its_layer()
-
     def _plain_modules(self) -> dict[str, nn.Module]:
         """Return the modules that the model has now, with the linear layers in the
         place of those that this bank put around them.
         """
         modules = plain_modules(self.model)
-        for layer, banked in self._banked.items():
+        for layer, banked in self._selection.layers.items():
             if modules.get(layer) is banked:
                 modules[layer] = banked.linear
         _refuse_adapted(modules)
@@ -397,14 +372,6 @@ def _refuse_adapted(modules: Mapping[str, nn.Module]) -> None:
         raise ValueError(
             f"already adapted: {', '.join(taken)}; a bank needs the plain base model"
         )
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module that has ``name`` now, or None."""
-    module: nn.Module | None = model
-    for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
 
 
 def _sequence_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -5,11 +5,11 @@ task and thread.
 import itertools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lowrank_utils._blocks import (
     running_frames,
     runs_anywhere,
 )
+
+if TYPE_CHECKING:
+    from lowrank_utils.adapters.banked_linear import BankedLinear
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,19 @@ class Selection:
     Attributes:
         always: what holds where no block is open.
         present: slot → name, of the adapters in the bank.
-        lock: to be held while ``always`` or ``present`` change, or a choice is made.
+        layers: the adapted layers by their names in the model.
+        lock: to be held while one of these changes, or a choice is made.
     """
 
     def __init__(
-        self, always: Choice | None = None, present: dict[str, str] | None = None
+        self,
+        always: Choice | None = None,
+        present: dict[str, str] | None = None,
+        layers: "dict[str, BankedLinear] | None" = None,
     ) -> None:
         self.always = Choice() if always is None else always
         self.present = {} if present is None else present
+        self.layers = {} if layers is None else layers
         self.lock = threading.RLock()
         # The innermost last.
         self._held: ContextVar[tuple[Held, ...]] = ContextVar("adapters", default=())
@@ -97,7 +105,11 @@ class Selection:
             raise RuntimeError(
                 "a copy of the model has no bank to choose its rows: copy or save it outside the rows block"
             )
-        return {"always": self.always, "present": dict(self.present)}
+        return {
+            "always": self.always,
+            "present": self.present,
+            "layers": dict(self.layers),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy of the model knows nothing of the blocks that are open in this process.
@@ -161,6 +173,29 @@ class Selection:
         """Tell whether a block is open in any task or thread."""
         return any(not held.is_pass for held in list(self._open.values()))
 
+    def is_in_place(self, model: nn.Module, name: str) -> bool:
+        """Tell whether ``model`` still has an adapted layer where it was put."""
+        module: nn.Module | None = model
+        for part in name.split("."):
+            module = None if module is None else module._modules.get(part)
+        return module is self.layers[name]
+
+    def refuse_exchanged(self, model: nn.Module, slots: Iterable[str]) -> None:
+        """Refuse adapters of which a part belongs to a layer that ``model`` has no
+        more.
+        """
+        slots = list(slots)
+        if not slots:
+            return
+        for name, layer in self.layers.items():
+            if not (self.is_in_place(model, name) and layer.has_its_layer()):
+                for slot in slots:
+                    if slot in layer.lora:
+                        raise RuntimeError(
+                            f"{name} was exchanged after {self.present[slot]!r} had been added, which belongs to "
+                            "the old layer: remove it, and add it again if it fits the new one"
+                        )
+
     def user_of(self, slot: str) -> str | None:
         """Return in words who uses an adapter now, in any task or thread; None if
         nobody does.
@@ -175,7 +210,7 @@ class Selection:
                 return "a forward pass that has begun"
         return None
 
-    def begin_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+    def begin_pass(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Fix what holds for the layers until ``end_pass``; the model calls it as a
         hook.
         """
@@ -185,6 +220,7 @@ class Selection:
             outer = self._without_ended_passes(self._held.get())
             self._held.set(outer)
             choice = self.choice()
+            self.refuse_exchanged(module, choice.slots)
             held = Held(choice, sys._getframe(1), is_pass=True)
             self._open[held.number] = held
             self._held.set((*outer, held))
