@@ -2,7 +2,7 @@
 row of a batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,16 @@ class AdapterBank:
         _refuse_adapted(modules)
         self.model = model
         self._selection = Selection()
+        self._layers = self._selection.layers
         # Slots name the modules inside, where a customer's name might not be allowed.
         self._slots: dict[str, str] = {}
         self._next = 0
         self._hooks: list[Any] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A selection is copied without them, for copies of the model alone.
+        self._selection.layers = self._layers
 
     @property
     def names(self) -> list[str]:
@@ -96,9 +102,7 @@ class AdapterBank:
     @property
     def is_merged(self) -> bool:
         """Whether the layers use a merged weight now."""
-        return any(
-            layer.merged is not None for layer in self._selection.layers.values()
-        )
+        return any(layer.merged is not None for layer in self._layers.values())
 
     @torch.no_grad()
     def add(
@@ -143,15 +147,15 @@ class AdapterBank:
                     raise RuntimeError(
                         f"{layer} was exchanged while {name!r} was being added; add it again"
                     )
-                if (banked := self._selection.layers.get(layer)) is not None:
+                if (banked := self._layers.get(layer)) is not None:
                     self._selection.refuse_exchanged(self.model, banked.lora)
             slot = str(self._next)
             self._next += 1
             for layer, part in parts.items():
-                banked = self._selection.layers.get(layer)
+                banked = self._layers.get(layer)
                 if banked is None:
                     banked = BankedLinear(_linear(modules, layer), self._selection)
-                    self._selection.layers[layer] = banked
+                    self._layers[layer] = banked
                     self.model.set_submodule(layer, banked)
                 banked.lora[slot] = part.train(banked.training)
             self._selection.present = {**self._selection.present, slot: name}
@@ -186,7 +190,7 @@ class AdapterBank:
                 for other, known in self._selection.present.items()
                 if other != slot
             }
-            for layer, banked in list(self._selection.layers.items()):
+            for layer, banked in list(self._layers.items()):
                 if slot in banked.lora:
                     del banked.lora[slot]
                 if not banked.lora:
@@ -194,7 +198,7 @@ class AdapterBank:
                     if self._selection.is_in_place(self.model, layer):
                         plain = banked.linear.train(banked.training)
                         self.model.set_submodule(layer, plain)
-                    del self._selection.layers[layer]
+                    del self._layers[layer]
             self._keep_hooks()
 
     def activate(self, *names: str) -> None:
@@ -219,7 +223,7 @@ class AdapterBank:
 
     @contextmanager
     def rows(
-        self, names: Sequence[str | None], batch_dim: int | None = None
+        self, names: Iterable[str | None], batch_dim: int | None = None
     ) -> Iterator[None]:
         """Inside the block, apply to each row of a batch its own adapter, whatever is
         active outside.
@@ -242,9 +246,10 @@ class AdapterBank:
                 rows.
             RuntimeError: the weights are merged, or an adapted layer was exchanged.
         """
-        if isinstance(names, str):
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            kind = "text" if isinstance(names, str) else type(names).__name__
             raise TypeError(
-                f"names must be a list with one name per row; got the text {names!r}"
+                f"names must be a list with one name per row; got the {kind} {names!r}"
             )
         if batch_dim is not None:
             check_whole_number("batch_dim", batch_dim, minimum=0)
@@ -282,11 +287,11 @@ class AdapterBank:
             self._selection.refuse_exchanged(self.model, choice.slots)
             merged = {
                 layer: banked.formed_weight(adapters)
-                for layer, banked in self._selection.layers.items()
+                for layer, banked in self._layers.items()
                 if (adapters := banked.adapters(choice.active))
             }
             for layer, weight in merged.items():
-                banked = self._selection.layers[layer]
+                banked = self._layers[layer]
                 banked.merged = MergedWeight(weight, choice.active).train(
                     banked.training
                 )
@@ -296,7 +301,7 @@ class AdapterBank:
         never changed.
         """
         with self._selection.lock:
-            for banked in self._selection.layers.values():
+            for banked in self._layers.values():
                 banked.merged = None
 
     def size(self, name: str) -> int:
@@ -304,7 +309,7 @@ class AdapterBank:
         slot = self._slot(name)
         parts = [
             banked.lora[slot]
-            for banked in list(self._selection.layers.values())
+            for banked in list(self._layers.values())
             if slot in banked.lora
         ]
         return sum(buffer.nbytes for part in parts for buffer in part.buffers())
@@ -342,7 +347,7 @@ class AdapterBank:
         place of those that this bank put around them.
         """
         modules = plain_modules(self.model)
-        for layer, banked in self._selection.layers.items():
+        for layer, banked in self._layers.items():
             if modules.get(layer) is banked:
                 modules[layer] = banked.linear
         _refuse_adapted(modules)

@@ -110,6 +110,11 @@ class BankedLinear(AroundLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
+        if self.selection.had_blocks and _is_in_backward():
+            raise RuntimeError(
+                "torch.utils.checkpoint calls this layer again in the backward pass, where it can't be told which "
+                "rows block held in the first call: switch checkpointing off for a model in a bank"
+            )
         choice = self.selection.choice()
         if choice.rows is not None:
             return self._by_rows(x, choice.rows, choice.batch_dim)
@@ -277,6 +282,10 @@ def check_weight_is_all(linear: nn.Linear) -> None:
             f"linear ({kind}) has forward hooks, which would be passed over where its weight is read; "
             "remove them, or adapt another layer"
         )
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _no_weight_for_rows() -> Tensor:

@@ -81,6 +81,7 @@ class Selection:
         always: what holds where no block is open.
         present: slot → name, of the adapters in the bank.
         layers: the adapted layers by their names in the model.
+        had_blocks: whether a block was ever opened.
         lock: to be held while one of these changes, or a choice is made.
     """
 
@@ -88,14 +89,14 @@ class Selection:
         self,
         always: Choice | None = None,
         present: dict[str, str] | None = None,
-        layers: "dict[str, BankedLinear] | None" = None,
     ) -> None:
         self.always = Choice() if always is None else always
         self.present = {} if present is None else present
-        self.layers = {} if layers is None else layers
+        self.layers: dict[str, BankedLinear] = {}
         self.lock = threading.RLock()
         # The innermost last.
         self._held: ContextVar[tuple[Held, ...]] = ContextVar("adapters", default=())
+        self.had_blocks = False
         # In all tasks and threads, by number.
         self._open: dict[int, Held] = {}
         self._in_generators: dict[int, Held] = {}
@@ -105,14 +106,11 @@ class Selection:
             raise RuntimeError(
                 "a copy of the model has no bank to choose its rows: copy or save it outside the rows block"
             )
-        return {
-            "always": self.always,
-            "present": self.present,
-            "layers": dict(self.layers),
-        }
+        return {"always": self.always, "present": self.present}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy of the model knows nothing of the blocks that are open in this process.
+        # A copy of the model knows nothing of the blocks that are open in this process,
+        # and may have its layers merged.
         Selection.__init__(self, **state)
 
     def choice(self) -> Choice:
@@ -143,6 +141,7 @@ class Selection:
             choice: was made under the lock, which the caller still holds.
             frame: whose block it is.
         """
+        self.had_blocks = True
         held = Held(choice, frame, is_pass=False)
         self._open[held.number] = held
         if held.in_generator:

@@ -198,7 +198,10 @@ def test_a_weight_that_is_another_tensor_each_time_keeps_nothing(
     monkeypatch.setattr(dora, "factored_norm_pays", lambda *_: True)
     linear, source = made()
     model = nn.Sequential(moved(LinearWithDoRA, linear)).requires_grad_(False).eval()
-    x = normal(4, 7, seed=9)
+    x, quiet = normal(4, 7, seed=9), PromiseAboutW()
+    with quiet.given_for(model):
+        assert not quiet.is_kept_for(model[0])
+    assert not quiet.computed
     with torch.no_grad(), promise(model):
         for factor in (1.0, 1.2, 0.7, 3.0):
             source.mul_(factor)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import assert_close, linear_layer, move_all, normal
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lowrank_utils.adapt import (
     freeze_linear_layers,
@@ -423,6 +424,29 @@ def test_a_half_added_adapter_cannot_be_named(bank):
     assert bank.names == ["anna"]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_pass_that_is_made_again_for_its_gradients_is_refused_after_a_block(
+    bank, reentrant
+):
+    def loss():
+        x = X.clone().requires_grad_()
+        return x, checkpoint(bank.model, x, use_reentrant=reentrant).sum()
+
+    bank.activate("anna")
+    x, total = loss()
+    total.backward()
+    expected = X.clone().requires_grad_()
+    MODELS["anna"](expected).sum().backward()
+    assert_close(x.grad, expected.grad)
+    bank.disable()
+    with bank.rows(["anna", "ben"]):
+        x, total = loss()
+    with pytest.raises(
+        RuntimeError, match=r"^torch\.utils\.checkpoint calls this layer"
+    ):
+        total.backward()
+
+
 # --- Compiled and copied models ---------------------------------------------------------
 
 
@@ -491,6 +515,9 @@ def test_copies_have_a_selection_of_their_own(bank):
     again.model.between = bank.model.between = lambda: None
     assert again.names == ["anna", "cleo"]
     assert is_answer(again.model(X), "anna")
+    again.model.second = linear_layer(6, 3)
+    with pytest.raises(RuntimeError, match=r"^second was exchanged after 'anna' had"):
+        again.model(X)
     with bank.rows(["cleo"] * 2):
         for function in (copy.deepcopy, merge_adapters):
             with pytest.raises(RuntimeError, match=r"^a copy of the model has no bank"):
