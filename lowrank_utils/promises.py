@@ -2,14 +2,17 @@
 from stay as they are.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_utils._blocks import is_generator, opener, running_frames
 from lowrank_utils.lora import is_adapter
 
 
@@ -17,10 +20,14 @@ class Promise:
     """A promise about the layers of a model, and what each layer keeps on the strength
     of it.
 
-    It holds in the thread that gave it alone. A change that torch counts is seen at
-    once, and the value is computed anew. Some changes aren't counted (through
-    ``.data``, by a fused optimizer): these break the promise, and are an error at its
-    end.
+    It holds in the task or thread that gave it, and in those that are started inside
+    the block, until the block ends. Blocks may end in any order. A change that torch
+    counts is seen at once, and the value is computed anew. Some changes aren't counted
+    (through ``.data``, by a fused optimizer): these break the promise, and are an error
+    at its end.
+
+    A source that is another tensor each time it is asked for, as a parametrized weight
+    is, doesn't show a change of what it comes from. Such a layer keeps nothing.
 
     Args:
         block: the name of the context manager that gives it, for the error.
@@ -38,28 +45,39 @@ class Promise:
         self._block = block
         self._sources = sources
         self._in_training = in_training
-        # Layer → what it keeps; None if it has nothing yet.
-        self._kept: ContextVar[dict[nn.Module, _Kept | None]] = ContextVar(block)
+        # The innermost last.
+        self._given: ContextVar[tuple[_Given, ...]] = ContextVar(block, default=())
 
-    @contextmanager
-    def given_for(self, model: nn.Module) -> Iterator[None]:
+    def given_for(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let the adapters of ``model`` keep their values inside the block.
 
         Raises:
+            TypeError: ``model`` isn't a module.
             RuntimeError: at the end, if a source was changed unnoticed.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{self._block}: model must be an nn.Module; got {type(model).__name__}"
+            )
+        return self._given_for(model)
+
+    @contextmanager
+    def _given_for(self, model: nn.Module) -> Iterator[None]:
         layers = [module for module in model.modules() if is_adapter(module)]
-        token = self._kept.set({**self._kept.get({}), **dict.fromkeys(layers)})
+        given = _Given(layers, opener())
+        self._given.set((*self._given.get(), given))
         try:
             yield
-            entries = self._kept.get()
         finally:
-            self._kept.reset(token)
+            kept = given.end()
+            self._given.set(
+                tuple(other for other in self._given.get() if other is not given)
+            )
         names = {module: name for name, module in model.named_modules()}
         stale = [
             names.get(layer) or type(layer).__name__
             for layer in layers
-            if self._is_stale(layer, entries[layer])
+            if self._is_stale(layer, kept[layer])
         ]
         if stale:
             raise RuntimeError(
@@ -77,8 +95,8 @@ class Promise:
             layer: whose value.
             compute: layer → the value, (out,). It is called without gradients.
         """
-        kept = self._kept.get({})
-        if layer not in kept:
+        kept = self._kept_for(layer)
+        if kept is None:
             return None
         sources = self._sources(layer)
         trained = torch.is_grad_enabled() and any(
@@ -91,15 +109,30 @@ class Promise:
             return None
         marks = _marks(sources)
         entry = kept[layer]
+        if entry is not None and not entry.is_from(sources):
+            entry = None
         if entry is None or entry.marks != marks:
+            kept[layer] = None
+            references = [weakref.ref(s) for s in sources if isinstance(s, Tensor)]
+            if not _are(references, self._sources(layer)):
+                return None
             compute = torch.no_grad()(compute)
-            entry = kept[layer] = _Kept(compute(layer), marks, compute)
+            entry = kept[layer] = _Kept(compute(layer), marks, references, compute)
         return entry.value
+
+    def _kept_for(self, layer: nn.Module) -> "dict[nn.Module, _Kept | None] | None":
+        """Return where the layer may keep a value; None if nothing is promised here."""
+        for given in reversed(self._given.get()):
+            kept = given.kept
+            if layer in kept and given.holds_here():
+                return kept
+        return None
 
     def _is_stale(self, layer: Any, entry: "_Kept | None") -> bool:
         if entry is None:
             return False
-        if entry.marks != _marks(self._sources(layer)):
+        sources = self._sources(layer)
+        if entry.marks != _marks(sources) or not entry.is_from(sources):
             # Torch noticed this change, and the next forward pass would have, too.
             return False
         # As exact as the sources are: a value of more digits than theirs holds their
@@ -108,14 +141,59 @@ class Promise:
         return not torch.allclose(entry.compute(layer), entry.value, rtol=rtol, atol=0)
 
 
+class _Given:
+    """A promise that was given once, for some layers.
+
+    Attributes:
+        kept: layer → what it keeps; None if it has nothing yet.
+    """
+
+    def __init__(self, layers: list[nn.Module], frame: FrameType) -> None:
+        self.kept: dict[nn.Module, _Kept | None] = dict.fromkeys(layers)
+        self._is_open = True
+        # While a generator waits, its caller has promised nothing.
+        self._generator = frame if is_generator(frame) else None
+
+    def end(self) -> "dict[nn.Module, _Kept | None]":
+        """Let it hold no longer, also for tasks that were started inside the block, and
+        return what was kept.
+        """
+        self._is_open, self._generator = False, None
+        kept, self.kept = self.kept, {}
+        return kept
+
+    def holds_here(self) -> bool:
+        """Tell whether it is given for what runs now."""
+        generator = self._generator
+        return self._is_open and (
+            generator is None or any(frame is generator for frame in running_frames())
+        )
+
+
 class _Kept(NamedTuple):
-    """A value, the marks of its sources when it was computed, and how to compute it
-    again.
+    """A value, the marks of its sources when it was computed, these themselves, and how
+    to compute it again.
     """
 
     value: Tensor
     marks: list[Any]
+    references: "list[weakref.ref[Tensor]]"
     compute: Callable[[Any], Tensor]
+
+    def is_from(self, sources: tuple[Any, ...]) -> bool:
+        """Tell whether it was computed from these tensors, and not from others of which
+        one has now the place and the number of an old one.
+        """
+        return _are(self.references, sources)
+
+
+def _are(references: "list[weakref.ref[Tensor]]", sources: tuple[Any, ...]) -> bool:
+    """Tell whether the tensors among ``sources`` are those that are referred to."""
+    tensors = [source for source in sources if isinstance(source, Tensor)]
+    return len(references) == len(tensors) and all(
+        reference() is tensor
+        for reference, tensor in zip(references, tensors, strict=True)
+    )
 
 
 def _marks(sources: tuple[Any, ...]) -> list[Any]:
@@ -151,8 +229,7 @@ SQUARES = Promise(
 )
 
 
-@contextmanager
-def constant_weights(model: nn.Module) -> Iterator[None]:
+def constant_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Promise that the weights of ``model`` stay as they are, so that each DoRA layer
     needs c = m/‖V‖ only once.
 
@@ -171,15 +248,14 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
         model: a module with adapters in it.
 
     Raises:
+        TypeError: ``model`` isn't a module.
         RuntimeError: at the end of the block, if weights were changed unnoticed. The
             outputs since that change were computed with an old c.
     """
-    with SCALES.given_for(model):
-        yield
+    return SCALES.given_for(model)
 
 
-@contextmanager
-def frozen_weights(model: nn.Module) -> Iterator[None]:
+def frozen_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Promise that the pretrained weights of ``model`` stay as they are while its
     adapters are trained.
 
@@ -195,8 +271,8 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
         model: a module with adapters in it.
 
     Raises:
+        TypeError: ``model`` isn't a module.
         RuntimeError: at the end of the block, if a pretrained weight was changed
             unnoticed. The outputs since that change were computed with old norms.
     """
-    with SQUARES.given_for(model):
-        yield
+    return SQUARES.given_for(model)

@@ -2,25 +2,17 @@
 row it can be asked.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank_utils._lazy_weight import lazy_weight
+from lowrank_utils._weight_checks import check_weight_is_all
+from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.lora import AroundLinear, without_autocast
-
-
-@dataclass
-class Selection:
-    """Which adapters a model applies now, by their slots; all layers of a bank share
-    one.
-    """
-
-    active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
 
 
 class BankedAdapter(nn.Module):
@@ -40,6 +32,22 @@ class BankedAdapter(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.alpha = alpha
 
+    def update(self, x: Tensor) -> Tensor:
+        """Return s·xAB, in the wider of the dtypes of x and the adapter."""
+        wide = torch.promote_types(x.dtype, self.A.dtype)
+        return self.alpha * (x.to(wide) @ self.A.to(wide) @ self.B.to(wide))
+
+
+class MergedWeight(nn.Module):
+    """The weight that the adapters in ``slots`` make together."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, slots: tuple[str, ...]) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.slots = slots
+
 
 class BankedLinear(AroundLinear):
     """A linear layer with several adapters beside it, of which the selection says which
@@ -49,134 +57,222 @@ class BankedLinear(AroundLinear):
     are defined as W + Σ (W′_i − W): each changes the base weight as if it were alone,
     c_i comes from the base weight's norms ‖W + ΔW_i‖, and the changes are added, in any
     order.
+
+    Adapters may be wider than the base weight, float32 beside bfloat16. An output is
+    then computed in their dtype from the base layer's, and rounded once to its dtype.
     """
 
-    merged: Tensor | None
+    merged: MergedWeight | None
 
     def __init__(self, linear: nn.Linear, selection: Selection) -> None:
         super().__init__()
         self.linear = linear
+        # Not a module's part a second time, which would be in the state_dict twice.
+        self._first = (linear,)
         # Named as in the other wrappers, so that the functions of adapt.py know it for
         # an adapted layer.
         self.lora = nn.ModuleDict()
         self.selection = selection
-        self.register_buffer("merged", None, persistent=False)
+        self.merged = None
         self.train(linear.training)
 
     @property
     def weight(self) -> Tensor:
         """The weight that the layer now amounts to, for modules that read it instead of
-        calling the layer.
+        calling the layer. It is formed when its numbers are needed.
         """
-        if self.merged is not None:
-            return self.merged
-        if self.selection.rows is not None:
-            raise RuntimeError(
-                "this model reads a layer's weight instead of calling the layer (nn.MultiheadAttention does, and "
-                "torch's fast path for encoders in evaluation); a weight can't differ between the rows of a batch"
-            )
-        adapters = self.active_adapters()
-        W = self.linear.weight
+        choice = self.selection.choice()
+        if choice.rows is not None:
+            if torch.compiler.is_compiling():
+                # What tells about the weight is right, and nothing computes with it.
+                return torch.empty_like(self.linear.weight, device="meta")
+            return lazy_weight(self.linear.weight, _no_weight_for_rows)
+        if (merged := self._merged_for(choice)) is not None:
+            return merged
+        adapters = self.adapters(choice.active)
         if not adapters:
-            return W
+            return self.linear.weight
+        return lazy_weight(self.linear.weight, lambda: self.formed_weight(adapters))
+
+    def formed_weight(self, adapters: Sequence[BankedAdapter]) -> Tensor:
+        """Return the weight that ``adapters`` make together, (out, in)."""
+        check_weight_is_all(self.linear)
+        W = self.linear.weight
         with without_autocast(W.device):
-            scaled = (
-                W if (scale := _scale(adapters)) is None else scale.unsqueeze(1) * W
-            )
+            wide = W.to(_widest(W.dtype, adapters))
+            scale = _scale(adapters)
+            scaled = wide if scale is None else scale.unsqueeze(1) * wide
             for adapter in adapters:
                 update = adapter.alpha * (adapter.B.T @ adapter.A.T)
                 scaled = scaled + (
                     update if adapter.c is None else adapter.c.unsqueeze(1) * update
                 )
-            return scaled
+            return scaled.to(W.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        if self.merged is not None:
-            return F.linear(x, self.merged, self.bias)
-        if self.selection.rows is not None:
-            chosen = [self.adapter(slot) for slot in self.selection.rows]
-            return self._by_rows(x, chosen) if any(chosen) else self.linear(x)
-        adapters = self.active_adapters()
+        if self.selection.had_blocks and _is_in_backward():
+            raise RuntimeError(
+                "torch.utils.checkpoint calls this layer again in the backward pass, where it can't be told which "
+                "rows block held in the first call: switch checkpointing off for a model in a bank"
+            )
+        choice = self.selection.choice()
+        if choice.rows is not None:
+            return self._by_rows(x, choice.rows, choice.batch_dim)
+        if (merged := self._merged_for(choice)) is not None:
+            return F.linear(x, merged, self.bias)
+        adapters = self.adapters(choice.active)
         if not adapters:
             return self.linear(x)
         scale = _scale(adapters)
-        # The bias isn't scaled, so with DoRA it is added at the end.
-        y = self.linear(x) if scale is None else F.linear(x, self.linear.weight)
-        y = y if scale is None else scale.to(y.dtype) * y
+        if scale is None:
+            base = y = self.linear(x)
+        else:
+            # The bias isn't scaled, so with DoRA it is added at the end.
+            check_weight_is_all(self.linear)
+            base = F.linear(x, self.linear.weight)
+            y = scale * base
         for adapter in adapters:
-            update = adapter.alpha * (x @ adapter.A @ adapter.B)
-            y = y + (update if adapter.c is None else adapter.c.to(y.dtype) * update)
-        return y if scale is None or self.bias is None else y + self.bias.to(y.dtype)
+            update = adapter.update(x)
+            y = y + (update if adapter.c is None else adapter.c * update)
+        if scale is not None and self.bias is not None:
+            y = y + self.bias
+        return y.to(base.dtype)
 
-    def _by_rows(self, x: Tensor, chosen: Sequence[BankedAdapter | None]) -> Tensor:
-        """Apply ``chosen[i]`` to x[i] (…, in): the unmerged form with A, B and c
-        gathered for each row.
+    def _by_rows(self, x: Tensor, rows: Sequence[str | None], batch_dim: int) -> Tensor:
+        """Apply the adapter in ``rows[i]`` to index i of ``batch_dim``: the unmerged
+        form with A, B and c gathered for each row.
         """
-        if x.dim() < 2 or len(x) != len(chosen):
-            raise ValueError(
-                f"rows names {len(chosen)} adapters, and a layer got an input of shape {tuple(x.shape)}: "
-                "the first dimension must be the batch's at every adapted layer"
+        if x.dim() < batch_dim + 2 or x.shape[batch_dim] != len(rows):
+            where = (
+                "the first dimension" if batch_dim == 0 else f"dimension {batch_dim}"
             )
-        W = self.linear.weight
-        rank = max(adapter.A.shape[1] for adapter in chosen if adapter is not None)
-        # Zeros fill up the lower ranks, and the rows without an adapter: they add
-        # nothing.
-        nothing = BankedAdapter(
-            W.new_zeros(self.in_features, 0),
-            W.new_zeros(0, self.out_features),
-            0.0,
-            None,
-        )
-        adapters = [adapter or nothing for adapter in chosen]
-        A = torch.stack(
-            [F.pad(adapter.A, (0, rank - adapter.A.shape[1])) for adapter in adapters]
-        )
-        B = torch.stack(
-            [
-                F.pad(adapter.B, (0, 0, 0, rank - adapter.B.shape[0]))
-                for adapter in adapters
-            ]
-        )
-        alphas = torch.tensor(
-            [adapter.alpha for adapter in adapters], dtype=W.dtype, device=W.device
-        )
-        between = torch.bmm(x.reshape(len(x), -1, self.in_features), A)
-        update = torch.bmm(between * alphas.view(-1, 1, 1).to(between.dtype), B)
-        update = update.reshape(*x.shape[:-1], self.out_features)
+            raise ValueError(
+                f"rows names {len(rows)} adapters, and a layer got an input of shape {tuple(x.shape)}: "
+                f"{where} must be the batch's at every adapted layer, and the last the features'; "
+                "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
+            )
+        # Each adapter once, however many rows are its. At the end are zeros, which add
+        # nothing, for the rows without one.
+        kinds = [s for s in dict.fromkeys(rows) if self.adapter(s) is not None]
+        adapters = self.adapters(kinds)
+        if not adapters:
+            return self.linear(x)
+        places = [kinds.index(slot) if slot in kinds else len(kinds) for slot in rows]
+        index = torch.tensor(places, device=x.device)
+        update = self._update_by_rows(x, adapters, index, batch_dim)
+        plain = len(kinds) in places
         if all(adapter.c is None for adapter in adapters):
-            return self.linear(x) + update
-        one = W.new_ones(self.out_features)
-        c = torch.stack(
-            [one if adapter.c is None else adapter.c for adapter in adapters]
+            base = self.linear(x)
+            y = base + update
+        else:
+            check_weight_is_all(self.linear)
+            base = F.linear(x, self.linear.weight)
+            one = update.new_ones(
+                self.out_features, dtype=_widest(base.dtype, adapters)
+            )
+            scales = [one if a.c is None else a.c.to(one.dtype) for a in adapters]
+            c = torch.stack([*scales, one]).index_select(0, index)
+            y = _along(c, x, batch_dim) * (base + update)
+            y = y if self.bias is None else y + self.bias
+            # A sum that ends with the bias is rounded in another way than the layer's.
+            if plain and self.bias is not None:
+                base = self.linear(x)
+        y = y.to(base.dtype)
+        if not plain:
+            return y
+        is_plain = (index == len(kinds)).unsqueeze(1)
+        return torch.where(_along(is_plain, x, batch_dim), base, y)
+
+    def _update_by_rows(
+        self,
+        x: Tensor,
+        adapters: Sequence[BankedAdapter],
+        index: Tensor,
+        batch_dim: int,
+    ) -> Tensor:
+        """Return s·xAB with the A, B and s of ``adapters[index[i]]`` for row i, and
+        zeros where there is none.
+        """
+        wide = _widest(x.dtype, adapters)
+        rank = max(adapter.A.shape[1] for adapter in adapters)
+        # Zeros fill up the lower ranks, too.
+        A = [_filled_up(adapter.A.to(wide).T, rank) for adapter in adapters]
+        B = [_filled_up(adapter.B.to(wide), rank) for adapter in adapters]
+        alphas = x.new_tensor([*(a.alpha for a in adapters), 0.0], dtype=wide)
+        A.append(torch.zeros_like(A[0]))
+        B.append(torch.zeros_like(B[0]))
+        rows = x.movedim(batch_dim, 0)
+        between = torch.bmm(
+            rows.reshape(len(index), -1, self.in_features).to(wide),
+            torch.stack(A).index_select(0, index).mT,
         )
-        c = c.view(len(x), *[1] * (x.dim() - 2), self.out_features)
-        y = c.to(update.dtype) * (F.linear(x, W) + update)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        alphas = alphas.index_select(0, index).view(-1, 1, 1).to(between.dtype)
+        update = torch.bmm(between * alphas, torch.stack(B).index_select(0, index))
+        return update.reshape(*rows.shape[:-1], self.out_features).movedim(0, batch_dim)
 
     def adapter(self, slot: str | None) -> BankedAdapter | None:
-        """Return the adapter in ``slot``, or None if this layer has none there."""
-        if slot is None or slot not in self.lora:
-            return None
-        adapter = self.lora[slot]
-        assert isinstance(adapter, BankedAdapter)
-        return adapter
+        """Return the adapter in ``slot``, or None if this layer has none there.
 
-    def active_adapters(self) -> list[BankedAdapter]:
-        """Return the adapters that the selection has active and that belong to this
-        layer.
+        Raises:
+            RuntimeError: it isn't in the bank any more.
         """
-        return [
-            adapter
-            for slot in self.selection.active
-            if (adapter := self.adapter(slot)) is not None
-        ]
+        if slot is None:
+            return None
+        if slot in self.lora:
+            adapter = self.lora[slot]
+            assert isinstance(adapter, BankedAdapter)
+            return adapter
+        if slot not in self.selection.present:
+            raise RuntimeError(
+                "an adapter was removed from the bank that this task or thread still applies; "
+                "open a rows block of its own inside it"
+            )
+        return None
+
+    def adapters(self, slots: Iterable[str | None]) -> list[BankedAdapter]:
+        """Return the adapters in ``slots``, without those of which this layer has no
+        part.
+        """
+        # Not in one step by :=, which torch's compiler doesn't follow here.
+        adapters = [self.adapter(slot) for slot in slots]
+        return [adapter for adapter in adapters if adapter is not None]
+
+    def has_its_layer(self) -> bool:
+        """Tell whether ``linear`` is still the layer that this one was made around."""
+        return self.linear is self._first[0]
+
+    def _merged_for(self, choice: Choice) -> Tensor | None:
+        # A pass that began before the weights were merged may be for other adapters.
+        merged = self.merged
+        if merged is None or merged.slots != choice.active:
+            return None
+        return merged.weight
 
     def _load_from_state_dict(self, *_: Any) -> None:
         raise RuntimeError(
             "the base model's weights can't be loaded while a bank has adapters in it: each c was computed from "
             "the weights as they are. Remove the adapters, load, and add them again"
         )
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self.selection.is_in_block():
+            raise RuntimeError(
+                "nn.DataParallel gives parts of the batch to threads of its own, which know nothing of the rows "
+                "block here: call the model that it holds, or give each part its own block"
+            )
+        return super()._replicate_for_data_parallel()
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _no_weight_for_rows() -> Tensor:
+    raise RuntimeError(
+        "this model reads a layer's weight instead of calling the layer (nn.MultiheadAttention does, and "
+        "torch's fast path for encoders in evaluation); a weight can't differ between the rows of a batch"
+    )
 
 
 def _scale(adapters: Sequence[BankedAdapter]) -> Tensor | None:
@@ -191,3 +287,23 @@ def _scale(adapters: Sequence[BankedAdapter]) -> Tensor | None:
         if len(scales) == 1
         else torch.stack(scales).sum(dim=0) - (len(scales) - 1)
     )
+
+
+def _widest(dtype: torch.dtype, adapters: Sequence[BankedAdapter]) -> torch.dtype:
+    """Return a dtype that holds ``dtype`` and those of all ``adapters``."""
+    for adapter in adapters:
+        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    return dtype
+
+
+def _filled_up(rows: Tensor, count: int) -> Tensor:
+    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _along(values: Tensor, x: Tensor, batch_dim: int) -> Tensor:
+    """Return ``values`` (rows, n) in the shape that goes with x, the rows in its
+    dimension ``batch_dim`` and n in the last.
+    """
+    shape = [1] * x.dim()
+    shape[batch_dim], shape[-1] = values.shape
+    return values.view(shape)

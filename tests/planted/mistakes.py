@@ -489,8 +489,8 @@ MISTAKES = [
     Mistake(
         "the rows of a batch get each other's adapters",
         "adapters/banked_linear.py",
-        "chosen = [self.adapter(slot) for slot in self.selection.rows]",
-        "chosen = [self.adapter(slot) for slot in reversed(self.selection.rows)]",
+        "return self._by_rows(x, choice.rows, choice.batch_dim)",
+        "return self._by_rows(x, choice.rows[::-1], choice.batch_dim)",
         "adapters/test_bank.py::test_every_row_gets_its_own_adapter",
     ),
 ]

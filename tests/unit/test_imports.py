@@ -38,7 +38,7 @@ ALLOWED = {
     module: packages
     for packages, modules in (
         (set(), "__main__ adapters.folders comparison comparison.kernels"),
-        (set(), "comparison.whole"),
+        (set(), "_blocks comparison.whole"),
         ({"lazy_loader"}, "__init__"),
         ({"platformdirs"}, "_mnist"),
         (SAFE, "adapters adapters.bank adapters.files"),
