@@ -69,7 +69,7 @@ def test_each_combination_once_and_the_notebooks_defaults_for_the_rest(defaults)
         ({"ranks": [0]}, "a rank must be a whole number, 1 or more; got 0"),
         ({"methods": ["QLoRA"]}, "a method must be one of"),
         ({"seeds": [[1, 1]]}, "seeds must have each entry once"),
-        ({"alpha": ["5e-4"]}, "YAML takes 5e-4 for text; write 5.0e-4"),
+        ({"alpha": ["5e-4"]}, "alpha must be a finite number; got '5e-4' (str)"),
         ({"pretraining_epochs": ["many"]}, "pretraining_epochs must be a whole number"),
         ({"steps": [[128, 64]]}, "steps must begin with the shortest"),
         ({"networks": [["a"]]}, "seed must be a whole number"),
