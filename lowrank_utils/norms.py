@@ -9,8 +9,16 @@ Fused Kernels", arXiv 2603.22276.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lowrank_utils.decompose import row_norms
+
+# FakeTensorMode, make_fx with what is built on it, and AOTAutograd.
+_SYMBOLIC_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def row_scale(m: Tensor, norm: Tensor) -> Tensor:
@@ -90,25 +98,47 @@ def factored_norm_pays(W: Tensor, A: Tensor) -> bool:
     It pays for weights from 2¹⁸ entries on, below which its many small steps take
     longer than A·B (benchmarks/adapter_speed.py).
     """
-    rank = A.shape[1]
     return (
+        # First: where torch.jit traces, even the question for a shape becomes a part of
+        # the graph.
         values_can_be_read(W)
         and W.dtype == A.dtype
         # A product in half precision would lose the norm's digits.
         and W.dtype in (torch.float32, torch.float64)
         and W.numel() >= 2**18
         # With more rank than this AᵀWᵀ costs as much as A·B and the sums come on top.
-        and 4 * rank <= min(W.shape)
+        and 4 * A.shape[1] <= min(W.shape)
     )
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Tell whether a result can be looked at on the way: not while torch compiles,
-    batches or only infers shapes.
+    """Tell whether a result can be looked at on the way, and computed in place: not
+    while torch compiles, traces, batches, captures a graph, differentiates forward or
+    only infers shapes.
+
+    Args:
+        tensor: that the result comes from.
     """
     if torch.compiler.is_compiling() or tensor.is_meta:
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not (
+        # vmap, grad, jvp, jacfwd, functionalize.
+        torch._C._are_functorch_transforms_active()
+        # torch.jit.trace, and the older of ONNX's two exports.
+        or torch._C._is_tracing()
+        # Steps without gradients pass on tangents nevertheless, and ‖W‖² that was
+        # computed apart has none.
+        or forward_ad._current_level >= 0
+        # Such a class may hold no numbers (FakeTensor), or others than it shows.
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        # Under these modes results hold no numbers, whatever they come from.
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(key) for key in _SYMBOLIC_MODES)
+        )
+        # A CUDA graph has no numbers before it is replayed.
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def formed_row_norms(V: Tensor) -> Tensor:

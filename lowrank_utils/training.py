@@ -5,6 +5,7 @@ setting.
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,9 +181,12 @@ def train(
         progress: show a bar (``TQDM_DISABLE=1`` silences all bars).
 
     Raises:
-        TypeError, ValueError: an argument isn't what is allowed, or nothing is
-            trainable.
+        TypeError, ValueError: an argument isn't what is allowed, nothing is trainable,
+            or what is to be trained is in float16 or has eight bits.
         FloatingPointError: the loss is no longer finite.
+
+    Warns:
+        UserWarning: what is to be trained is in bfloat16, where small steps are lost.
     """
     check_whole_number("epochs", epochs, minimum=1)
     check_whole_number("batch_size", batch_size, minimum=1)
@@ -190,6 +194,16 @@ def train(
     check_finite_number("learning_rate", learning_rate, above=0)
     if dtype is not None:
         check_floating_dtype("dtype", dtype)
+    for name, function, known in (
+        ("schedule", schedule, "warm_up_and_decay"),
+        ("optimizer", optimizer, "adam or torch.optim.SGD"),
+        ("after_epoch", after_epoch, "print"),
+    ):
+        if not callable(function) and not (function is None and name != "optimizer"):
+            raise TypeError(
+                f"{name} must be a function such as {known}; got {function!r} "
+                f"({type(function).__name__})"
+            )
     for name, part in {"digits": digits, "validation": validation}.items():
         if part is not None and len(part.labels) == 0:
             raise ValueError(
@@ -200,6 +214,7 @@ def train(
     if factors is not None:
         # Refused before the model is converted, so that it stays as it was.
         parameter_groups(model, learning_rate, factors)
+    _check_precision(model, dtype)
     model.to(device=device, dtype=dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     digits = _beside(model, digits)
@@ -265,6 +280,48 @@ def train(
             if after_epoch is not None:
                 after_epoch(model)
     return history
+
+
+def _check_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Refuse what can't be trained in its precision, and warn of what trains badly.
+
+    Args:
+        model: is looked at, and stays as it is.
+        dtype: that its parameters are about to be converted to; None leaves theirs.
+    """
+    trained: dict[torch.dtype, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        kind = dtype or parameter.dtype
+        if kind.itemsize < 2:
+            raise ValueError(
+                f"{name} is in {kind}, in which torch neither adds nor multiplies; "
+                "convert the model, as train(…, dtype=torch.float32) does"
+            )
+        if parameter.requires_grad:
+            trained.setdefault(kind, []).append(name)
+    if half := trained.get(torch.float16):
+        raise ValueError(
+            f"{_some(half)} can't be trained in float16: there the squares that Adam "
+            "divides by are 0 for gradients below 0.0002, its epsilon of 1e-8 is 0 too, "
+            "and gradients below 3e-8 vanish. Train in float32, dtype=torch.float32; to "
+            "save time, do so under torch.autocast(device, torch.bfloat16)"
+        )
+    if rounded := trained.get(torch.bfloat16):
+        warnings.warn(
+            f"{_some(rounded)} are trained in bfloat16, where a step below 0.2 % of a "
+            "number leaves it as it was: at Adam's usual rates, 0.001 and below, DoRA's "
+            "m and most of LoRA's A never move. Train in float32, dtype=torch.float32; "
+            "to save time, do so under torch.autocast(device, torch.bfloat16)",
+            stacklevel=3,
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the names, or the first eight and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def _beside(model: nn.Module, digits: Digits) -> Digits:

@@ -7,6 +7,8 @@ on where it stopped.
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tqdm import tqdm
 
 from lowrank_utils.comparison.grid import (
@@ -25,6 +26,8 @@ from lowrank_utils.comparison.grid import (
     code_version,
     expand,
     notebook_defaults,
+    parse_yaml,
+    read_notebook,
     read_plan,
     run_id,
 )
@@ -45,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "grid",
         nargs="?",
         type=Path,
-        help="YAML file: parameter → the values to go through, or a list of such grids, or both such grids and "
-        "what is declared to be decided",
+        help="YAML file: each parameter with the values to go through, or a list of such grids, or both such "
+        "grids and what is declared to be decided",
     )
     parser.add_argument(
         "-p",
@@ -112,9 +115,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         if name in given:
             raise SweepError(f"-p {name} is given twice; name all its values once")
         try:
-            given[name] = [yaml.safe_load(value) for value in values]
-        except yaml.YAMLError as error:
-            raise SweepError(f"-p {name}: {' '.join(str(error).split())}") from None
+            given[name] = [parse_yaml(value) for value in values]
+        except ValueError as error:
+            raise SweepError(f"-p {name}: {error}") from None
     plan = read_plan(arguments.grid) if arguments.grid else Plan([{}])
     return plan._replace(grids=[{**grid, **given} for grid in plan.grids])
 
@@ -132,6 +135,32 @@ def declaration_of(plan: Plan, settings: Sequence[Settings]) -> "Declaration | N
     except (TypeError, ValueError) as error:
         raise SweepError(str(error)) from None
     return declaration
+
+
+def check_places(arguments: argparse.Namespace) -> None:
+    """Refuse a folder that is a file, or lies below one, and a name that is a path,
+    before anything is run.
+    """
+    for option in ("out", "publish"):
+        path: Path | None = getattr(arguments, option)
+        if path is None:
+            continue
+        try:
+            # A link that leads nowhere is there, too.
+            there = (p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+            nearest = next(there, Path())
+            if nearest.is_dir():
+                continue
+        except OSError as error:
+            raise SweepError(f"--{option} {path}: {error.strerror}") from None
+        raise SweepError(
+            f"--{option} must be a folder, and {nearest} is a file; choose another --{option}"
+        )
+    name = arguments.name
+    if name is not None and (not name or Path(name).name != name):
+        raise SweepError(
+            f"--name must be a file's name, without a folder or an ending; got {name!r}"
+        )
 
 
 def cores() -> int:
@@ -185,10 +214,18 @@ def sweep(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise SweepError(f"--{name} must be 1 or more; got {value}")
+    check_places(arguments)
     plan = plan_of(arguments)
-    settings = expand(plan.grids, notebook_defaults(arguments.notebook))
+    defaults = notebook_defaults(arguments.notebook)
+    needed = [*Settings.names(), "result_path"]
+    if lacking := [name for name in needed if name not in defaults]:
+        raise SweepError(
+            f"--notebook {arguments.notebook} lacks the parameters {', '.join(lacking)}; "
+            f"it must have {', '.join(needed)}"
+        )
+    settings = expand(plan.grids, defaults)
     declaration = declaration_of(plan, settings)
-    notebook = arguments.notebook.read_text(encoding="utf-8")
+    notebook = read_notebook(arguments.notebook)
     version = code_version(notebook)
     runs = {run_id(s, version): s for s in settings}
     store = Store(arguments.out.absolute())
@@ -273,6 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: 0 if all runs are done, 1 if some failed, 2 if it can't
     begin, 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The terminal's encoding may lack letters of a help text, or of a folder.
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         return sweep(arguments)
@@ -286,8 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         print(
-            f"lowrank-compare: {error}: is the disk full? What is done is kept, run it again",
+            f"lowrank-compare: {error}{': is the disk full?' if full else '.'} "
+            "What is done is kept, run it again",
             file=sys.stderr,
         )
         return 1

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lowrank_utils._arguments import check_one_of
 from lowrank_utils.adapt import count_parameters
 from lowrank_utils.comparison.methods import (
     METHODS,
@@ -175,10 +176,28 @@ def adapt(
             is trained.
         seed: of the sample, of A and of the order of the digits.
         progress: show a bar.
+
+    Raises:
+        ValueError: the method is unknown, has a rank and gets none, trains and gets no
+            point, or the steps aren't whole epochs.
     """
+    check_one_of("method", method, METHODS)
+    if METHODS[method].has_rank and rank is None:
+        raise ValueError(f"{method!r} needs a rank, a whole number; got None")
+    if point is None and method != "frozen":
+        raise ValueError(
+            f"{method!r} needs a point with a learning rate; got None, which is for 'frozen'"
+        )
+    if steps % settings.steps_per_epoch:
+        raise ValueError(
+            f"steps must be a multiple of {settings.steps_per_epoch}, the steps of an epoch; got {steps}"
+        )
     model = copy.deepcopy(task.pretrained)
     torch.manual_seed(seed)
-    low_rank = LowRank(rank or 1, settings.alpha, settings.scaling, settings.init)
+    # To the methods that have no rank it means nothing.
+    low_rank = LowRank(
+        1 if rank is None else rank, settings.alpha, settings.scaling, settings.init
+    )
     make_trainable(method, model, low_rank, SHIFTS[settings.shift].trains_last_layer)
     trainable = count_parameters(model).trainable
     loss: float | None = None
@@ -250,6 +269,7 @@ def space_of(method: str) -> Space:
     """Return where the learning rates of a method are drawn from, and the factors of
     its part.
     """
+    check_one_of("method", method, METHODS)
     rates, part = METHODS[method].rates, METHODS[method].part
     return Space(Range(*rates), None if part is None else Range(part.low, part.high))
 

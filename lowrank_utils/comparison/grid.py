@@ -4,7 +4,8 @@ import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +41,87 @@ class Plan(NamedTuple):
     declared: Any = None
 
 
+TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML as SafeLoader reads it, without its two traps: a key that is given twice is
+    an error, where SafeLoader takes the last, and 1e-3 is a number, as in YAML 1.2.
+    """
+
+    # Before keys are merged (<<), which may well give one of them again.
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            # The merge sign has no value of its own.
+            name = key.value
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge":
+                name = self.construct_object(key)
+            if not isinstance(name, Hashable):
+                continue
+            line = key.start_mark.line + 1
+            if name in lines:
+                places = sorted({lines[name], line})
+                raise yaml.YAMLError(
+                    f"{name} is given twice, in line{'s' * (len(places) > 1)} "
+                    f"{' and '.join(map(str, places))}; give all its values at once"
+                )
+            lines[name] = line
+        return node
+
+
+_Loader.add_implicit_resolver(
+    f"{TAG}float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds; of Python it can make plain values alone.
+
+    Raises:
+        ValueError: it isn't YAML, or a key is given twice; the message is one line.
+    """
+    try:
+        # A subclass of SafeLoader, as safe as that.
+        return yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    # What PyYAML's own constructors raise of a date, a number or a tag that isn't one.
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"a value can't be read ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_text(path: Path, kind: str, option: str = "") -> str:
+    """Return the text of a file that the command line names.
+
+    Args:
+        path: the file's.
+        kind: what it should be, with its article.
+        option: the command line's option for it, with a space after it.
+
+    Raises:
+        SweepError: it is a folder, can't be read, or isn't text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SweepError(
+            f"{option}{path} isn't {kind}: byte {error.start} isn't text in UTF-8"
+        ) from None
+    except OSError as error:
+        # Windows says of a folder that access is denied.
+        if path.is_dir():
+            raise SweepError(f"{option}{path} is a folder; name {kind} in it") from None
+        raise SweepError(
+            f"{option}{path} can't be read ({error.strerror}); name {kind} that can"
+        ) from None
+
+
 def read_plan(path: Path) -> Plan:
     """Read a YAML file: a grid, a list of grids, or such a list as ``grids`` beside
     what is ``declared``.
@@ -49,12 +131,16 @@ def read_plan(path: Path) -> Plan:
     Raises:
         SweepError: the file can't be read or holds something else.
     """
+    text = read_text(path, "a YAML file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SweepError(f"{path} can't be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} isn't YAML: {' '.join(str(error).split())}") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        said = "" if " is given twice, in line" in str(error) else " isn't YAML"
+        raise SweepError(f"{path}{said}: {error}") from None
+    if content is None:
+        raise SweepError(
+            f"{path} is empty: it must hold parameters and their values, or a list of such"
+        )
     declared = None
     if isinstance(content, dict) and "grids" in content:
         if unknown := sorted(map(str, content.keys() - {"grids", "declared"})):
@@ -73,8 +159,37 @@ def read_plan(path: Path) -> Plan:
     return Plan(grids, declared)
 
 
+def read_notebook(path: Path) -> str:
+    """Return the text of a notebook.
+
+    Raises:
+        SweepError: it can't be read, or isn't a notebook.
+    """
+    text = read_text(path, "a notebook", "--notebook ")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SweepError(
+            f"--notebook {path} isn't a notebook: it isn't JSON ({error})"
+        ) from None
+    cells = content.get("cells") if isinstance(content, dict) else None
+    if not isinstance(cells, list) or not all(
+        isinstance(cell, dict) and {"cell_type", "source"} <= cell.keys()
+        for cell in cells
+    ):
+        raise SweepError(
+            f"--notebook {path} isn't a notebook: it is JSON without a notebook's cells"
+        )
+    return text
+
+
 def notebook_defaults(notebook: Path) -> dict[str, Any]:
-    """Return the parameters of a notebook and their defaults."""
+    """Return the parameters of a notebook and their defaults.
+
+    Raises:
+        SweepError: papermill isn't installed, or it isn't a notebook with parameters.
+    """
+    read_notebook(notebook)
     try:
         import papermill
     except ImportError:
@@ -82,15 +197,28 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
             "papermill isn't installed; in the project's folder type: pip install -e \".[lab]\""
         ) from None
     try:
-        found = papermill.inspect_notebook(str(notebook))
-        return {
-            name: ast.literal_eval(parameter["default"])
-            for name, parameter in found.items()
-        }
-    except OSError as error:
+        # With its folder, since papermill reads names such as - from elsewhere.
+        found = papermill.inspect_notebook(str(notebook.absolute()))
+    except Exception as error:  # of JSON that only looks like a notebook
         raise SweepError(
-            f"{notebook} can't be read ({error.strerror}); name one with --notebook"
+            f"--notebook {notebook} can't be read by papermill "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from None
+    if not found:
+        raise SweepError(
+            f"--notebook {notebook} has no parameters: give the cell that sets them the "
+            "tag parameters, as in comparison.ipynb"
+        )
+    defaults = {}
+    for name, parameter in found.items():
+        try:
+            defaults[name] = ast.literal_eval(parameter["default"])
+        except (ValueError, SyntaxError):
+            raise SweepError(
+                f"--notebook {notebook}: the parameter {name} must be a plain value, "
+                f"such as 1, 'text' or a list; got {parameter['default']}"
+            ) from None
+    return defaults
 
 
 def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings"]:
@@ -127,12 +255,7 @@ def expand(grids: Sequence[Grid], defaults: Mapping[str, Any]) -> list["Settings
             try:
                 run = Settings.of({**known, **combination})
             except (TypeError, ValueError) as error:
-                hint = (
-                    " (YAML takes 5e-4 for text; write 5.0e-4)"
-                    if "(str)" in str(error)
-                    else ""
-                )
-                raise SweepError(f"{combination}: {error}{hint}") from None
+                raise SweepError(f"{combination}: {error}") from None
             if run not in runs:
                 runs.append(run)
     return runs

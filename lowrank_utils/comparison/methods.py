@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lowrank_utils._arguments import check_one_of, check_whole_number
 from lowrank_utils.adapt import replace_linear_layers
 from lowrank_utils.comparison.controls import (
     LinearWithGain,
@@ -50,6 +51,8 @@ class LowRank(NamedTuple):
         """Replace the linear layers of ``model`` that are meant, and freeze everything
         but the adapters.
         """
+        check_whole_number("rank", self.rank, minimum=1)
+        check_one_of("scaling", self.scaling, SCALINGS)
         model.requires_grad_(False)
         alpha = SCALINGS[self.scaling](self.alpha, self.rank)
         replace_linear_layers(
@@ -64,8 +67,11 @@ class LowRank(NamedTuple):
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
         """Return name and module of the linear layers that are meant, in the model's
-        order.
+        order; a target that the model doesn't have is an error.
         """
+        names = [name for name, _ in linear_layers(model)]
+        for target in self.targets or ():
+            check_one_of("a target", target, names)
         return [
             (n, layer)
             for n, layer in linear_layers(model)

@@ -10,9 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from lowrank_utils.comparison.intervals import MARGIN
+from lowrank_utils._arguments import check_one_of
+from lowrank_utils.comparison.intervals import (
+    BETTER,
+    EQUAL,
+    MARGIN,
+    UNDECIDED,
+    WORSE,
+)
 from lowrank_utils.comparison.methods import METHODS
-from lowrank_utils.comparison.tables import means, network_means, task_name
+from lowrank_utils.comparison.tables import UNDER_TUNED, means, network_means, task_name
 from lowrank_utils.plots import LOOKS, PALETTE, Look
 
 GAIN = Look(PALETTE["ink"], "--", "P", "")
@@ -48,8 +55,12 @@ FILLED = (
 )
 
 
+def _look(method: str) -> Look:
+    return METHOD_LOOKS[check_one_of("a method", method, METHOD_LOOKS)]
+
+
 def _style(method: str) -> dict[str, Any]:
-    look = METHOD_LOOKS[method]
+    look = _look(method)
     return {
         "color": look.color,
         "marker": look.marker,
@@ -106,7 +117,8 @@ def plot_networks(table: pd.DataFrame) -> Figure:
         for steps, group in rows.groupby("steps")
         for rank in ranks
     ]
-    methods = [method for method in METHODS if method in set(networks["method"])]
+    there = {check_one_of("a method", m, METHODS) for m in networks["method"].unique()}
+    methods = [method for method in METHODS if method in there]
     figure, grid = _panels(len(panels), height=0.75 + 0.27 * len(methods))
     for place, (axes, (task, steps, rank, group)) in enumerate(
         zip(grid, panels, strict=True)
@@ -210,9 +222,11 @@ def _interval(axes: Any, place: int, row: pd.Series, first: str, second: str) ->
             zorder=0,
         )
         axes.axvline(0, color=PALETTE["ink"], lw=1)
-    color = PALETTE["muted"]
-    if row["verdict"] in ("better", "worse"):
-        color = METHOD_LOOKS[first if row["verdict"] == "better" else second].color
+    ahead = {BETTER: first, WORSE: second, EQUAL: None, UNDECIDED: None}
+    method = (ahead | {UNDER_TUNED: None})[
+        check_one_of("a verdict", row["verdict"], [*ahead, UNDER_TUNED])
+    ]
+    color = PALETTE["muted"] if method is None else _look(method).color
     axes.plot(
         [100 * row["low"], 100 * row["high"]],
         [place, place],
@@ -245,7 +259,7 @@ def plot_accuracy_over_steps(table: pd.DataFrame, rank: int) -> Figure:
     for axes, (name, group) in zip(panels, tasks, strict=True):
         for method, rows in group.groupby("method", sort=False):
             style = _style(method) | {
-                "linestyle": METHOD_LOOKS[method].line,
+                "linestyle": _look(method).line,
                 "label": method,
             }
             axes.plot(rows["steps"], 100 * rows["mean"], **style)
@@ -282,7 +296,7 @@ def plot_scores(scores: Mapping[str, float]) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(7.2, 0.7 + 0.42 * len(scores)))
     for place, (method, score) in enumerate(scores.items()):
-        look = METHOD_LOOKS[method]
+        look = _look(method)
         axes.barh(
             place,
             100 * score,

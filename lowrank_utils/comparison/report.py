@@ -144,10 +144,11 @@ _ALT_TEXTS = {
 
 
 def _picture(name: str, stem: str) -> str:
-    rank = name.removeprefix("rank_")
-    alt = _ALT_TEXTS.get(
-        name,
-        f"Test accuracy at rank {rank}, a panel for each task and length: a mark per network, and the mean.",
+    alt = (
+        f"Test accuracy at rank {name.removeprefix('rank_')}, a panel for each task and length: a mark per "
+        "network, and the mean."
+        if name.startswith("rank_")
+        else _ALT_TEXTS[name]
     )
     return f"![{alt}]({stem}_{name}.png)"
 

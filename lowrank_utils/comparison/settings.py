@@ -77,38 +77,33 @@ class Settings:
     def __post_init__(self) -> None:
         check_one_of("data_set", self.data_set, DATA_SETS)
         check_one_of("shift", self.shift, SHIFTS)
-        # 8 and 8.0 are one setting, and so one run.
+        # What is kept is of one type whatever came, since a run is known by it: 8, 8.0
+        # and NumPy's are one setting. So are 0.0 and -0.0.
         for name in ("rotation", "alpha"):
-            object.__setattr__(
-                self, name, check_finite_number(name, getattr(self, name))
-            )
+            self._keep(name, check_finite_number(name, getattr(self, name)) + 0.0)
         check_one_of("scaling", self.scaling, SCALINGS)
         check_one_of("init", self.init, INITIALISATIONS)
         check_one_of("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "pretraining_epochs", "tuning_points"):
-            check_whole_number(name, getattr(self, name), minimum=1)
+            self._keep(name, check_whole_number(name, getattr(self, name), minimum=1))
         if self.tuning_points & (self.tuning_points - 1):
             raise ValueError(
                 f"tuning_points must be a power of two; got {self.tuning_points}"
             )
         # Ten classes, each of which needs a digit.
-        check_whole_number("adaptation_examples", self.adaptation_examples, minimum=10)
-        _check_each("networks", self.networks, check_seed)
-        _check_each(
-            "methods",
-            self.methods,
-            lambda value: check_one_of("a method", value, METHODS),
-        )
-        _check_each(
-            "ranks",
-            self.ranks,
-            lambda value: check_whole_number("a rank", value, minimum=1),
-        )
-        _check_each(
-            "steps",
-            self.steps,
-            lambda value: check_whole_number("a number of steps", value, 1),
-        )
+        examples = self.adaptation_examples
+        examples = check_whole_number("adaptation_examples", examples, minimum=10)
+        self._keep("adaptation_examples", examples)
+        checks: dict[str, Callable[[Any], Any]] = {
+            "networks": check_seed,
+            "methods": lambda value: check_one_of("a method", value, METHODS),
+            "ranks": lambda value: check_whole_number("a rank", value, minimum=1),
+            "steps": lambda value: check_whole_number("a number of steps", value, 1),
+            "seeds": check_seed,
+            "tuning_seeds": check_seed,
+        }
+        for name, check in checks.items():
+            self._keep(name, _checked_list(name, getattr(self, name), check))
         if self.steps != sorted(self.steps):
             raise ValueError(f"steps must begin with the shortest; got {self.steps}")
         if odd := [steps for steps in self.steps if steps % self.steps_per_epoch]:
@@ -116,21 +111,16 @@ class Settings:
                 f"steps must be whole epochs, multiples of {self.steps_per_epoch} with "
                 f"{self.adaptation_examples:,} examples in batches of {self.batch_size}; got {odd}"
             )
-        _check_each("seeds", self.seeds, check_seed)
-        _check_each("tuning_seeds", self.tuning_seeds, check_seed)
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ValueError(
                 f"seeds and tuning_seeds must have none in common; got {both} in both. "
                 "A rate that was chosen with a seed would be favoured by it"
             )
-        try:
-            # The meta device computes nothing, and None would be whatever is the default.
-            torch.empty(1, device=torch.device(self.device)).item()
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device must be one that torch has here, such as 'cpu'; got {self.device!r} ({reason})"
-            ) from None
+        self._keep("device", _checked_device(self.device))
+
+    def _keep(self, name: str, value: Any) -> None:
+        # The class is frozen for all others.
+        object.__setattr__(self, name, value)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,9 +158,29 @@ class Settings:
         ]
 
 
-def _check_each(name: str, values: Any, check: Callable[[Any], Any]) -> None:
-    """Refuse anything but a list, an empty one, one with a repetition, and one with a
-    wrong entry.
+def _checked_device(device: Any) -> str:
+    """Return the device's name; it must be one that torch has here."""
+    try:
+        if not isinstance(device, (str, torch.device)):
+            # None would be whatever is the default, and a number any accelerator.
+            raise TypeError(f"{type(device).__name__} instead of text")
+        found = torch.device(device)
+        if found.type == "cpu" and found.index:
+            # Torch would take the one that there is.
+            raise RuntimeError("there is one CPU, number 0")
+        # The meta device computes nothing.
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu'; got {device!r} ({reason})"
+        ) from None
+    return str(device)
+
+
+def _checked_list(name: str, values: Any, check: Callable[[Any], Any]) -> list[Any]:
+    """Return the checked entries; refuse anything but a list, an empty one, and one
+    with a repetition.
     """
     if not isinstance(values, list):
         raise TypeError(
@@ -178,10 +188,10 @@ def _check_each(name: str, values: Any, check: Callable[[Any], Any]) -> None:
         )
     if not values:
         raise ValueError(f"{name} is empty; it needs at least one entry")
-    for value in values:
-        check(value)
+    values = [check(value) for value in values]
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise ValueError(f"{name} must have each entry once; got {twice} more often")
+    return values
 
 
 def settings_of_notebook(namespace: Mapping[str, Any]) -> Settings:

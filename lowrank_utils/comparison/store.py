@@ -62,6 +62,11 @@ class Store:
                 f"another sweep is at work in {self.folder}; wait for it or choose another --out"
             ) from None
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                raise SweepError(
+                    f"{error.filename or self.folder} isn't what a sweep puts there "
+                    f"({error.strerror}); choose another --out"
+                ) from None
             # A disk that is full is another matter: there what is done is kept, and the
             # sweep goes on later.
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -83,7 +88,12 @@ class Store:
         """
         path = self.folder / "declared.json"
         text = json.dumps(declared, indent=1) + "\n"
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else "null\n"
+        try:
+            earlier = path.read_text(encoding="utf-8") if path.is_file() else "null\n"
+        except UnicodeDecodeError:
+            raise SweepError(
+                f"{path} isn't text, so somebody has altered it; choose another --out"
+            ) from None
         if any((self.folder / "runs").iterdir()) and earlier != text:
             raise SweepError(
                 f"what the runs in {self.folder} decide was declared before them, in {path}, and is another "
@@ -107,7 +117,10 @@ class Store:
         """
         path = self.folder / "runs" / run / "result.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(result, dict) or not isinstance(result.get("runs"), list):
+                raise ValueError("it holds no runs")
+            return result
         except (OSError, ValueError) as error:
             raise SweepError(
                 f"{path} can't be read ({error}); remove its folder, and the run is done again"

@@ -287,6 +287,8 @@ def spread_over_ranks(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFra
         A row each, with the columns of ``TASK``, steps, method, network, ranks (how
         many), spread.
     """
+    for method in methods:
+        check_one_of("a method", method, METHODS)
     networks = network_means(table)
     chosen = networks[networks["method"].isin(methods) & networks["rank"].notna()]
     grouped = chosen.groupby([*TASK, "steps", "method", "network"], sort=False)["test"]
