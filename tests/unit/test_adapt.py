@@ -190,6 +190,10 @@ def test_options_are_passed_on_and_training_and_evaluation_mode_carried_over(tra
         assert modes == {training != (name == "embed")}, name
         assert adapter.detach_norm is False
         assert adapter.lora.A.abs().max() <= adapter.in_features**-0.5
+        assert (
+            adapter.out_features,
+            adapter.in_features,
+        ) == adapter.linear.weight.shape
 
 
 @every_wrapper
