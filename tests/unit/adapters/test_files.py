@@ -331,12 +331,8 @@ def mix(model):
         (lambda: spoilt(mix), "LoRA and DoRA adapters; PEFT's config names one kind"),
         (lambda: spoilt(share), r"one layer under several names: inner.third .*head"),
         (
-            lambda: spoilt(lambda m: m.plain.requires_grad_(True)),
-            r"trainable, .* files: plain.weight, plain.bias",
-        ),
-        (
             lambda: spoilt(lambda m: m.head.linear.requires_grad_(True)),
-            r"files: head.linear.weight, head.linear.bias",
+            r"trainable, .* files: head.linear.weight\. Freeze what wasn't trained",
         ),
         (
             lambda: spoilt(lambda m: m.head.m.data.fill_(float("nan"))),
@@ -499,13 +495,8 @@ def test_no_value_of_a_setting_makes_anything_but_a_config_or_a_clear_error(
     [
         ({"peft_type": "IA3"}, "got 'IA3', another tuner"),
         ({"peft_type": "ADALORA"}, "got 'ADALORA', another tuner"),
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1 isn't supported"),
-        ({"bias": "all"}, "bias='all' trains biases"),
-        ({"bias": "lora_only"}, "bias='lora_only' trains biases"),
-        ({"modules_to_save": ["head"]}, r"modules_to_save=\['head'\] isn't supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True isn't supported"),
         ({"lora_bias": True}, "lora_bias=True isn't supported"),
-        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] isn't supported"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"target_parameters": ["w"]}, "target_parameters"),
@@ -718,7 +709,7 @@ def test_layers_of_another_kind_are_refused_by_name(saved, kind):
     model = Other(kind)
     with pytest.raises(
         AdapterFileError,
-        match=f"head is a {type(kind).__name__}; only nn.Linear is supported",
+        match=f"head is an? {type(kind).__name__}; only nn.Linear is supported",
     ):
         load_adapter(model, saved)
     assert type(model.inner["first"]) is nn.Linear
