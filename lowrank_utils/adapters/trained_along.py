@@ -51,7 +51,7 @@ def names_trained_along(model: nn.Module) -> list[str]:
     return [
         f"{name}.{key}" if name else key
         for name, keys in trained.items()
-        for key in keys
+        for key in sorted(keys)
     ]
 
 
@@ -194,8 +194,9 @@ def _check_modules_to_save(names: list[str], modules: Mapping[str, nn.Module]) -
                     "whole or adapts what is inside, not both"
                 )
             if saved.keep_out(name):
+                meant = next(n for n in names if SavedModules([n]).keep_out(name))
                 _refuse(
-                    f"{', '.join(names)}: was trained, but by this name in modules_to_save PEFT would not adapt {name}"
+                    f"{meant} is trained, but by this name in modules_to_save PEFT would not adapt {name}"
                 )
         seen = [name, *(f"{name}.{own}" for own in PEFTS_OWN if is_adapter(module))]
         for known in seen:
