@@ -151,8 +151,9 @@ def adapted_layer(linear: nn.Module, part: LayerAdapter) -> AdaptedLinear:
 
 def _dropout_option(part: LayerAdapter) -> dict[str, Any]:
     # Dropout plays no part in predictions, so where LoRALayer has none, it is left out.
-    known = "dropout" in inspect.signature(LoRALayer).parameters
-    return {"dropout": part.dropout} if known and part.dropout else {}
+    if not part.dropout or "dropout" not in inspect.signature(LoRALayer).parameters:
+        return {}
+    return {"dropout": part.dropout}
 
 
 def read_adapter(

@@ -390,7 +390,7 @@ def test_other_weights_that_do_not_fit_are_refused_and_nothing_changes(
 @STATISTICS
 def test_other_weights_are_rounded_only_if_asked_for(folder):
     model = Base().float()
-    with pytest.raises(AdapterFileError, match="rounded to torch.float32"):
+    with pytest.raises(AdapterFileError, match=r"rounded to torch\.float32"):
         load_adapter(model, folder)
     load_adapter(model, folder, may_round=True)
     assert torch.equal(
@@ -419,7 +419,7 @@ def test_a_bank_refuses_them_by_name_unless_they_are_the_base_models_own(folder)
         },
     )
     AdapterBank(model).add("anna", folder)
-    assert [*read_adapter(folder, plain_modules(Base()))][0] == "layers.0.up"
+    assert len(read_adapter(folder, plain_modules(Base()))) == 4
 
 
 def test_a_models_own_trained_weights_can_be_asked_for():
@@ -468,9 +468,7 @@ def test_an_adapted_head_goes_to_peft_and_comes_back(tied, targets, tmp_path):
     save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(llama(tied), tmp_path / "ours").eval()
     assert_close(logits(again), logits(ours), rtol=1e-5)
-    change_tensors(
-        tmp_path / "theirs", lm_head__base_layer__weight=torch.ones(20, 16)
-    )
+    change_tensors(tmp_path / "theirs", lm_head__base_layer__weight=torch.ones(20, 16))
     with pytest.raises(
         AdapterFileError,
         match=r"lm_head\.base_layer\.weight isn't the model's own lm_head\.weight",
@@ -487,7 +485,9 @@ def test_embeddings_in_the_file_are_taken_if_they_are_the_models_own(tmp_path):
     load_adapter(llama(), tmp_path)
     resized = llama()
     resized.resize_token_embeddings(24, mean_resizing=False)
-    with pytest.raises(AdapterFileError, match=r"lm_head\.weight isn't the model's own"):
+    with pytest.raises(
+        AdapterFileError, match=r"lm_head\.weight isn't the model's own"
+    ):
         load_adapter(resized, tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_loading_into_distributed_data_parallel_warns_that_it_cannot_train(tmp_p
     save_adapter(adapted(), tmp_path / "plain")
     model = distributed(Base())
     with pytest.warns(UserWarning, match="won't synchronize the adapter's gradients"):
-        load_adapter(model, tmp_path / "plain")
+        assert load_adapter(model, tmp_path / "plain") == NAMES
 
 
 def test_a_submodule_that_is_called_like_a_wrappers_keeps_its_name(tmp_path):
