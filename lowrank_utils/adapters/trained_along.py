@@ -69,9 +69,7 @@ def trained_along(model: nn.Module, modules: Mapping[str, nn.Module]) -> Along:
     everything = {"": unwrapped(model), **modules}
     of_adapters = {name for name in trained if is_adapter(everything[name])}
     only_biases = {
-        name
-        for name, keys in trained.items()
-        if keys == {"bias"} and len(dict(own_tensors(everything[name]))) > 1
+        name for name, keys in trained.items() if keys == {"bias"}
     } - of_adapters
     # In the model's order, and without those that are inside others of them.
     to_save = {
@@ -87,7 +85,9 @@ def trained_along(model: nn.Module, modules: Mapping[str, nn.Module]) -> Along:
         modules=names,
         bias="all" if only_biases else "lora_only" if of_adapters else "none",
     )
-    places = names_of_tensors(everything)
+    names_of = names_of_tensors(everything)
+    in_place: set[str] = set()
+    tied: list[list[str]] = []
     for name, module in everything.items():
         inside = not saved.isdisjoint(around(name))
         # Of an adapted layer, PEFT knows the linear layer as its base layer.
@@ -97,14 +97,20 @@ def trained_along(model: nn.Module, modules: Mapping[str, nn.Module]) -> Along:
             biased = along.bias == "all" or (
                 along.bias == "lora_only" and is_adapter(module)
             )
-            if inside or (biased and key == "bias"):
+            biased = biased and key == "bias" and not inside
+            if inside or biased:
                 along.tensors[f"{name}{between}{key}"] = tensor
                 _check_tensor(f"{name}.{key}" if name else key, tensor)
-            if key in trained.get(name, ()) and len(places[id(tensor)]) > 1:
-                _refuse(
-                    f"{', '.join(places[id(tensor)])} are one tensor (tied), which is trained; PEFT would change "
-                    "it in one place alone"
-                )
+            if biased:
+                in_place.add(f"{name}.{key}" if name else key)
+            if key in trained.get(name, ()):
+                tied.append(names_of[id(tensor)])
+    for same in tied:
+        # PEFT trains biases in their places, and of modules it trains copies.
+        if len(same) > 1 and not in_place.issuperset(same):
+            _refuse(
+                f"{', '.join(same)} are one tensor (tied), which is trained; PEFT would change it in one place alone"
+            )
     return along
 
 

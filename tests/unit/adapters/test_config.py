@@ -180,6 +180,28 @@ def test_every_pattern_that_is_taken_is_taken_in_every_name():
     assert config.layers == [0]
 
 
+class Negated(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda m: setattr(m, "q", Negated(4, 4)), "q: linear has a forward of its"),
+        (lambda m: m.to("meta"), r"layers\.0\.q of the model is on the meta device"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_refused_by_name(folder, change, pattern):
+    model = Layers()
+    change(model)
+    with pytest.raises(AdapterFileError, match=pattern):
+        load_adapter(model, folder)
+    assert not any(isinstance(m, LinearWithDoRA) for m in model.modules())
+
+
 # --- What PEFT means by them --------------------------------------------------------------------
 
 peft = pytest.importorskip(

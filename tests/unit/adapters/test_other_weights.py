@@ -226,6 +226,28 @@ def test_what_peft_trained_along_is_loaded_and_saved_again(
     assert_close(loaded_by_peft(Base(), tmp_path / "ours")(TOKENS), theirs(TOKENS))
 
 
+class TiedBias(Base):
+    """A bias in two places, as BERT's for predicting words."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = self.classifier.out.bias
+
+    def forward(self, tokens):
+        return super().forward(tokens) + self.bias
+
+
+@STATISTICS
+def test_a_trained_bias_in_two_places_stays_one(tmp_path):
+    model = trained("bias", base=TiedBias)
+    save_adapter(model, tmp_path / "adapter")
+    theirs, ours = loaded_by_peft(TiedBias(), tmp_path / "adapter"), TiedBias()
+    load_adapter(ours, tmp_path / "adapter")
+    assert ours.bias is ours.classifier.out.bias
+    assert torch.equal(ours(TOKENS), model(TOKENS))
+    assert_close(theirs(TOKENS), model(TOKENS))
+
+
 # --- What PEFT has no place for ---------------------------------------------------------------
 
 
