@@ -2,6 +2,7 @@
 row of a batch.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_utils._arguments import check_whole_number
 from lowrank_utils._blocks import opener
 from lowrank_utils._weight_checks import check_weight_is_all
+from lowrank_utils.adapt import refuse_foreign_adapters
 from lowrank_utils.adapters.banked_linear import (
     BankedAdapter,
     BankedLinear,
@@ -21,15 +23,15 @@ from lowrank_utils.adapters.banked_linear import (
 from lowrank_utils.adapters.files import (
     LayerAdapter,
     adapter_of,
+    names_trained_along,
     plain_modules,
     read_adapter,
 )
+from lowrank_utils.adapters.names import put_module
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.lora import is_adapter, without_autocast
+from lowrank_utils.lora import HALF_PRECISION, is_adapter, without_autocast
 from lowrank_utils.norms import row_scale
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class AdapterBank:
@@ -72,6 +74,7 @@ class AdapterBank:
             raise ValueError(
                 f"model is itself a {type(model).__name__}; a bank needs a module with layers inside"
             )
+        refuse_foreign_adapters(model)
         _refuse_adapted(modules)
         self.model = model
         self._selection = Selection()
@@ -156,7 +159,7 @@ class AdapterBank:
                 if banked is None:
                     banked = BankedLinear(_linear(modules, layer), self._selection)
                     self._layers[layer] = banked
-                    self.model.set_submodule(layer, banked)
+                    put_module(self.model, layer, banked)
                 banked.lora[slot] = part.train(banked.training)
             self._selection.present = {**self._selection.present, slot: name}
             # The last step, so that nobody can name an adapter of which a part is
@@ -197,7 +200,7 @@ class AdapterBank:
                     # A layer that somebody put there since then stays.
                     if self._selection.is_in_place(self.model, layer):
                         plain = banked.linear.train(banked.training)
-                        self.model.set_submodule(layer, plain)
+                        put_module(self.model, layer, plain)
                     del self._layers[layer]
             self._keep_hooks()
 
@@ -407,7 +410,13 @@ def _of_model(
     source: nn.Module, modules: Mapping[str, nn.Module], may_round: bool
 ) -> dict[str, LayerAdapter]:
     """Return the adapter of another model, checked to fit ``modules``."""
+    if along := names_trained_along(source):
+        raise ValueError(
+            f"{', '.join(along)} was trained along, which can't be switched with the "
+            "adapter; freeze what wasn't trained, or serve that model by itself"
+        )
     adapter = adapter_of(source)
+    uses = Counter(map(id, modules.values()))
     for layer, part in adapter.items():
         shape = (part.B.shape[1], part.A.shape[0])
         linear = modules.get(layer)
@@ -426,7 +435,7 @@ def _of_model(
                 f"{layer}: the adapter is {part.A.dtype} and would be rounded to the base model's "
                 f"{linear.weight.dtype}; convert one of them, or pass may_round=True"
             )
-        if sum(linear is other for other in modules.values()) > 1:
+        if uses[id(linear)] > 1:
             raise ValueError(
                 f"{layer} is used in several places of the base model, which a bank can't adapt"
             )
@@ -438,7 +447,7 @@ def _kept_dtype(adapter: torch.dtype, weight: torch.dtype) -> torch.dtype | None
     digits of them; None if there is none.
     """
     both = torch.promote_types(adapter, weight)
-    if both == weight or (weight in HALF and both == torch.float32):
+    if both == weight or (weight in HALF_PRECISION and both == torch.float32):
         return both
     return None
 

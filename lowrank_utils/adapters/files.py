@@ -1,114 +1,72 @@
 """An adapter alone, on disk: PEFT's two files, ``adapter_config.json`` and
 ``adapter_model.safetensors``.
 
-Of the layer ``layers.0`` PEFT stores ``base_model.model.layers.0.lora_A.weight`` (r,
-in), ``….lora_B.weight`` (out, r) and for DoRA ``….lora_magnitude_vector`` (out,), which
-are our Aᵀ, Bᵀ and m. Its scaling is ``lora_alpha``/r, or with rsLoRA ``lora_alpha``/√r
-(arXiv 2312.03732); ours is ``alpha`` as it is.
+``saving`` writes them, and here they are read. ``layout`` says what is in them.
 """
 
-import hashlib
-import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lowrank_utils.adapt import named_modules_outside_adapters
+from lowrank_utils.adapt import refuse_foreign_adapters
 from lowrank_utils.adapters.config import (
     CONFIG,
     AdapterConfig,
     AdapterFileError,
-    config_text,
     fail,
     read_config,
 )
-from lowrank_utils.adapters.folders import is_being_replaced, recover, replace_folder
-from lowrank_utils.decompose import row_norms
+from lowrank_utils.adapters.folders import is_being_replaced, recover
+from lowrank_utils.adapters.layout import (
+    PARTS,
+    PREFIX,
+    SETTINGS_DIGEST,
+    TENSORS,
+    TENSORS_DIGEST,
+    LayerAdapter,
+    converted,
+    digest_of,
+)
+from lowrank_utils.adapters.loaded_along import Change, loaded_along
+from lowrank_utils.adapters.names import (
+    is_data_parallel,
+    plain_modules,
+    put_module,
+    sharded_by,
+    unwrapped,
+)
+from lowrank_utils.adapters.saving import adapter_of, save_adapter
+from lowrank_utils.adapters.trained_along import names_trained_along
 from lowrank_utils.dora import LinearWithDoRA
-from lowrank_utils.lora import AdaptedLinear, LinearWithLoRA, is_adapter
-from lowrank_utils.norms import row_scale
+from lowrank_utils.lora import (
+    AdaptedLinear,
+    LinearWithLoRA,
+    adapter_dtype,
+    check_linear,
+    is_adapter,
+)
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
+__all__ = [
+    "LayerAdapter",
+    "adapted_layer",
+    "adapter_of",
+    "load_adapter",
+    "names_trained_along",
+    "plain_modules",
+    "read_adapter",
+    "save_adapter",
+]
+
 # Seconds for which a folder that another process replaces may stay away, or be replaced
 # again.
 PATIENCE = 2.0
-READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """What an adapter is for one linear layer: A (in, r), B (r, out), the scaling s,
-    and for DoRA m (out,).
-    """
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-    m: Tensor | None = None
-
-
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of ``model``, without the base model, in PEFT's format.
-
-    ``PeftModel.from_pretrained(plain_model, folder)`` then gives the same outputs. The
-    folder is replaced in one step: a crash leaves the old adapter or the new one.
-
-    Args:
-        model: with adapters in it, all LoRA or all DoRA; ranks and scalings may differ
-            between layers.
-        folder: new, empty, or with an older adapter in it.
-
-    Raises:
-        ValueError: there is no adapter, or something that the format can't express:
-            LoRA and DoRA mixed, a layer used in several places, m per input, a layer
-            that computes something else, numbers that aren't finite, or further
-            trainable parameters, which would be lost.
-        OSError: the folder can't be written.
-    """
-    adapter = adapter_of(model)
-    inside = {
-        p
-        for module in model.modules()
-        if is_adapter(module)
-        for p in _trained_tensors(module)
-    }
-    if lost := [
-        n for n, p in model.named_parameters() if p.requires_grad and p not in inside
-    ]:
-        raise ValueError(
-            f"trainable, but not part of an adapter's files: {', '.join(lost)}. Freeze what wasn't trained "
-            "(freeze_linear_layers, or requires_grad_(False)), or save these weights by yourself and freeze them then"
-        )
-    kinds = {part.m is None for part in adapter.values()}
-    if len(kinds) > 1:
-        raise ValueError(
-            "model has LoRA and DoRA adapters; PEFT's config names one kind for all layers"
-        )
-    tensors = {}
-    for name, part in adapter.items():
-        stored = {"A": part.A.T, "B": part.B.T} | (
-            {} if part.m is None else {"m": part.m}
-        )
-        for field, value in stored.items():
-            tensors[f"{PREFIX}{name}{PARTS[field]}"] = (
-                value.detach().to("cpu").contiguous()
-            )
-    metadata = {"format": "pt", "sha256": _digest(tensors)}
-    layers = {name: (part.A.shape[1], part.alpha) for name, part in adapter.items()}
-    config = config_text(layers, kinds == {False}, plain_modules(model))
-    replace_folder(
-        Path(folder),
-        {CONFIG: config.encode(), TENSORS: safetensors.torch.save(tensors, metadata)},
-    )
 
 
 def load_adapter(
@@ -119,131 +77,78 @@ def load_adapter(
 
     Everything is checked first, so an error leaves ``model`` as it was. The layers
     become ``LinearWithLoRA`` or ``LinearWithDoRA``; to train them on, call
-    ``freeze_linear_layers``.
+    ``freeze_linear_layers``. Of what was trained beside the adapters (PEFT's
+    ``modules_to_save`` and ``bias``), the values are copied into the model's own
+    parameters, which stay trainable or frozen as they are; ``save_adapter`` saves them
+    again in either case.
 
     Args:
-        model: the base model, with plain linear layers where the adapter belongs.
+        model: the base model, with plain linear layers where the adapter belongs. It
+            may be inside wrappers (compiled, data parallel, checkpointed, averaged); a
+            layer that was compiled by itself isn't compiled then.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         may_round: take numbers that the layer's dtype can't hold exactly, such as
             float32 for a bfloat16 layer.
 
     Returns:
-        The names of the adapted layers, in the model's order.
+        The names of the adapted layers, in the model's order and without the names of
+        wrappers.
 
     Raises:
         FileNotFoundError: the folder or a file isn't there.
         AdapterFileError: a file is damaged, needs something that isn't supported, or
             doesn't fit the model.
+        ValueError: the model's weights are in pieces, for several processes.
+
+    Warns:
+        UserWarning: the model is inside DistributedDataParallel, which won't
+            synchronize the adapter's gradients.
     """
     linears = plain_modules(model)
-    adapter = read_adapter(folder, linears, may_round=may_round)
+    refuse_foreign_adapters(model)
+    if (by := sharded_by(model)) is not None:
+        raise ValueError(
+            f"the weights of model are cut into pieces by {by}; load the adapter into the plain model and shard it then"
+        )
+    adapter, changes = _read_adapter(folder, linears, may_round, unwrapped(model))
     # All layers are built before the first is put in, so a failure leaves the model as
     # it was.
     layers = {
         name: adapted_layer(linears[name], part) for name, part in adapter.items()
     }
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        put_module(model, name, layer)
+    for change in changes.values():
+        change.apply()
+    if is_data_parallel(model):
+        warnings.warn(
+            "model is inside DistributedDataParallel, which knows only the parameters that it was made with and "
+            "won't synchronize the adapter's gradients; to train, load into the plain model and wrap it then",
+            UserWarning,
+            stacklevel=2,
+        )
     return list(layers)
 
 
 def adapted_layer(linear: nn.Module, part: LayerAdapter) -> AdaptedLinear:
-    """Return ``linear`` with the adapter ``part`` beside it, in the linear layer's
-    dtype and place.
+    """Return ``linear`` with the adapter ``part`` beside it, in the adapter's dtype and
+    the linear layer's place. No random number is drawn.
     """
     layer_class = LinearWithLoRA if part.m is None else LinearWithDoRA
-    with torch.random.fork_rng(devices=[]):  # A is drawn and then replaced
-        layer = layer_class(linear, part.A.shape[1], part.alpha)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for mine, its in zip(
-            _trained_tensors(layer), (part.A, part.B, part.m), strict=False
-        ):
-            mine.copy_(its)  # type: ignore[arg-type]
-    return layer.train(linear.training)
-
-
-def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules inside ``model`` by name, a shared one under each name, but
-    nothing from inside an adapter.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    return {
-        name: m
-        for name, m in named_modules_outside_adapters(model, remove_duplicate=False)
-        if name
-    }
-
-
-# --- From a model ---------------------------------------------------------------------------
-
-
-def adapter_of(model: nn.Module) -> dict[str, LayerAdapter]:
-    """Return the adapter of each adapted layer of ``model`` by name, checked to be LoRA
-    or DoRA.
-
-    The tensors are those of the model, not copies.
-    """
-    places = [(n, m) for n, m in plain_modules(model).items() if is_adapter(m)]
-    if not places:
-        raise ValueError(
-            f"{type(model).__name__} has no adapters inside; put them in with replace_linear_layers first"
-        )
-    if shared := [
-        f"{n} ({type(m).__name__})"
-        for n, m in places
-        if sum(m is other for _, other in places) > 1
-    ]:
-        raise ValueError(
-            f"one layer under several names: {', '.join(shared)}. PEFT would adapt only the first of them"
-        )
-    return {name: _layer_adapter(name, module) for name, module in places}
-
-
-def _layer_adapter(name: str, layer: Any) -> LayerAdapter:
-    W, kind = layer.linear.weight, type(layer).__name__
-    if not all(isinstance(getattr(layer.lora, field, None), Tensor) for field in "AB"):
-        raise ValueError(
-            f"{name} ({kind}) has no A and B of one adapter; save each adapter from a model of its own"
-        )
-    m = getattr(layer, "m", None)
-    part = LayerAdapter(layer.lora.A, layer.lora.B, float(layer.lora.alpha), m)
-    if W.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no numbers to save")
-    if m is not None and m.shape != W.shape[:1]:
-        raise ValueError(
-            f"{name} ({kind}) has m of shape {tuple(m.shape)}; PEFT's DoRA has one number per output, {(len(W),)}"
-        )
-    for field, value in (("A", part.A), ("B", part.B), ("m", m)):
-        if value is not None and not torch.isfinite(value).all():
-            raise ValueError(
-                f"{field} of {name} holds NaN or infinite numbers; did the training diverge?"
-            )
-    # A class written elsewhere may look like an adapter and compute something else,
-    # which PEFT would not.
-    x = torch.randn(
-        4, W.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    layer = layer_class(
+        linear,  # type: ignore[arg-type]
+        part.A.shape[1],
+        part.alpha,
+        dtype=part.A.dtype,
+        dropout=part.dropout,
+        init=nn.init.zeros_,
     )
-    x = x.to(device=W.device, dtype=W.dtype)
     with torch.no_grad():
-        V = torch.addmm(W, part.B.T, part.A.T, alpha=part.alpha)
-        scale = torch.ones_like(W[:, 0]) if m is None else row_scale(m, row_norms(V))
-        expected = nn.functional.linear(x, scale.unsqueeze(1) * V, layer.linear.bias)
-        difference = torch.linalg.vector_norm((layer(x) - expected).double())
-        size = torch.linalg.vector_norm(expected.double())
-    if not difference <= math.sqrt(torch.finfo(W.dtype).eps) * size:
-        form = "LoRA's x(W + ΔW)ᵀ + b" if m is None else "DoRA's x(c ⊙ V)ᵀ + b"
-        raise ValueError(
-            f"{name} ({kind}) doesn't compute {form}, so PEFT's outputs would be others: it can't be saved"
-        )
-    return part
-
-
-def _trained_tensors(layer: Any) -> list[Tensor]:
-    return [layer.lora.A, layer.lora.B, *([layer.m] if hasattr(layer, "m") else [])]
-
-
-# --- From a folder --------------------------------------------------------------------------
+        layer.lora.A.copy_(part.A)
+        layer.lora.B.copy_(part.B)
+        if part.m is not None:
+            layer.m.copy_(part.m)  # type: ignore[operator]
+    return layer.train(linear.training)
 
 
 def read_adapter(
@@ -259,21 +164,53 @@ def read_adapter(
 
     Raises:
         FileNotFoundError: the folder or a file isn't there.
-        AdapterFileError: see ``load_adapter``.
+        AdapterFileError: see ``load_adapter``; or something in the base model was
+            trained along, for which the result has no place.
     """
-    config, tensors = _read_files(Path(folder).resolve())
-    by_layer = _by_layer(tensors)
-    _check_layers(list(by_layer), config, modules)
-    return {
+    adapter, changes = _read_adapter(folder, modules, may_round)
+    if changes:
+        fail(
+            TENSORS,
+            f"{', '.join(changes)} of the base model was trained along, which can't be switched with the adapter; "
+            "load it with load_adapter into a model of its own",
+        )
+    return adapter
+
+
+# --- From a folder --------------------------------------------------------------------------
+
+
+def _read_adapter(
+    folder: str | Path,
+    modules: Mapping[str, nn.Module],
+    may_round: bool,
+    model: nn.Module | None = None,
+) -> tuple[dict[str, LayerAdapter], dict[str, Change]]:
+    """Return the adapter by layer, and what the file changes in the model besides."""
+    config, tensors, settings_digest = _read_files(Path(folder).resolve())
+    by_layer, others = _by_layer(tensors)
+    _check_layers(by_layer, config, modules)
+    adapter = {
         name: _fitted(name, by_layer[name], config, modules[name], may_round)
         for name in modules
         if name in by_layer
     }
+    everything = modules if model is None else {"": model, **modules}
+    changes = loaded_along(others, by_layer, config, everything, may_round)
+    # After the other checks, because they say what is wrong.
+    if settings_digest not in (None, config.digest()):
+        fail(
+            CONFIG,
+            f"was altered after it was saved: its settings don't have the digest in {TENSORS}; copy or save it again",
+        )
+    return adapter, changes
 
 
-def _read_files(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def _read_files(
+    folder: Path,
+) -> tuple[AdapterConfig, dict[str, Tensor], str | None]:
     """Read the two files of one and the same adapter, also while another process
-    replaces the folder.
+    replaces the folder. The text is the digest of the settings, if there is one.
     """
     recover(folder)
     give_up, missing = time.monotonic() + PATIENCE, 0
@@ -281,7 +218,7 @@ def _read_files(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         before = _identity(folder)
         try:
             config = read_config(_file_inside(folder, CONFIG))
-            tensors = _read_tensors(_file_inside(folder, TENSORS))
+            tensors, settings_digest = _read_tensors(_file_inside(folder, TENSORS))
         except (OSError, AdapterFileError) as error:
             # A file that doesn't fit is an error only if its folder is still the same.
             # What is missing may be between two names, where folders can't be exchanged
@@ -295,7 +232,7 @@ def _read_files(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             time.sleep(0.001)
         else:
             if _identity(folder) == before:
-                return config, tensors
+                return config, tensors, settings_digest
     # What a process that was killed left may look as if it were still at work; then the
     # folder is missing.
     _file_inside(folder, CONFIG)
@@ -336,7 +273,7 @@ def _file_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -349,59 +286,54 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         MemoryError,
     ) as error:
         fail(TENSORS, f"is damaged or cut off ({error}); copy or save it again")
-    if unknown := metadata.keys() - {"format", "sha256"} or (
+    known = {"format", TENSORS_DIGEST, SETTINGS_DIGEST}
+    if unknown := metadata.keys() - known or (
         metadata.get("format", "pt") != "pt" and {"format"}
     ):
         fail(
             TENSORS,
             f"is damaged, or isn't from PEFT: unknown metadata {sorted(unknown)}",
         )
-    if metadata.get("sha256", digest := _digest(tensors)) != digest:
+    if metadata.get(TENSORS_DIGEST, digest := digest_of(tensors)) != digest:
         fail(
             TENSORS,
             "was altered after it was saved: its numbers don't have its digest; copy or save it again",
         )
-    return tensors
+    return tensors, metadata.get(SETTINGS_DIGEST)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort the tensors by layer and part; refuse what isn't a part of LoRA or DoRA on a
-    linear layer.
+def _by_layer(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort out the parts of LoRA and DoRA by layer, and return what is left, without
+    PEFT's prefix.
     """
     layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
     for key, tensor in tensors.items():
-        field = next(
-            (field for field, ending in PARTS.items() if key.endswith(ending)), None
-        )
-        if field is None or not key.startswith(PREFIX):
+        if not key.startswith(PREFIX):
             fail(
                 TENSORS,
-                f"unknown tensor {key!r}; allowed are {PREFIX}<layer> with "
-                f"{', '.join(PARTS.values())} (no embeddings, biases or whole modules)",
+                f"unknown tensor {key!r}; allowed are {PREFIX}<layer> with {', '.join(PARTS.values())}",
             )
-        layers.setdefault(key.removeprefix(PREFIX).removesuffix(PARTS[field]), {})[
-            field
-        ] = tensor
-    return layers
+        name = key.removeprefix(PREFIX)
+        field = next((f for f, ending in PARTS.items() if name.endswith(ending)), None)
+        if field is None:
+            others[name] = tensor
+        else:
+            layers.setdefault(name.removesuffix(PARTS[field]), {})[field] = tensor
+    return layers, others
 
 
 def _check_layers(
-    found: Iterable[str], config: AdapterConfig, modules: Mapping[str, nn.Module]
+    found: Collection[str], config: AdapterConfig, modules: Mapping[str, nn.Module]
 ) -> None:
     """Hold the layers of the file against those of the config and of the model."""
-    meant = [name for name in modules if config.names(name)]
+    meant = {name: None for name in modules if config.names(name)}
     if not found and not meant:
         fail(CONFIG, f"target_modules={config.targets!r} names no layer of this model")
-    for name in [*found, *meant]:
+    uses = Counter(map(id, modules.values()))
+    for name in {**dict.fromkeys(found), **meant}:
         module = modules.get(name)
         if module is None:
             fail(
@@ -414,15 +346,24 @@ def _check_layers(
                 f"{name} is already adapted: load into the plain model, or use an AdapterBank",
             )
         if not isinstance(module, nn.Linear):
-            fail(
-                CONFIG,
-                f"{name} is a {type(module).__name__}; only nn.Linear is supported",
-            )
-        if sum(module is other for other in modules.values()) > 1:
+            kind = type(module).__name__
+            article = "an" if kind[0] in "AEIOU" else "a"
+            fail(CONFIG, f"{name} is {article} {kind}; only nn.Linear is supported")
+        try:
+            check_linear(module)
+        except (TypeError, ValueError) as error:
+            fail(CONFIG, f"{name}: {error}")
+        if uses[id(module)] > 1:
             fail(
                 CONFIG,
                 f"{name} is used in several places of the model; PEFT would adapt only one of them",
             )
+    if config.transposed:
+        # PEFT passes over it for nn.Linear, but doesn't write it for such layers.
+        fail(
+            CONFIG,
+            "fan_in_fan_out=True isn't supported; it is for layers that hold their weight as (in, out)",
+        )
     if missing := [name for name in meant if name not in found]:
         fail(
             TENSORS, f"no tensors for {', '.join(missing)}, which target_modules names"
@@ -445,11 +386,14 @@ def _fitted(
     shapes checked.
     """
     W: Any = linear.weight
+    if W.is_meta:
+        fail(TENSORS, f"{name} of the model is on the meta device and can't be adapted")
     rank = config.rank_of(name)
     out_dim, in_dim = W.shape
     shapes = {"A": (rank, in_dim), "B": (out_dim, rank)} | (
         {"m": (out_dim,)} if config.dora else {}
     )
+    fitted = {}
     for field in [field for field in PARTS if field in shapes or field in parts]:
         tensor = f"{name}{PARTS[field]}"
         if field not in parts:
@@ -462,29 +406,12 @@ def _fitted(
                 f"{tensor} has the shape {tuple(parts[field].shape)}; "
                 f"rank {rank} and a layer from {in_dim} to {out_dim} features need {shapes[field]}",
             )
-        if parts[field].dtype not in READABLE:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in READABLE)
-            fail(
-                TENSORS,
-                f"{tensor} has the dtype {parts[field].dtype}; allowed are {allowed}",
-            )
-        if not torch.isfinite(parts[field]).all():
-            fail(TENSORS, f"{tensor} holds NaN or infinite numbers")
-        converted = parts[field].to(W.dtype)
-        if not torch.isfinite(converted).all():
-            fail(TENSORS, f"{tensor} holds numbers that are too large for {W.dtype}")
-        if not may_round and not torch.equal(
-            converted.to(parts[field].dtype), parts[field]
-        ):
-            fail(
-                TENSORS,
-                f"{tensor} is {parts[field].dtype} and would be rounded to {W.dtype}; "
-                "convert the model, or pass may_round=True",
-            )
-    fitted = {
-        field: tensor.to(device=W.device, dtype=W.dtype)
-        for field, tensor in parts.items()
-    }
+        value = converted(tensor, parts[field], adapter_dtype(W.dtype), may_round)
+        fitted[field] = value.to(W.device)
     return LayerAdapter(
-        fitted["A"].T, fitted["B"].T, config.scaling_of(name, rank), fitted.get("m")
+        fitted["A"].T,
+        fitted["B"].T,
+        config.scaling_of(name, rank),
+        fitted.get("m"),
+        config.dropout,
     )

@@ -19,6 +19,7 @@ from lowrank_utils._blocks import (
     running_frames,
     runs_anywhere,
 )
+from lowrank_utils.adapters.names import module_at
 
 if TYPE_CHECKING:
     from lowrank_utils.adapters.banked_linear import BankedLinear
@@ -174,10 +175,7 @@ class Selection:
 
     def is_in_place(self, model: nn.Module, name: str) -> bool:
         """Tell whether ``model`` still has an adapted layer where it was put."""
-        module: nn.Module | None = model
-        for part in name.split("."):
-            module = None if module is None else module._modules.get(part)
-        return module is self.layers[name]
+        return module_at(model, name) is self.layers[name]
 
     def refuse_exchanged(self, model: nn.Module, slots: Iterable[str]) -> None:
         """Refuse adapters of which a part belongs to a layer that ``model`` has no

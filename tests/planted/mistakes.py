@@ -454,13 +454,13 @@ MISTAKES = [
     Mistake(
         "an adapter file is loaded into the wrong layer",
         "adapters/files.py",
-        "for name, layer in layers.items():\n        model.set_submodule(name, layer)",
-        "for name, layer in zip(layers, reversed(layers.values())):\n        model.set_submodule(name, layer)",
+        "for name, layer in layers.items():\n        put_module(model, name, layer)",
+        "for name, layer in zip(layers, reversed(layers.values())):\n        put_module(model, name, layer)",
         "adapters/test_files.py::test_what_is_saved_is_loaded_to_the_last_bit",
     ),
     Mistake(
         "A is written in our orientation and not in PEFT's",
-        "adapters/files.py",
+        "adapters/saving.py",
         'stored = {"A": part.A.T, "B": part.B.T}',
         'stored = {"A": part.A, "B": part.B}',
         "adapters/test_files.py::test_the_files_hold_the_adapter_and_nothing_else",
@@ -475,7 +475,7 @@ MISTAKES = [
     Mistake(
         "what was altered on the disk is taken",
         "adapters/files.py",
-        'if metadata.get("sha256", digest := _digest(tensors)) != digest:',
+        "if metadata.get(TENSORS_DIGEST, digest := digest_of(tensors)) != digest:",
         "if False:",
         "adapters/test_files.py::test_a_flipped_bit_of_the_numbers_is_refused",
     ),

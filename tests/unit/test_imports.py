@@ -37,11 +37,14 @@ SWEEP = {"yaml", "filelock", "psutil"}
 ALLOWED = {
     module: packages
     for packages, modules in (
-        (set(), "__main__ adapters.folders comparison comparison.kernels"),
+        (
+            set(),
+            "__main__ adapters.folders adapters.patterns comparison comparison.kernels",
+        ),
         (set(), "_blocks comparison.whole"),
         ({"lazy_loader"}, "__init__"),
         ({"platformdirs"}, "_mnist"),
-        (SAFE, "adapters adapters.bank adapters.files"),
+        (SAFE, "adapters adapters.bank adapters.files adapters.saving"),
         (DATA, "data comparison.settings comparison.shifts"),
         (BAR, "training checks checks.finetuning checks.lora_layer"),
         (BAR | {"scipy"}, "comparison.experiment"),

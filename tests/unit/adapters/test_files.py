@@ -258,11 +258,6 @@ def mix(model):
         (adapted, share, "one layer under several names: inner.third .*head"),
         (
             adapted,
-            lambda m: m.plain.requires_grad_(),
-            "files: plain.weight, plain.bias",
-        ),
-        (
-            adapted,
             lambda m: m.head.linear.requires_grad_(),
             "files: head.linear.weight",
         ),
@@ -397,11 +392,8 @@ def test_no_value_of_a_setting_makes_anything_but_a_config_or_a_clear_error(
 # --- Settings that aren't supported, or wrong ------------------------------------------------
 
 UNSUPPORTED = {
-    "lora_dropout": 0.1,
-    "modules_to_save": ["head"],
     "fan_in_fan_out": True,
     "lora_bias": True,
-    "layers_to_transform": [0],
     "layer_replication": [[0, 1]],
     "trainable_token_indices": [3],
     "target_parameters": ["w"],
@@ -416,8 +408,6 @@ UNSUPPORTED = {
         *[(*row, "={} isn't supported") for row in UNSUPPORTED.items()],
         ("peft_type", "IA3", " .*got {}, another tuner"),
         ("peft_type", "ADALORA", " .*got {}, another tuner"),
-        ("bias", "all", "={} trains biases"),
-        ("bias", "lora_only", "={} trains biases"),
         ("init_lora_weights", "pissa", "={} changes the base weight"),
         ("init_lora_weights", "olora", "={} changes the base weight"),
         ("r", 0, " must be a whole number, 1 or more; got {}"),
@@ -543,9 +533,9 @@ HEAD = linear_layer(6, 3)
     ("model", "pattern"),
     [
         (Base(head=nn.Conv1d(6, 3, 1)), "head is a Conv1d; only nn.Linear"),
-        (Base(head=nn.Embedding(3, 6)), "head is a Embedding; only nn.Linear"),
+        (Base(head=nn.Embedding(3, 6)), "head is an Embedding; only nn.Linear"),
         (Base(head=nn.Bilinear(2, 3, 3)), "head is a Bilinear; only nn.Linear"),
-        (Base(head=nn.Identity()), "head is a Identity; only nn.Linear"),
+        (Base(head=nn.Identity()), "head is an Identity; only nn.Linear"),
         (Base(head=HEAD, again=HEAD), "head is used in several places"),
         (adapted(), "already adapted: load into the plain model"),
     ],
