@@ -34,12 +34,12 @@ def wrapped_name(module: nn.Module) -> str | None:
     isn't a wrapper.
     """
     # type() and not __class__, which a compiled module borrows from the one inside.
-    return _name_inside(type(module))
+    return _name_inside(type(module).__mro__)
 
 
 @functools.cache
-def _name_inside(kind: type) -> str | None:
-    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+def _name_inside(kinds: tuple[type, ...]) -> str | None:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
     return next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
 
 

@@ -239,7 +239,7 @@ def test_at_the_start_c_is_exactly_one_in_every_dtype(wrapper, dtype, shape):
 @every_dora_wrapper
 def test_in_bfloat16_the_norm_is_rounded_once_and_not_at_every_term(wrapper):
     linear = linear_layer(2000, 6, dtype=torch.bfloat16)
-    layer = wrapper(linear, 2, 1.0)
+    layer = wrapper(linear, 2, 1.0, dtype=torch.bfloat16)
     exact = torch.linalg.vector_norm(linear.weight.detach().double(), dim=1)
     # The nearest bfloat16 number is at most half a unit in the last place away, 2⁻⁹.
     assert layer.m.dtype == torch.bfloat16
