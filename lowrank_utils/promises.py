@@ -150,7 +150,6 @@ class _Given:
 
     def __init__(self, layers: list[nn.Module], frame: FrameType) -> None:
         self.kept: dict[nn.Module, _Kept | None] = dict.fromkeys(layers)
-        self._is_open = True
         # While a generator waits, its caller has promised nothing.
         self._generator = frame if is_generator(frame) else None
 
@@ -158,15 +157,15 @@ class _Given:
         """Let it hold no longer, also for tasks that were started inside the block, and
         return what was kept.
         """
-        self._is_open, self._generator = False, None
+        self._generator = None
         kept, self.kept = self.kept, {}
         return kept
 
     def holds_here(self) -> bool:
         """Tell whether it is given for what runs now."""
         generator = self._generator
-        return self._is_open and (
-            generator is None or any(frame is generator for frame in running_frames())
+        return generator is None or any(
+            frame is generator for frame in running_frames()
         )
 
 

@@ -160,29 +160,28 @@ class BankedLinear(AroundLinear):
             return self.linear(x)
         places = [kinds.index(slot) if slot in kinds else len(kinds) for slot in rows]
         index = torch.tensor(places, device=x.device)
-        update = self._update_by_rows(x, adapters, index, batch_dim)
-        plain = len(kinds) in places
+        has_plain = len(kinds) in places
         if all(adapter.c is None for adapter in adapters):
-            base = self.linear(x)
-            y = base + update
+            base = plain = self.linear(x)
+            y = base + self._update_by_rows(x, adapters, index, batch_dim)
         else:
             check_weight_is_all(self.linear)
-            base = F.linear(x, self.linear.weight)
-            one = update.new_ones(
-                self.out_features, dtype=_widest(base.dtype, adapters)
-            )
+            base = plain = F.linear(x, self.linear.weight)
+            # A sum that ends with the bias is rounded in another way than the layer's
+            # own, so the rows without an adapter are computed as the layer does it.
+            if has_plain and self.bias is not None:
+                plain = self.linear(x)
+            one = base.new_ones(self.out_features, dtype=_widest(base.dtype, adapters))
             scales = [one if a.c is None else a.c.to(one.dtype) for a in adapters]
             c = torch.stack([*scales, one]).index_select(0, index)
+            update = self._update_by_rows(x, adapters, index, batch_dim)
             y = _along(c, x, batch_dim) * (base + update)
             y = y if self.bias is None else y + self.bias
-            # A sum that ends with the bias is rounded in another way than the layer's.
-            if plain and self.bias is not None:
-                base = self.linear(x)
         y = y.to(base.dtype)
-        if not plain:
+        if not has_plain:
             return y
         is_plain = (index == len(kinds)).unsqueeze(1)
-        return torch.where(_along(is_plain, x, batch_dim), base, y)
+        return torch.where(_along(is_plain, x, batch_dim), plain, y)
 
     def _update_by_rows(
         self,
