@@ -5,7 +5,10 @@ come out again in each?
     python tools/matrix.py --list              say which those are
     python tools/matrix.py SSE "no network"    run some
     python tools/matrix.py --table             run nothing; after a change to a notebook, say so in the table
+    python tools/matrix.py "oldest PEFT"       after a change of what is read from PEFT or handed to it
 
+In that last setting it isn't the notebooks that are run, but the tests that hold PEFT's
+numbers and files against ours.
 Each outcome is written to notebooks/results/matrix.json and to the table in
 docs/reproducibility.md as soon as it is there. Settings that aren't run now keep their
 last outcome.
@@ -67,6 +70,8 @@ class Setting:
         network: False leaves it the loopback device alone.
         vectors: one of ``WIDTHS``, which the processor must have, if the setting asks
             for one.
+        tests: what is run instead of the notebooks.
+        packages: whose versions stand in the row.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Setting:
     place: str = "here"
     network: bool = True
     vectors: str | None = None
+    tests: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("torch", "matplotlib")
 
 
 def processor(name: str, threads: int) -> Setting:
@@ -104,6 +111,12 @@ SETTINGS = [
         for version in ("3.11", "3.12", "3.13")
     ),
     Setting("oldest torch and matplotlib", python="oldest"),
+    Setting(
+        "oldest PEFT, transformers and torch",
+        python="oldest",
+        tests=("tests/unit/test_peft_parity.py", "tests/unit/adapters"),
+        packages=("peft", "transformers", "torch"),
+    ),
     Setting(
         "German, UTC+14",
         {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8", "TZ": "Pacific/Kiritimati"},
@@ -169,11 +182,6 @@ def environment(name: str) -> str:
     folder = ENVIRONMENTS / name
     python = folder / "bin" / "python"
     ready = folder / "ready"
-    if ready.is_file():
-        return str(python)
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([base, "-m", "venv", str(folder)], check=True)
-    constraints = folder / "constraints.txt"
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if name == "oldest":
         # Newer releases of mlxtend and transformers ask for a newer matplotlib and a
@@ -197,7 +205,14 @@ def environment(name: str) -> str:
         )
         lines = [line for line in lines if line.split("==")[0] not in free]
         lines += [f"{package}=={lowest(package)}" for package in oldest]
-    constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    # One that was made for other versions is made anew.
+    if ready.is_file() and ready.read_text(encoding="utf-8") == text:
+        return str(python)
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text(text, encoding="utf-8")
     subprocess.run(
         [
             str(python),
@@ -212,7 +227,7 @@ def environment(name: str) -> str:
         ],
         check=True,
     )
-    ready.touch()
+    ready.write_text(text, encoding="utf-8")
     return str(python)
 
 
@@ -333,7 +348,7 @@ def digest() -> str:
 
 
 def run(setting: Setting) -> dict[str, str]:
-    """Run all notebooks in one setting, and return its row."""
+    """Run all notebooks, or the setting's tests, in one setting, and return its row."""
     row = {
         "setting": setting.name,
         "date": date.today().isoformat(),
@@ -350,26 +365,37 @@ def run(setting: Setting) -> dict[str, str]:
                 else []
             )
             done = subprocess.run(
-                [*before, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, "notebooks"],
+                [*before, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet,
+                 *(setting.tests or ("notebooks",))],
                 cwd=folder, env=variables, capture_output=True, text=True, check=False,
             )  # fmt: skip
             versions = subprocess.run(
-                [python, "-c", "import platform, torch, matplotlib as m; "
-                 "print(platform.python_version(), torch.__version__.split('+')[0], m.__version__)"],
+                [python, "-c", "import platform, sys; from importlib.metadata import version as v; "
+                 "print(platform.python_version(), *(v(name).split('+')[0] for name in sys.argv[1:]))",
+                 *setting.packages],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
     except NotOffered as reason:
         return row | {"outcome": f"not run: {reason}", "versions": ""}
     counts = re.findall(
-        r"(\d+) (passed|failed|errors?)",
+        r"(\d+) (passed|failed|skipped|errors?)",
         done.stdout.splitlines()[-1] if done.stdout else "",
     )
     cells = {word: int(number) for number, word in counts}
-    python_version, torch_version, matplotlib_version = versions.stdout.split()
-    row["versions"] = (
-        f"Python {python_version}, torch {torch_version}, matplotlib {matplotlib_version}"
+    names = ("Python", *setting.packages)
+    row["versions"] = ", ".join(
+        f"{name} {version}"
+        for name, version in zip(names, versions.stdout.split(), strict=True)
     )
-    if done.returncode == 0 and cells.get("passed"):
+    # A library that can't be imported skips its tests.
+    passed = done.returncode == 0 and cells.get("passed")
+    if setting.tests and passed and "skipped" not in cells:
+        return row | {"outcome": f"all {cells['passed']} tests pass"}
+    if setting.tests:
+        print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+        left = sum(cells.values()) - cells.get("passed", 0)
+        return row | {"outcome": f"{left or '?'} tests fail or are skipped"}
+    if passed:
         return row | {"outcome": f"all {cells['passed']} cells the same"}
     print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
     return row | {"outcome": f"{cells.get('failed', '?')} cells differ"}
@@ -392,7 +418,8 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> str:
             if row
             else ["not run yet", "", ""]
         )
-        if row and row["outcome"].startswith("all ") and row.get("notebooks") != now:
+        stale = row is not None and row.get("notebooks") != now and not setting.tests
+        if row and row["outcome"].startswith("all ") and stale:
             cells[0] += ", of notebooks that have changed since"
         lines.append(f"| {setting.name} | {' | '.join(cells)} |")
     return INTRODUCTION + "\n".join(lines) + "\n"
@@ -403,6 +430,8 @@ INTRODUCTION = """# Where the digits are the same
 Every output that is stored in a notebook is computed again and compared, text to the letter and pictures to two hundredths of full scale (under another release of matplotlib, which sets the texts in them otherwise, coarsely and by what they draw), in each of the settings below. `python tools/matrix.py` runs them and writes this table. Where a machine doesn't offer a setting, the row of a machine that did stays.
 
 SSE, AVX2 and AVX-512 are the vector units of x86-64 processors: torch, MKL and oneDNN are told to use nothing wider. They add in another order with each, which is why what is trained and then printed is trained in float64.
+
+With the oldest PEFT that pyproject.toml allows, and the oldest transformers and torch, it is the tests that hold its numbers and its files against ours that are run, and all of them must pass: `python tools/matrix.py "oldest PEFT"`. PEFT before 0.18 doesn't do: 0.14 takes `^` in a pattern for a letter, and until 0.17.1 tensors of a layer whose name begins with `weight` or `lora` aren't found again when they are loaded. PEFT 0.18 can't be imported beside a transformers before 4.52.
 
 """
 
@@ -455,7 +484,7 @@ def main() -> int:
         for setting in bar:
             bar.set_postfix_str(setting.name)
             row = run(setting)
-            differing += row["outcome"].endswith("differ")
+            differing += row["outcome"].endswith(("differ", "skipped"))
             bar.write(f"{setting.name}: {row['outcome']}")
             # What another machine could run stays, with the date and the notebooks of
             # that run.

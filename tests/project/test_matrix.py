@@ -215,3 +215,46 @@ def test_the_lowest_versions_are_those_of_pyproject(monkeypatch):
     assert f'"torch>={lowest("torch")}"' in (PROJECT / "pyproject.toml").read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "outcome"),
+    [
+        ("127 passed in 1s", 0, "all 127 tests pass"),
+        ("4 failed, 123 passed in 1s", 1, "4 tests fail or are skipped"),
+        # As where PEFT can't be imported.
+        ("3 passed, 1 skipped in 1s", 0, "1 tests fail or are skipped"),
+        ("", 3, "? tests fail or are skipped"),
+    ],
+)
+def test_with_the_oldest_peft_all_tests_must_have_run(
+    monkeypatch, printed, status, outcome
+):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        said = "3.11.7 0.18.0 4.52.1 2.5.0" if "-c" in command else printed
+        return subprocess.CompletedProcess(command, status, said, "")
+
+    monkeypatch.setattr(matrix, "environment", lambda _: sys.executable)
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    row = matrix.run(named("oldest PEFT, transformers and torch"))
+    assert row["outcome"] == outcome
+    assert (
+        row["versions"]
+        == "Python 3.11.7, peft 0.18.0, transformers 4.52.1, torch 2.5.0"
+    )
+    assert commands[0][-2:] == [
+        "tests/unit/test_peft_parity.py",
+        "tests/unit/adapters",
+    ]
+
+
+def test_the_oldest_peft_that_was_run_is_the_oldest_that_is_allowed(monkeypatch):
+    monkeypatch.setattr(matrix, "ROOT", PROJECT)
+    versions = rows()["oldest PEFT, transformers and torch"]["versions"].split(", ")
+    for package in ("peft", "transformers", "torch"):
+        (version,) = [v.split()[1] for v in versions if v.startswith(f"{package} ")]
+        asked = lowest(package)
+        assert version.split(".")[: asked.count(".") + 1] == asked.split(".")

@@ -391,7 +391,7 @@ def test_an_adaptation_that_would_be_another_is_refused(task):
         with pytest.raises(ValueError, match=said):
             adapted(task, **changes)
     (settings,) = expand([{}], DEFAULTS)
-    with pytest.raises(ValueError, match=r"steps must be a multiple of 16, .*; got 17"):
+    with pytest.raises(ValueError, match=r"steps must be a multiple of 8, .*; got 17"):
         experiment.adapt(task, settings, "LoRA", 2, 17, Point(0.01), 1)
 
 
