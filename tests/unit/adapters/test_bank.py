@@ -114,10 +114,10 @@ def test_an_active_adapter_can_be_removed(bank):
 
 def test_an_adapter_comes_from_a_folder_as_well(tmp_path):
     bank, loaded = AdapterBank(base()), base()
-    save_adapter(CUSTOMERS["anna"], tmp_path)
-    bank.add("anna", tmp_path)
+    save_adapter(CUSTOMERS["anna"], tmp_path / "anna")
+    bank.add("anna", tmp_path / "anna")
     bank.activate("anna")
-    load_adapter(loaded, str(tmp_path))
+    load_adapter(loaded, str(tmp_path / "anna"))
     assert_close(bank.model(X), loaded(X))
 
 
@@ -235,10 +235,12 @@ def test_where_a_weight_is_read_one_adapter_works_and_rows_are_refused():
 
 
 def change(name, layer):
-    """Return how adapter ``name`` changes one layer's weight, computed in NumPy."""
+    """Return how adapter ``name`` changes one layer's weight, DoRA's in NumPy."""
     module = CUSTOMERS[name].get_submodule(layer)
     if isinstance(module, nn.Linear):
         return 0
+    if isinstance(module, LinearWithLoRA):
+        return module.lora.delta_weight()
     reference = Reference.of(module)
     return torch.from_numpy(reference.c[:, None] * reference.V - reference.W)
 
