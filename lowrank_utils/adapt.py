@@ -118,10 +118,16 @@ def refuse_foreign_adapters(model: nn.Module) -> None:
 
 
 def _refuse_tied_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weight another module has too, as a language model's head
-    may share that of the embedding: an update would be meant for one of them, and tying
-    the weights again would undo it.
+    """Refuse a layer whose weight another module has too, in a model that ties them
+    again by itself, as a language model of transformers ties its head to the embedding:
+    that fails while the layer is adapted, and undoes its merging.
     """
+    if not any(
+        hasattr(module, "tie_weights")
+        and getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+        for module in model.modules()
+    ):
+        return
     weight = layer._parameters.get("weight")
     sharing = [
         other
@@ -134,7 +140,7 @@ def _refuse_tied_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name} shares its weight with {', '.join(sharing)}. Choose other targets, "
             f"or untie them first: {name}.weight = nn.Parameter({name}.weight.clone()), "
-            "and in a model of transformers config.tie_word_embeddings = False"
+            "and config.tie_word_embeddings = False"
         )
 
 
@@ -171,7 +177,7 @@ def _matching_names(
         if not any(fnmatchcase(name, pattern) for name in names):
             others = [
                 f"{name} ({type(module).__name__})"
-                for name, module in model.named_modules()
+                for name, module in named_modules_outside_adapters(model)
                 if fnmatchcase(name, pattern)
             ]
             matches = f" (it matches {others[0]}, which isn't one)" if others else ""

@@ -30,7 +30,12 @@ from lowrank_utils.adapters.files import (
 from lowrank_utils.adapters.names import put_module
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.lora import HALF_PRECISION, is_adapter, without_autocast
+from lowrank_utils.lora import (
+    HALF_PRECISION,
+    adapter_dtype,
+    is_adapter,
+    without_autocast,
+)
 from lowrank_utils.norms import row_scale
 
 
@@ -432,8 +437,8 @@ def _of_model(
             )
         if not may_round and _kept_dtype(part.A.dtype, linear.weight.dtype) is None:
             raise ValueError(
-                f"{layer}: the adapter is {part.A.dtype} and would be rounded to the base model's "
-                f"{linear.weight.dtype}; convert one of them, or pass may_round=True"
+                f"{layer}: the adapter is {part.A.dtype} and would be rounded to "
+                f"{adapter_dtype(linear.weight.dtype)}; convert one of them, or pass may_round=True"
             )
         if uses[id(linear)] > 1:
             raise ValueError(
@@ -455,7 +460,7 @@ def _kept_dtype(adapter: torch.dtype, weight: torch.dtype) -> torch.dtype | None
 def _part(linear: nn.Linear, part: LayerAdapter) -> BankedAdapter:
     """Return copies of A and B, and c from the base weight as it is now."""
     W = linear.weight
-    dtype = _kept_dtype(part.A.dtype, W.dtype) or W.dtype
+    dtype = _kept_dtype(part.A.dtype, W.dtype) or adapter_dtype(W.dtype)
 
     def copied(values: Tensor) -> Tensor:
         return values.detach().to(device=W.device, dtype=dtype, copy=True)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lowrank_utils._weight_checks import check_weight_is_all
 from lowrank_utils.adapt import refuse_foreign_adapters
 from lowrank_utils.adapters.config import (
     CONFIG,
@@ -350,7 +351,9 @@ def _check_layers(
             article = "an" if kind[0] in "AEIOU" else "a"
             fail(CONFIG, f"{name} is {article} {kind}; only nn.Linear is supported")
         try:
-            check_linear(module)
+            linear = check_linear(module)
+            if config.dora:
+                check_weight_is_all(linear)
         except (TypeError, ValueError) as error:
             fail(CONFIG, f"{name}: {error}")
         if uses[id(module)] > 1:

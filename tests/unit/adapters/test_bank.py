@@ -491,7 +491,7 @@ def test_rounding_is_refused_unless_asked_for(tmp_path):
         call = lambda s=source: bank.add("c", s)  # noqa: E731
         unchanged(bank, call, ValueError, "would be rounded to .*may_round=True")
         bank.add(name, source, may_round=True)
-        assert bank.size(name) == 2 * numbers
+        assert bank.size(name) == 4 * numbers
 
 
 def test_unknown_names_and_repetitions_are_refused(bank):

@@ -191,14 +191,15 @@ def test_a_loaded_adapter_can_be_trained_and_saved_again(saved):
     assert torch.equal(fresh(X), model(X))
 
 
-@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
-def test_numbers_are_rounded_only_if_asked_for(wide, folder):
-    A = adapted(dtype=wide).head.lora.A
-    save_adapter(adapted(dtype=wide), folder)
-    narrow, wider = Base(torch.bfloat16), Base()
-    refused(folder, r"be rounded to torch.bfloat16; .*may_round=True", model=narrow)
-    load_adapter(narrow, folder, may_round=True)
-    assert torch.equal(narrow.head.lora.A, A.to(torch.bfloat16))
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+def test_numbers_are_rounded_only_if_asked_for(narrow, folder):
+    A = adapted(dtype=torch.float64).head.lora.A
+    save_adapter(adapted(dtype=torch.float64), folder)
+    model, wider = Base(narrow), Base()
+    # Beside half precision an adapter is float32.
+    refused(folder, r"be rounded to torch.float32; .*may_round=True", model=model)
+    load_adapter(model, folder, may_round=True)
+    assert torch.equal(model.head.lora.A, A.to(torch.float32))
     # A wider model takes narrow numbers as they are.
     load_adapter(wider, folder)
     assert torch.equal(wider.head.lora.A, A.double())

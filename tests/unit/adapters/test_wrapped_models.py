@@ -1,6 +1,7 @@
 """Models inside wrappers: what is saved and loaded is the model inside."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -234,29 +235,15 @@ def test_saving_is_the_same_under_autocast_and_with_another_default_device(tmp_p
         assert_same_files(tmp_path / name, tmp_path / "plain")
 
 
-class WithDropout(LinearWithLoRA):
-    """Dropout before A, as PEFT has it."""
-
-    def __init__(self, linear, rank, alpha, dropout=0.25, kind=nn.Dropout):
-        super().__init__(linear, rank, alpha)
-        self.lora.dropout = kind(dropout)
-
-    def forward(self, x):
-        return self.linear(x) + self.lora(self.lora.dropout(x))
-
-
 def test_dropout_is_saved_with_the_check_of_the_outputs_in_eval_mode(tmp_path):
-    model = adapted(WithDropout).train()
+    model = adapted(partial(LinearWithLoRA, dropout=0.25)).train()
     save_adapter(model, tmp_path / "adapter")
     assert files_of(tmp_path / "adapter")[0]["lora_dropout"] == 0.25
     assert all(module.training for module in model.modules())
-    model.head.lora.dropout.p = 0.5
+    model.head.lora.dropout = 0.5
     with pytest.raises(
         ValueError, match=r"head has a dropout of 0\.5, and other layers have 0\.25"
     ):
-        save_adapter(model, tmp_path / "adapter")
-    model.head.lora.dropout = nn.AlphaDropout(0.25)
-    with pytest.raises(ValueError, match="head has AlphaDropout as its dropout"):
         save_adapter(model, tmp_path / "adapter")
 
 
