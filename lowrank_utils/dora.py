@@ -119,7 +119,9 @@ def _scale(layer: LinearWithDoRAMerged) -> Tensor:
             norm = factored_row_norms(W, A, B, layer.lora.alpha, squares)
     else:
         with torch.no_grad():
-            norm = formed_row_norms(layer.updated_weight())
+            V = layer.updated_weight()
+            # no_grad alone stops no derivative that is taken forward.
+            norm = formed_row_norms(V.detach() if layer.detach_norm else V)
     return row_scale(layer.m, norm)
 
 

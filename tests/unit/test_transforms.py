@@ -236,3 +236,20 @@ def test_a_cuda_graph_holds_the_layer():
         graph.replay()
     values = {name: p.cpu() for name, p in weights(module).items()}
     assert_close(y.cpu(), formula(values, x.cpu()), rtol=1e-4)
+
+
+def test_a_detached_norm_is_a_constant_forward_as_it_is_backward():
+    layers = [moved(wrapper, linear_layer(64, 32), 4, 1.0) for wrapper in DORA]
+    x, tangent = normal(5, 64), normal(64, 4, seed=9)
+    derivatives = []
+    for layer in layers:
+
+        def output(A, layer=layer):
+            parameters = {"lora.A": A}
+            return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+        A = layer.lora.A.detach()
+        derivatives.append(torch.func.jvp(output, (A,), (tangent,))[1])
+        backward = torch.func.grad(output)(A)
+        assert_close(derivatives[-1], (backward * tangent).sum(), rtol=1e-9)
+    assert_close(*derivatives, rtol=1e-9)
