@@ -251,8 +251,14 @@ class Selection:
             if not other.is_pass or any(other.frame is frame for frame in frames)
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _found(self, held: tuple[Held, ...]) -> Choice:
+        found = self._found_here
+        if torch.compiler.is_compiling():
+            # Not as a decorator, which would load torch's compiler for everybody.
+            found = torch.compiler.disable(found)
+        return found(held)
+
+    def _found_here(self, held: tuple[Held, ...]) -> Choice:
         """Return what holds where that isn't simply the last of ``held``."""
         # A list, because a frame that nobody holds may have the id of another one.
         frames = list(running_frames())

@@ -6,6 +6,8 @@ import contextvars
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -499,6 +501,36 @@ def test_a_compiled_model_serves_threads_and_generators(bank):
     for _ in range(2):
         assert is_answer(next(one), "anna")
         assert is_answer(next(two), "ben")
+
+
+WITHOUT_COMPILER = """
+import sys
+import torch
+from torch import nn
+from lowrank_utils import AdapterBank, LinearWithDoRA, replace_linear_layers
+
+source = nn.Sequential(nn.Linear(2, 2))
+replace_linear_layers(source, LinearWithDoRA, 1, 1.0)
+bank = AdapterBank(nn.Sequential(nn.Linear(2, 2)))
+bank.add("anna", source)
+
+def steps():
+    with bank.rows(["anna"]):
+        yield bank.model(torch.ones(1, 2)), bank.model[0].weight.dtype
+
+assert [dtype for _, dtype in steps()] == [torch.float32]
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_bank_does_not_load_torchs_compiler():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_copies_have_a_selection_of_their_own(bank):
