@@ -4,7 +4,7 @@ come from the factors."""
 
 import pytest
 import torch
-from support import assert_close, linear_layer, move, normal
+from support import DORA, assert_close, linear_layer, move, moved, normal
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
