@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jupyter_core.paths
 
 ROOT = Path(__file__).resolve().parent.parent
+ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
 
 
 def leave_settings_aside() -> None:
@@ -36,9 +38,6 @@ def lab_arguments(words: list[str]) -> list[str]:
     arguments = [
         f"--ServerApp.root_dir={ROOT}",
         f"--LabApp.default_url=/lab/tree/{quote(first.as_posix())}",
-        # It would ask for news and newer versions in front of the notebook.
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         # Ctrl-C ends the server without a question.
         "--ServerApp.answer_yes=True",
     ]
@@ -46,6 +45,14 @@ def lab_arguments(words: list[str]) -> list[str]:
         print("You are root, which JupyterLab refuses by default; here it is allowed.")
         arguments.append("--ServerApp.allow_root=True")
     return arguments + words
+
+
+def without_announcements(_handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a page's configuration in which nothing asks for news and newer versions
+    in front of the notebook, nor does so over the network.
+    """
+    disabled = [*page_config.get("disabledExtensions", ()), ANNOUNCEMENTS]
+    return {**page_config, "disabledExtensions": disabled}
 
 
 def main() -> None:
@@ -61,7 +68,9 @@ def main() -> None:
     from jupyterlab.labapp import LabApp
 
     print("Opening JupyterLab; Ctrl-C in this window ends it.", flush=True)
-    LabApp.launch_instance(argv=lab_arguments(sys.argv[1:]))
+    server = LabApp.initialize_server(argv=lab_arguments(sys.argv[1:]))
+    server.web_app.settings["page_config_hook"] = without_announcements
+    server.start()
 
 
 if __name__ == "__main__":

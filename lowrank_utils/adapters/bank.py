@@ -23,10 +23,10 @@ from lowrank_utils.adapters.banked_linear import (
 from lowrank_utils.adapters.files import (
     LayerAdapter,
     adapter_of,
-    names_trained_along,
     plain_modules,
     read_adapter,
 )
+from lowrank_utils.adapters.layout import MARK
 from lowrank_utils.adapters.names import put_module
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.decompose import row_norms
@@ -415,7 +415,13 @@ def _of_model(
     source: nn.Module, modules: Mapping[str, nn.Module], may_round: bool
 ) -> dict[str, LayerAdapter]:
     """Return the adapter of another model, checked to fit ``modules``."""
-    if along := names_trained_along(source):
+    if along := [
+        f"{name}.{key}"
+        for name, module in plain_modules(source).items()
+        if not is_adapter(module)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad or key in getattr(module, MARK, ())
+    ]:
         raise ValueError(
             f"{', '.join(along)} was trained along, which can't be switched with the "
             "adapter; freeze what wasn't trained, or serve that model by itself"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.lora import AdaptedLinear
+from lowrank_utils.lora import AdaptedLinear, check_linear
 
 
 class LinearWithGain(AdaptedLinear):
@@ -35,6 +35,8 @@ class LinearWithGain(AdaptedLinear):
     def __init__(
         self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
     ) -> None:
+        # The experiment trains in one precision.
+        lora_options.setdefault("dtype", check_linear(linear).weight.dtype)
         super().__init__(linear, rank, alpha, **lora_options)
         self.g = nn.Parameter(torch.ones_like(linear.weight[:, 0]))
 
@@ -67,6 +69,8 @@ class LinearWithPositiveGain(LinearWithGain):
     def __init__(
         self, linear: nn.Linear, rank: int, alpha: float, **lora_options: Any
     ) -> None:
+        # The experiment trains in one precision.
+        lora_options.setdefault("dtype", check_linear(linear).weight.dtype)
         super().__init__(linear, rank, alpha, **lora_options)
         del self.g
         self.theta = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
@@ -108,6 +112,8 @@ class LinearWithRandomRows(AdaptedLinear):
         generator: torch.Generator | None = None,
         **lora_options: Any,
     ) -> None:
+        # The experiment trains in one precision.
+        lora_options.setdefault("dtype", check_linear(linear).weight.dtype)
         super().__init__(linear, rank, alpha, **lora_options)
         W = linear.weight.detach()
         # Drawn on the CPU, so that they are the same on every device.

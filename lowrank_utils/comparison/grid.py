@@ -85,8 +85,11 @@ def parse_yaml(text: str) -> Any:
         ValueError: it isn't YAML, or a key is given twice; the message is one line.
     """
     try:
-        # A subclass of SafeLoader, as safe as that.
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     # What PyYAML's own constructors raise of a date, a number or a tag that isn't one.

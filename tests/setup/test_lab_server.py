@@ -128,7 +128,7 @@ def test_the_server_is_closed_to_others_and_open_with_the_token(
     assert status == 200
     asked_for = rb'<script id="jupyter-config-data"[^>]*>(.*?)</script>'
     (page,) = re.findall(asked_for, content, re.DOTALL)
-    assert json.loads(page)["news"] == {"disabled": True}
+    assert lab_server.ANNOUNCEMENTS in json.loads(page)["disabledExtensions"]
     assert lab.elsewhere() == []
 
     lab.process.terminate()
