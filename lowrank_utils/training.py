@@ -25,6 +25,7 @@ from lowrank_utils._arguments import (
 from lowrank_utils._eager import EagerAdam
 from lowrank_utils.adapt import parameter_groups
 from lowrank_utils.data import Digits
+from lowrank_utils.lora import is_adapter
 
 
 def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
@@ -326,7 +327,15 @@ def _some(names: list[str]) -> str:
 
 def _beside(model: nn.Module, digits: Digits) -> Digits:
     """Return the digits on the device and in the precision of the model."""
-    reference = next(model.parameters())
+    # Beside a weight in half precision an adapter's own numbers are wider.
+    own = {
+        parameter
+        for module in model.modules()
+        if is_adapter(module)
+        for name, parameter in module.named_parameters()
+        if not name.startswith("linear.")
+    }
+    reference = next(p for p in model.parameters() if p not in own)
     return Digits(digits.images.to(reference), digits.labels.to(reference.device))
 
 

@@ -152,3 +152,20 @@ def test_a_name_is_no_schedule_and_no_optimizer(name, value):
     with pytest.raises(TypeError, match=rf"^{name} must be a function such as"):
         train(model, blobs(), **ONCE, dtype=torch.float64, **{name: value})
     assert model.layers[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [LinearWithLoRA, LinearWithDoRA])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_in_float32_are_trained_beside_a_base_in_half_precision(kind, dtype):
+    torch.manual_seed(0)
+    model = MultilayerPerceptron(12, 8, 6, 3).to(dtype)
+    replace_linear_layers(model, kind, 2, 2.0)
+    freeze_linear_layers(model)
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = train(model, blobs(), batch_size=8, **ONCE)
+    assert history.loss[0] > 0
+    moved = [name for name, t in snapshot(model).items() if not t.equal(before[name])]
+    assert sorted(moved) == sorted(trained(model))
+    assert 0 <= accuracy(model, blobs()) <= 1
