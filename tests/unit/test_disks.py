@@ -23,6 +23,8 @@ from lowrank_utils.comparison.report import write_report
 from lowrank_utils.comparison.store import Store
 from lowrank_utils.dora import LinearWithDoRA
 
+pytestmark = pytest.mark.slow
+
 SIDE = 60
 
 

@@ -17,6 +17,8 @@ from lowrank_utils.adapters.files import load_adapter, save_adapter
 from lowrank_utils.data import DataError
 from lowrank_utils.dora import LinearWithDoRA
 
+pytestmark = pytest.mark.slow
+
 # 300 examples each; at night as many as the profile says.
 FUZZ = settings(max_examples=max(300, settings().max_examples))
 

@@ -19,7 +19,7 @@ from lowrank_utils import (
 )
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(lowrank_utils.__file__).parents[1]
 

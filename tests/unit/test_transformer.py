@@ -36,7 +36,7 @@ TARGETS = [
     "encoder.layer.*.attention.self.value",
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

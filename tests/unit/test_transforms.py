@@ -19,6 +19,7 @@ from lowrank_utils.dora import LinearWithDoRA
 # and linearize says something of its own graph. That a trace may not hold for other inputs
 # is a warning too, and an error here.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),

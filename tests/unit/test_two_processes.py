@@ -32,6 +32,8 @@ from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
 from lowrank_utils.adapters.files import save_adapter
 from lowrank_utils.lora import LinearWithLoRA
 
+pytestmark = pytest.mark.slow
+
 folder, number, way = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 if way == "two renames":
     _folders._exchange = lambda first, second: False

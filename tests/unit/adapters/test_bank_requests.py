@@ -28,6 +28,8 @@ from lowrank_utils.adapters import AdapterBank, bank as bank_module
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 
+pytestmark = pytest.mark.slow
+
 
 class Passes(nn.Module):
     """Two layers, and what is called between them."""

@@ -24,6 +24,8 @@ import os, signal, sys
 from pathlib import Path
 from lowrank_utils.adapters import folders as _folders
 
+pytestmark = pytest.mark.slow
+
 folder, steps, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
 if not exchange:
     _folders._exchange = lambda first, second: False

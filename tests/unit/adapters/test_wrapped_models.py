@@ -15,6 +15,8 @@ from lowrank_utils.adapters.files import adapter_of, load_adapter, save_adapter
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["body.0", "head"]
 X = normal(3, 4, seed=70).float()
 

@@ -31,6 +31,8 @@ from lowrank_utils.comparison.tables import spread_over_ranks
 from lowrank_utils.comparison.tuning import Point
 from lowrank_utils.dora import LinearWithDoRA
 
+pytestmark = pytest.mark.slow
+
 DEFAULTS = notebook_defaults(NOTEBOOK)
 
 # --- Encodings ----------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from lowrank_utils.comparison.plots import (
 from lowrank_utils.comparison.tables import differences, results_table
 from lowrank_utils.plots import PALETTE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def table():

@@ -11,6 +11,8 @@ import pytest
 from lowrank_utils.comparison import sweep
 from lowrank_utils.comparison.grid import code_version
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = '{"cells": []}'
 NO_ANSWER = "RuntimeError: Kernel didn't respond in 60 seconds"
 DIED = "RuntimeError: Kernel died before replying to kernel_info"

@@ -29,6 +29,8 @@ from lowrank_utils.comparison.tuning import Point, Range, Space
 from lowrank_utils.data import Digits, load_mnist, permute_pixels
 from lowrank_utils.training import History, accuracy
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings.of(GOOD | {"pretraining_epochs": 2, "steps": [4], "networks": [3]})
 UNSEEN = replace(SETTINGS, shift="unseen classes")
 POINT = Point(0.02, 10.0)

@@ -22,6 +22,8 @@ from lowrank_utils.comparison.tables import (
     under_tuned,
 )
 
+pytestmark = pytest.mark.slow
+
 DECLARATION = read_declaration(DECLARED)
 
 

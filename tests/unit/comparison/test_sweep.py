@@ -20,6 +20,8 @@ from lowrank_utils.comparison.command import main
 from lowrank_utils.comparison.grid import SweepError
 from lowrank_utils.comparison.sweep import local_workers
 
+pytestmark = pytest.mark.slow
+
 # How many rows of the table a run with one rank is: two methods above two networks,
 # with three seeds.
 ROWS = 2 * 2 * 3
