@@ -27,6 +27,8 @@ from lowrank_utils.adapters.config import AdapterFileError
 from lowrank_utils.dora import LinearWithDoRA, LinearWithDoRAMerged
 from lowrank_utils.lora import LinearWithLoRA
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip(
     "peft", reason='needs the extra peft: pip install -e ".[peft]"'
 )

@@ -18,6 +18,8 @@ from lowrank_utils import _mnist
 from lowrank_utils.adapters.files import load_adapter
 from lowrank_utils.comparison.kernels import kernel_environment
 
+pytestmark = pytest.mark.slow
+
 # Saves again and again an adapter whose scaling, in one file, and numbers, in the
 # other, are the same number.
 SAVER = """
@@ -31,8 +33,6 @@ from lowrank_utils.adapters import folders as _folders
 from lowrank_utils.adapt import freeze_linear_layers, replace_linear_layers
 from lowrank_utils.adapters.files import save_adapter
 from lowrank_utils.lora import LinearWithLoRA
-
-pytestmark = pytest.mark.slow
 
 folder, number, way = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 if way == "two renames":

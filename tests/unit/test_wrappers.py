@@ -263,6 +263,7 @@ def test_autocast_gives_the_dtype_of_a_linear_layer_and_a_close_value(wrapper):
 COMPILERS = [os.environ.get("CXX") or "g++", "clang++", "c++", "cl"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(shutil.which(name) for name in COMPILERS),
     reason="torch.compile needs a C++ compiler, and this machine has none",

@@ -334,6 +334,7 @@ def tensor_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @KINDS
 def test_a_customer_costs_the_bytes_of_its_adapter(kind, tmp_path):

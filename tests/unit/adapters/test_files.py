@@ -298,6 +298,7 @@ def test_what_is_no_model_is_refused(call, saved):
 # --- Damaged files --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_header_is_refused(folder):
     # One layer: its header is short enough to try every bit.
     plain = nn.Sequential(linear_layer(7, 5))

@@ -14,6 +14,8 @@ import pytest
 from lowrank_utils.adapters import folders as _folders
 from lowrank_utils.adapters.folders import recover, replace_folder
 
+pytestmark = pytest.mark.slow
+
 OLD = {"a.json": b"old settings", "b.bin": b"old" * 1000}
 NEW = {"a.json": b"new settings", "b.bin": b"new" * 1000}
 
@@ -23,8 +25,6 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from lowrank_utils.adapters import folders as _folders
-
-pytestmark = pytest.mark.slow
 
 folder, steps, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
 if not exchange:

@@ -149,6 +149,7 @@ def test_runs_that_differ_in_any_one_setting_are_two(defaults):
     assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
 
 
+@pytest.mark.slow
 def test_the_version_covers_all_code_that_an_experiment_runs():
     listing = f"import sys, {EXPERIMENT}; print(*sys.modules)"
     run = subprocess.run(
@@ -186,6 +187,7 @@ def copied(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_version_changes_with_the_code_of_each_module_and_not_with_words(copied):
     notebook = SERIES.read_text(encoding="utf-8")
     versions = {code_version(notebook)}
@@ -207,6 +209,7 @@ def test_the_version_changes_with_the_code_of_each_module_and_not_with_words(cop
     assert code_version(notebook) in versions
 
 
+@pytest.mark.slow
 def test_the_version_changes_with_the_notebook_up_to_where_it_writes_its_result():
     def code(notebook):
         return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
