@@ -50,6 +50,8 @@ from lowrank_utils.data import (
     stratified_split,
 )
 
+pytestmark = pytest.mark.slow
+
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 )
