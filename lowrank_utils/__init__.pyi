@@ -10,6 +10,7 @@ from .adapt import (
     merge_adapters as merge_adapters,
     named_modules_outside_adapters as named_modules_outside_adapters,
     parameter_groups as parameter_groups,
+    parameters_of_adapters as parameters_of_adapters,
     refuse_foreign_adapters as refuse_foreign_adapters,
     replace_linear_layers as replace_linear_layers,
 )

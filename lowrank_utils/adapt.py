@@ -69,8 +69,7 @@ def replace_linear_layers(
         raise ValueError(
             f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
         )
-    for name in names:
-        _refuse_tied_weight(model, name, layers[name])
+    _refuse_tied_weights(model, {name: layers[name] for name in names})
     # All adapters are built before the first is put in, so a refusal leaves the model
     # as it was.
     adapters: dict[nn.Module, nn.Module] = {}
@@ -117,8 +116,8 @@ def refuse_foreign_adapters(model: nn.Module) -> None:
         )
 
 
-def _refuse_tied_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weight another module has too, in a model that ties them
+def _refuse_tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weight another module has too, in a model that ties them
     again by itself, as a language model of transformers ties its head to the embedding:
     that fails while the layer is adapted, and undoes its merging.
     """
@@ -128,20 +127,21 @@ def _refuse_tied_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
         for module in model.modules()
     ):
         return
-    weight = layer._parameters.get("weight")
-    sharing = [
-        other
-        for other, module in model.named_modules()
-        if weight is not None
-        and module is not layer
-        and any(weight is p for p in module._parameters.values())
-    ]
-    if sharing:
-        raise ValueError(
-            f"{name} shares its weight with {', '.join(sharing)}. Choose other targets, "
-            f"or untie them first: {name}.weight = nn.Parameter({name}.weight.clone()), "
-            "and config.tie_word_embeddings = False"
-        )
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(parameter, []).append(name)
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if weight is not None and len(holders[weight]) > 1:
+            sharing = [holder for holder in holders[weight] if holder != name]
+            raise ValueError(
+                f"{name} shares its weight with {', '.join(sharing)}. Choose other "
+                f"targets, or untie them first: {name}.weight = "
+                f"nn.Parameter({name}.weight.clone()), and "
+                "config.tie_word_embeddings = False"
+            )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -192,6 +192,17 @@ def _matching_names(
     ]
 
 
+def parameters_of_adapters(model: nn.Module) -> set[nn.Parameter]:
+    """Return what the adapters in ``model`` add to it: A, B and m."""
+    return {
+        parameter
+        for module in model.modules()
+        if is_adapter(module)
+        for name, parameter in module.named_parameters()
+        if not name.startswith("linear.")
+    }
+
+
 def mark_only_adapters_as_trainable(
     model: nn.Module, also: str | Iterable[str] = ()
 ) -> list[str]:
@@ -211,13 +222,7 @@ def mark_only_adapters_as_trainable(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    trained = {
-        parameter
-        for module in model.modules()
-        if is_adapter(module)
-        for name, parameter in module.named_parameters()
-        if not name.startswith("linear.")
-    }
+    trained = parameters_of_adapters(model)
     if not trained:
         raise ValueError(
             f"{type(model).__name__} has no adapters; put them in with "

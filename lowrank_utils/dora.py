@@ -131,6 +131,9 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     A row's scale can be applied to the weight or to the output that the row produces,
     so this equals ``LinearWithDoRAMerged`` up to rounding, with W left as it is. V is
     needed for its norms alone, and those cost less than V.
+
+    With dropout, in training, the pretrained layer gets all of x, and what DoRA adds to
+    it sees the rest that dropout leaves, as in PEFT (``output_with_dropout``).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ from lowrank_utils._arguments import (
     check_whole_number,
 )
 from lowrank_utils._eager import EagerAdam
-from lowrank_utils.adapt import parameter_groups
+from lowrank_utils.adapt import parameter_groups, parameters_of_adapters
 from lowrank_utils.data import Digits
-from lowrank_utils.lora import is_adapter
 
 
 def reproducible(seed: int, dtype: torch.dtype = torch.float64) -> None:
@@ -328,13 +327,7 @@ def _some(names: list[str]) -> str:
 def _beside(model: nn.Module, digits: Digits) -> Digits:
     """Return the digits on the device and in the precision of the model."""
     # Beside a weight in half precision an adapter's own numbers are wider.
-    own = {
-        parameter
-        for module in model.modules()
-        if is_adapter(module)
-        for name, parameter in module.named_parameters()
-        if not name.startswith("linear.")
-    }
+    own = parameters_of_adapters(model)
     reference = next(p for p in model.parameters() if p not in own)
     return Digits(digits.images.to(reference), digits.labels.to(reference.device))
 
