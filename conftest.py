@@ -22,6 +22,12 @@ from PIL import Image
 
 from lowrank_utils.comparison.kernels import kernel_environment
 
+# Where workers and their kernels each take all cores, their threads wait for one another,
+# and small layers take ten times as long. Here, since torch reads it when it is loaded.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 nbval_runtest, nbval_compare_outputs, nbval_setup = (
     IPyNbCell.runtest,
     IPyNbCell.compare_outputs,
