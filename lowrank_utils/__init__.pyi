@@ -46,9 +46,10 @@ from .decompose import (
 from .dora import (
     LinearWithDoRA as LinearWithDoRA,
     LinearWithDoRAMerged as LinearWithDoRAMerged,
-    output_with_dropout as output_with_dropout,
+    has_special_form as has_special_form,
     reset_magnitudes as reset_magnitudes,
     scale_and_bias as scale_and_bias,
+    special_output as special_output,
 )
 from .lora import (
     HALF_PRECISION as HALF_PRECISION,
@@ -71,6 +72,7 @@ from .norms import (
     factored_norm_pays as factored_norm_pays,
     factored_row_norms as factored_row_norms,
     formed_row_norms as formed_row_norms,
+    joined_products as joined_products,
     row_scale as row_scale,
     squared_row_norms as squared_row_norms,
     values_can_be_read as values_can_be_read,

@@ -17,6 +17,7 @@ from lowrank_utils.norms import (
     factored_norm_pays,
     factored_row_norms,
     formed_row_norms,
+    joined_products,
     row_scale,
     squared_row_norms,
 )
@@ -91,17 +92,62 @@ def scale_and_bias(layer: LinearWithDoRAMerged) -> tuple[Tensor, Tensor | None]:
     return _scale(layer) if kept is None else kept, layer.bias
 
 
-def output_with_dropout(layer: LinearWithDoRAMerged, x: Tensor) -> Tensor:
-    """Return what a DoRA layer makes of x (…, in) in training with dropout, (…, out).
-
-    As in PEFT, the pretrained layer gets all of x, and what DoRA adds to it the rest d
-    that dropout leaves: y = xWᵀ + b + (c ⊙ (dWᵀ + s·dAB) − dWᵀ).
+def has_special_form(layer: LinearWithDoRAMerged, x: Tensor) -> bool:
+    """Tell whether ``special_output`` computes what an unmerged DoRA layer makes of x
+    (…, in), and not the formula of the class: in training with dropout, and where the
+    weight is so large that reading it twice is what takes the time.
     """
-    d, W = layer.lora.dropped(x), layer.linear.weight
-    base, rest = F.linear(x, W), F.linear(d, W)
-    c, b = scale_and_bias(layer)
-    y = base + (c * (rest + layer.lora.product(d)) - rest)
+    return layer.lora.drops or _joining_pays(layer, x)
+
+
+def special_output(layer: LinearWithDoRAMerged, x: Tensor) -> Tensor:
+    """Return what an unmerged DoRA layer makes of x (…, in), (…, out), where
+    ``has_special_form`` says so.
+
+    With dropout, as in PEFT, the pretrained layer gets all of x, and what DoRA adds to
+    it the rest d that dropout leaves: y = xWᵀ + b + (c ⊙ (dWᵀ + s·dAB) − dWᵀ). Else it
+    is the formula of the class, and the products xWᵀ and AᵀWᵀ are computed in one.
+    """
+    W, A, B = layer.linear.weight, layer.lora.A, layer.lora.B
+    if layer.lora.drops:
+        d = layer.lora.dropped(x)
+        base, rest = F.linear(x, W), F.linear(d, W)
+        c, b = scale_and_bias(layer)
+        y = base + (c * (rest + layer.lora.product(d)) - rest)
+    else:
+        check_weight(layer)
+        base, AW = joined_products(x, A, W)
+        norm = factored_row_norms(W, A, B, layer.lora.alpha, _squares(layer), AW)
+        c, b = row_scale(layer.m, norm), layer.bias
+        y = c * (base + layer.lora(x))
     return (y if b is None else y + b).to(base.dtype)
+
+
+def _joining_pays(layer: LinearWithDoRAMerged, x: Tensor) -> bool:
+    """Tell whether ``joined_products`` can be used, and is faster: from 2²² entries of W
+    on (benchmarks/adapter_speed.py).
+    """
+    linear = layer.linear
+    if linear.in_features * linear.out_features < 2**22:
+        return False
+    W = linear.weight
+    return (
+        factored_norm_pays(W, layer.lora.A)
+        # Else W is in a product whose gradient is asked for.
+        and not W.requires_grad
+        and (layer.detach_norm or not torch.is_grad_enabled())
+        # Else the formula says what is wrong with x, as torch does.
+        and type(x) is Tensor
+        and (x.dtype, x.device, x.shape[-1:]) == (W.dtype, W.device, W.shape[1:])
+        # Under autocast the product would be in half precision, and so the norms.
+        and not torch.is_autocast_enabled(W.device.type)
+        # A c that is kept needs no second product.
+        and SCALES.value(layer, _scale) is None
+    )
+
+
+def _squares(layer: LinearWithDoRAMerged) -> Tensor | None:
+    return SQUARES.value(layer, lambda layer: squared_row_norms(layer.linear.weight))
 
 
 def _scale(layer: LinearWithDoRAMerged) -> Tensor:
@@ -112,11 +158,8 @@ def _scale(layer: LinearWithDoRAMerged) -> Tensor:
     if torch.is_grad_enabled() and not layer.detach_norm:
         norm = row_norms(layer.updated_weight())
     elif factored_norm_pays(W, A):
-        squares = SQUARES.value(
-            layer, lambda layer: squared_row_norms(layer.linear.weight)
-        )
         with without_autocast(W.device):
-            norm = factored_row_norms(W, A, B, layer.lora.alpha, squares)
+            norm = factored_row_norms(W, A, B, layer.lora.alpha, _squares(layer))
     else:
         with torch.no_grad():
             V = layer.updated_weight()
@@ -133,13 +176,13 @@ class LinearWithDoRA(LinearWithDoRAMerged):
     needed for its norms alone, and those cost less than V.
 
     With dropout, in training, the pretrained layer gets all of x, and what DoRA adds to
-    it sees the rest that dropout leaves, as in PEFT (``output_with_dropout``).
+    it sees the rest that dropout leaves, as in PEFT (``special_output``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        if self.lora.drops:
-            return output_with_dropout(self, x)
+        if has_special_form(self, x):
+            return special_output(self, x)
         base = F.linear(x, self.linear.weight)
         c, b = scale_and_bias(self)
         y = c * (base + self.lora(x))

@@ -6,6 +6,8 @@ weight is also the subject of "Scaling DoRA: High-Rank Adaptation via Factored N
 Fused Kernels", arXiv 2603.22276.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,7 @@ def factored_row_norms(
     B: Tensor,
     alpha: float,
     squares: Tensor | None = None,
+    AW: Tensor | None = None,
 ) -> Tensor:
     """Return ‖W + s·(A·B)ᵀ‖ by rows from products with the thin factors alone; A·B is
     never formed.
@@ -66,12 +69,13 @@ def factored_row_norms(
         B: the second, (r, out).
         alpha: the scaling s.
         squares: ‖W‖² by rows, (out,), if it is there already.
+        AW: AᵀWᵀ, (r, out), if it is there already.
 
     Returns:
         Shape (out,), in the dtype of W. Without a gradient.
     """
     with torch.no_grad():
-        AW = F.linear(A.T, W)
+        AW = F.linear(A.T, W) if AW is None else AW
         squares = squared_row_norms(W) if squares is None else squares
         update = torch.addmm(AW, A.T @ A, B, beta=2 * alpha, alpha=alpha**2)
         sums = torch.linalg.vecdot(update, B, dim=0).add_(squares)
@@ -109,6 +113,39 @@ def factored_norm_pays(W: Tensor, A: Tensor) -> bool:
         # With more rank than this AᵀWᵀ costs as much as A·B and the sums come on top.
         and 4 * A.shape[1] <= min(W.shape)
     )
+
+
+class _JoinedProducts(torch.autograd.Function):
+    """The products of ``joined_products``; their second part is for c alone, and costs
+    the backward pass nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(W)
+        xW, AW = F.linear(torch.cat([x, A.T]), W).split([len(x), A.shape[1]])
+        ctx.mark_non_differentiable(AW)
+        return xW, AW
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (W,) = ctx.saved_tensors
+        return gradients[0] @ W, None, None
+
+
+def joined_products(x: Tensor, A: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x·Wᵀ and AᵀWᵀ from one product, which reads a large W once.
+
+    Args:
+        x: the input, (…, in).
+        A: the first factor, (in, r).
+        W: the weight, (out, in), frozen.
+
+    Returns:
+        Shapes (…, out), with a gradient for x alone, and (r, out), without one.
+    """
+    xW, AW = _JoinedProducts.apply(x.reshape(-1, x.shape[-1]), A.detach(), W)
+    return xW.reshape(*x.shape[:-1], W.shape[0]), AW
 
 
 def values_can_be_read(tensor: Tensor) -> bool:

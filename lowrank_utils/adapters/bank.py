@@ -166,6 +166,7 @@ class AdapterBank:
                     self._layers[layer] = banked
                     put_module(self.model, layer, banked)
                 banked.lora[slot] = part.train(banked.training)
+                banked.kept.clear()
             self._selection.present = {**self._selection.present, slot: name}
             # The last step, so that nobody can name an adapter of which a part is
             # missing.
@@ -201,6 +202,7 @@ class AdapterBank:
             for layer, banked in list(self._layers.items()):
                 if slot in banked.lora:
                     del banked.lora[slot]
+                    banked.kept.clear()
                 if not banked.lora:
                     # A layer that somebody put there since then stays.
                     if self._selection.is_in_place(self.model, layer):

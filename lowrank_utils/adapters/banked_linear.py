@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_utils._lazy_weight import lazy_weight
 from lowrank_utils._weight_checks import check_weight_is_all
+from lowrank_utils.adapters.mixed_batch import Kept, add_updates, along
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.lora import AroundLinear, without_autocast
 
@@ -31,6 +32,7 @@ class BankedAdapter(nn.Module):
         for name, value in {"A": A, "B": B, "c": c}.items():
             self.register_buffer(name, value, persistent=False)
         self.alpha = alpha
+        self.is_finite = bool(A.isfinite().all() and B.isfinite().all())
 
     def update(self, x: Tensor) -> Tensor:
         """Return s·xAB, in the wider of the dtypes of x and the adapter."""
@@ -74,6 +76,7 @@ class BankedLinear(AroundLinear):
         self.lora = nn.ModuleDict()
         self.selection = selection
         self.merged = None
+        self.kept = Kept()
         self.train(linear.training)
 
     @property
@@ -141,7 +144,7 @@ class BankedLinear(AroundLinear):
 
     def _by_rows(self, x: Tensor, rows: Sequence[str | None], batch_dim: int) -> Tensor:
         """Apply the adapter in ``rows[i]`` to index i of ``batch_dim``: the unmerged
-        form with A, B and c gathered for each row.
+        form, computed by ``add_updates`` for all rows.
         """
         if x.dim() < batch_dim + 2 or x.shape[batch_dim] != len(rows):
             where = (
@@ -152,63 +155,52 @@ class BankedLinear(AroundLinear):
                 f"{where} must be the batch's at every adapted layer, and the last the features'; "
                 "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
             )
-        # Each adapter once, however many rows are its. At the end are zeros, which add
-        # nothing, for the rows without one.
-        kinds = [s for s in dict.fromkeys(rows) if self.adapter(s) is not None]
+        # Each adapter once, however many rows are its, and in one order however these
+        # are ordered.
+        kinds = sorted(s for s in set(rows) if self.adapter(s) is not None)
         adapters = self.adapters(kinds)
         if not adapters:
             return self.linear(x)
-        places = [kinds.index(slot) if slot in kinds else len(kinds) for slot in rows]
+        place = {slot: number for number, slot in enumerate(kinds)}
+        places = [place.get(slot, len(kinds)) for slot in rows]
         index = torch.tensor(places, device=x.device)
-        has_plain = len(kinds) in places
-        if all(adapter.c is None for adapter in adapters):
-            base = plain = self.linear(x)
-            y = base + self._update_by_rows(x, adapters, index, batch_dim)
-        else:
+        has_plain, has_c = len(kinds) in places, any(a.c is not None for a in adapters)
+        if has_c:
             check_weight_is_all(self.linear)
-            base = plain = F.linear(x, self.linear.weight)
-            # A sum that ends with the bias is rounded in another way than the layer's
-            # own, so the rows without an adapter are computed as the layer does it.
-            if has_plain and self.bias is not None:
-                plain = self.linear(x)
-            one = base.new_ones(self.out_features, dtype=_widest(base.dtype, adapters))
-            scales = [one if a.c is None else a.c.to(one.dtype) for a in adapters]
-            c = torch.stack([*scales, one]).index_select(0, index)
-            update = self._update_by_rows(x, adapters, index, batch_dim)
-            y = _along(c, x, batch_dim) * (base + update)
-            y = y if self.bias is None else y + self.bias
+        # The bias isn't scaled by c, so it comes last. But the layer itself rounds that
+        # sum in another way, and rows without an adapter have its very bits.
+        bias_is_in = has_plain or not has_c
+        base = self.linear(x) if bias_is_in else F.linear(x, self.linear.weight)
+        wide = _widest(base.dtype, adapters)
+        y = add_updates(
+            base.to(wide), x.to(wide), adapters, places, batch_dim, self.kept
+        )
+        if has_c:
+            c, rest = self._scales(adapters, y.dtype, bias_is_in=bias_is_in)
+            c = along(c.index_select(0, index), y, batch_dim)
+            if rest is not None and rest.dim() > 1:
+                rest = along(rest.index_select(0, index), y, batch_dim)
+            y = c * y if rest is None else torch.addcmul(rest, c, y)
         y = y.to(base.dtype)
         if not has_plain:
             return y
         is_plain = (index == len(kinds)).unsqueeze(1)
-        return torch.where(_along(is_plain, x, batch_dim), plain, y)
+        return torch.where(along(is_plain, x, batch_dim), base, y)
 
-    def _update_by_rows(
-        self,
-        x: Tensor,
-        adapters: Sequence[BankedAdapter],
-        index: Tensor,
-        batch_dim: int,
-    ) -> Tensor:
-        """Return s·xAB with the A, B and s of ``adapters[index[i]]`` for row i, and
-        zeros where there is none.
+    def _scales(
+        self, adapters: Sequence[BankedAdapter], dtype: torch.dtype, *, bias_is_in: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return c of each adapter and of none, (adapters + 1, out), and what is to be
+        added after it was multiplied with: the bias, (out,), or what c took from it.
         """
-        wide = _widest(x.dtype, adapters)
-        rank = max(adapter.A.shape[1] for adapter in adapters)
-        # Zeros fill up the lower ranks, too.
-        A = [_filled_up(adapter.A.to(wide).T, rank) for adapter in adapters]
-        B = [_filled_up(adapter.B.to(wide), rank) for adapter in adapters]
-        alphas = x.new_tensor([*(a.alpha for a in adapters), 0.0], dtype=wide)
-        A.append(torch.zeros_like(A[0]))
-        B.append(torch.zeros_like(B[0]))
-        rows = x.movedim(batch_dim, 0)
-        between = torch.bmm(
-            rows.reshape(len(index), -1, self.in_features).to(wide),
-            torch.stack(A).index_select(0, index).mT,
+        one = torch.ones(self.out_features, dtype=dtype, device=adapters[0].A.device)
+        c = torch.stack(
+            [*(one if a.c is None else a.c.to(dtype) for a in adapters), one]
         )
-        alphas = alphas.index_select(0, index).view(-1, 1, 1).to(between.dtype)
-        update = torch.bmm(between * alphas, torch.stack(B).index_select(0, index))
-        return update.reshape(*rows.shape[:-1], self.out_features).movedim(0, batch_dim)
+        if self.bias is None:
+            return c, None
+        bias = self.bias.to(dtype)
+        return c, (1 - c) * bias if bias_is_in else bias
 
     def adapter(self, slot: str | None) -> BankedAdapter | None:
         """Return the adapter in ``slot``, or None if this layer has none there.
@@ -293,16 +285,3 @@ def _widest(dtype: torch.dtype, adapters: Sequence[BankedAdapter]) -> torch.dtyp
     for adapter in adapters:
         dtype = torch.promote_types(dtype, adapter.A.dtype)
     return dtype
-
-
-def _filled_up(rows: Tensor, count: int) -> Tensor:
-    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
-
-
-def _along(values: Tensor, x: Tensor, batch_dim: int) -> Tensor:
-    """Return ``values`` (rows, n) in the shape that goes with x, the rows in its
-    dimension ``batch_dim`` and n in the last.
-    """
-    shape = [1] * x.dim()
-    shape[batch_dim], shape[-1] = values.shape
-    return values.view(shape)

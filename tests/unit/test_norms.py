@@ -117,19 +117,23 @@ def test_which_rows_are_computed_from_the_updated_weight():
     torch.testing.assert_close(actual, torch.tensor(sums), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 def test_the_layer_gives_the_merged_forms_outputs_and_gradients(
-    bias, batch, monkeypatch, computed
+    joined, bias, batch, monkeypatch, computed
 ):
     # The factored way at any size, so that small examples reach it.
     monkeypatch.setattr(dora, "factored_norm_pays", lambda *_: True)
+    monkeypatch.setattr(dora, "_joining_pays", lambda *_: joined)
     x, G, found = normal(*batch, 7, seed=20), normal(*batch, 5, seed=21), []
     for cls in (LinearWithDoRA, LinearWithDoRAMerged):
         layer, inputs = moved(cls, linear_layer(bias=bias), rank=2), x.clone()
+        layer.linear.weight.requires_grad_(not joined)
         y = layer(inputs.requires_grad_())
         (y * G).sum().backward()
-        found.append([y, inputs.grad, *(p.grad for p in layer.parameters())])
+        trained = [p.grad for p in layer.parameters() if p.requires_grad]
+        found.append([y, inputs.grad, *trained])
     assert computed == ["factored_row_norms", "row_norms"]
     for fast, plain in zip(*found, strict=True):
         assert_close(fast, plain, atol=1e-13)
@@ -251,6 +255,99 @@ def test_an_input_of_another_dtype_is_refused_as_by_a_linear_layer():
     layer = large_layer()
     with pytest.raises(RuntimeError, match="dtype"):
         layer(normal(2, LARGE[0], dtype=torch.float64))
+
+
+# --- Two products in one --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def huge():
+    """A frozen layer of 2²² entries."""
+    layer = LinearWithDoRA(linear_layer(2048, 2048, dtype=torch.float32), 8, 0.5)
+    move(layer)
+    layer.linear.requires_grad_(False)
+    return layer
+
+
+HUGE_X = normal(2, 2048, dtype=torch.float32)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Note the shape of each input that is multiplied together with A."""
+    calls, function = [], dora.joined_products
+    monkeypatch.setattr(
+        dora, "joined_products", lambda x, *a: calls.append(x.shape) or function(x, *a)
+    )
+    return calls
+
+
+def test_a_huge_layer_reads_w_once_and_gives_the_formulas_output(
+    huge, joined, monkeypatch
+):
+    found = []
+    for pays in (dora._joining_pays, lambda *_: False):
+        monkeypatch.setattr(dora, "_joining_pays", pays)
+        x = HUGE_X.clone().requires_grad_()
+        y = huge(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.sum(), x)
+        found.append((y, gradient, second))
+    assert joined == [(2, 2048)]
+    for fast, plain in zip(*found, strict=True):
+        assert_close(fast, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("promised", [frozen_weights, constant_weights])
+def test_where_the_norms_are_promised_they_are_taken_from_there(
+    huge, joined, squared, promised
+):
+    with torch.no_grad(), promised(huge.eval()):
+        first, second = huge(HUGE_X), huge(HUGE_X)
+        # At the end of the block W is read once more, to see whether it was kept.
+        assert len(squared) == 1
+    huge.train()
+    assert torch.equal(first, second)
+    assert len(joined) == (2 if promised is frozen_weights else 0)
+
+
+@pytest.mark.parametrize(
+    "why_not",
+    ["smaller", "W is trained", "norm is trained", "autocast", "dropout", "vmap"],
+)
+def test_where_one_product_would_be_wrong_there_are_two(huge, joined, why_not):
+    layer, run = copy.deepcopy(huge), nullcontext()
+    if why_not == "smaller":
+        layer = LinearWithDoRA(linear_layer(2047, 2048, dtype=torch.float32), 8, 0.5)
+    elif why_not == "W is trained":
+        layer.linear.weight.requires_grad_(True)
+    elif why_not == "norm is trained":
+        layer.detach_norm = False
+    elif why_not == "autocast":
+        run = torch.autocast("cpu", dtype=torch.bfloat16)
+    elif why_not == "dropout":
+        layer.lora.dropout = 0.5
+    x = HUGE_X[:, : layer.in_features]
+    with run:
+        y = torch.vmap(layer)(x) if why_not == "vmap" else layer(x)
+    y.float().sum().backward()
+    assert joined == []
+    assert (layer.linear.weight.grad is not None) == (
+        why_not in ["smaller", "W is trained"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (HUGE_X.double(), "to have the same dtype"),
+        (HUGE_X[:, 1:], "shapes cannot be multiplied"),
+        (HUGE_X.to("meta"), "device"),
+    ],
+)
+def test_a_wrong_input_is_refused_in_torchs_words(huge, x, message):
+    with pytest.raises(RuntimeError, match=message):
+        huge(x)
 
 
 # --- Norms that are kept --------------------------------------------------------------------
