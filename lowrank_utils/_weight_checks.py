@@ -11,6 +11,20 @@ from lowrank_utils.decompose import row_norms
 from lowrank_utils.norms import values_can_be_read
 
 
+def what_else(linear: nn.Linear) -> str | None:
+    """Return in words what a linear layer may do besides x·Wᵀ + b; None if nothing."""
+    kind = type(linear)
+    if (
+        kind.forward is not nn.Linear.forward
+        or kind.__call__ is not nn.Module.__call__
+        or "forward" in linear.__dict__
+    ):
+        return "has a forward of its own"
+    if linear._forward_pre_hooks or linear._forward_hooks:
+        return "has forward hooks"
+    return None
+
+
 def check_weight_is_all(linear: nn.Linear) -> None:
     """Refuse a layer that computes something else than x·Wᵀ + b of its weight as it is.
 
@@ -21,19 +35,10 @@ def check_weight_is_all(linear: nn.Linear) -> None:
         TypeError: it has a forward of its own, or hooks: pruning and the old form of
             weight norm bring one, weights that are fetched when they are needed too.
     """
-    kind = type(linear)
-    if (
-        kind.forward is not nn.Linear.forward
-        or kind.__call__ is not nn.Module.__call__
-        or "forward" in linear.__dict__
-    ):
-        what = "has a forward of its own"
-    elif linear._forward_pre_hooks or linear._forward_hooks:
-        what = "has forward hooks"
-    else:
+    if (what := what_else(linear)) is None:
         return
     raise TypeError(
-        f"linear {what} ({kind.__name__}), which would be passed over where its weight is "
+        f"linear {what} ({type(linear).__name__}), which would be passed over where its weight is "
         "read: in DoRA, in the merged forms, by merging and for an adapter's file. "
         "LinearWithLoRA calls the layer; or put hooks on the adapter, not on its linear "
         "layer"

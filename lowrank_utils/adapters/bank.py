@@ -200,9 +200,10 @@ class AdapterBank:
                 if other != slot
             }
             for layer, banked in list(self._layers.items()):
+                # Also where this adapter has no part: its rows must be refused from now.
+                banked.kept.clear()
                 if slot in banked.lora:
                     del banked.lora[slot]
-                    banked.kept.clear()
                 if not banked.lora:
                     # A layer that somebody put there since then stays.
                     if self._selection.is_in_place(self.model, layer):

@@ -2,6 +2,7 @@
 row it can be asked.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils._lazy_weight import lazy_weight
-from lowrank_utils._weight_checks import check_weight_is_all
+from lowrank_utils._weight_checks import check_weight_is_all, what_else
 from lowrank_utils.adapters.mixed_batch import Kept, add_updates, along
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.lora import AroundLinear, without_autocast
@@ -32,7 +33,13 @@ class BankedAdapter(nn.Module):
         for name, value in {"A": A, "B": B, "c": c}.items():
             self.register_buffer(name, value, persistent=False)
         self.alpha = alpha
-        self.is_finite = bool(A.isfinite().all() and B.isfinite().all())
+        self.rank = A.shape[1]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, found faster than by name."""
+        buffers: Any = self._buffers
+        return buffers["A"], buffers["B"]
 
     def update(self, x: Tensor) -> Tensor:
         """Return s·xAB, in the wider of the dtypes of x and the adapter."""
@@ -124,7 +131,10 @@ class BankedLinear(AroundLinear):
             return self._by_rows(x, choice.rows, choice.batch_dim)
         if (merged := self._merged_for(choice)) is not None:
             return F.linear(x, merged, self.bias)
-        adapters = self.adapters(choice.active)
+        return self._by_all(x, self.adapters(choice.active))
+
+    def _by_all(self, x: Tensor, adapters: Sequence[BankedAdapter]) -> Tensor:
+        """Apply ``adapters``, all of them, to every row."""
         if not adapters:
             return self.linear(x)
         scale = _scale(adapters)
@@ -155,52 +165,66 @@ class BankedLinear(AroundLinear):
                 f"{where} must be the batch's at every adapted layer, and the last the features'; "
                 "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
             )
-        # Each adapter once, however many rows are its, and in one order however these
-        # are ordered.
-        kinds = sorted(s for s in set(rows) if self.adapter(s) is not None)
-        adapters = self.adapters(kinds)
-        if not adapters:
-            return self.linear(x)
-        place = {slot: number for number, slot in enumerate(kinds)}
-        places = [place.get(slot, len(kinds)) for slot in rows]
-        index = torch.tensor(places, device=x.device)
-        has_plain, has_c = len(kinds) in places, any(a.c is not None for a in adapters)
+        adapters, places = self.kept.mixture(rows, self._mixture)
+        has_plain, has_c = -1 in places, any(map(_has_c, adapters))
+        if len(adapters) + has_plain < 2:
+            return self._by_all(x, adapters)
         if has_c:
             check_weight_is_all(self.linear)
         # The bias isn't scaled by c, so it comes last. But the layer itself rounds that
         # sum in another way, and rows without an adapter have its very bits.
         bias_is_in = has_plain or not has_c
         base = self.linear(x) if bias_is_in else F.linear(x, self.linear.weight)
-        wide = _widest(base.dtype, adapters)
+        dtype, wide = base.dtype, _widest(base.dtype, adapters)
+        if bias_is_in and what_else(self.linear) is not None:
+            # A hook may have kept it, and it is overwritten now.
+            base = base.clone()
         y = add_updates(
             base.to(wide), x.to(wide), adapters, places, batch_dim, self.kept
         )
-        if has_c:
-            c, rest = self._scales(adapters, y.dtype, bias_is_in=bias_is_in)
-            c = along(c.index_select(0, index), y, batch_dim)
-            if rest is not None and rest.dim() > 1:
-                rest = along(rest.index_select(0, index), y, batch_dim)
-            y = c * y if rest is None else torch.addcmul(rest, c, y)
-        y = y.to(base.dtype)
-        if not has_plain:
-            return y
-        is_plain = (index == len(kinds)).unsqueeze(1)
-        return torch.where(along(is_plain, x, batch_dim), base, y)
-
-    def _scales(
-        self, adapters: Sequence[BankedAdapter], dtype: torch.dtype, *, bias_is_in: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return c of each adapter and of none, (adapters + 1, out), and what is to be
-        added after it was multiplied with: the bias, (out,), or what c took from it.
-        """
-        one = torch.ones(self.out_features, dtype=dtype, device=adapters[0].A.device)
-        c = torch.stack(
-            [*(one if a.c is None else a.c.to(dtype) for a in adapters), one]
-        )
+        if not has_c:
+            return y.to(dtype)
+        index = torch.tensor(places, device=x.device)
+        c = self._scales(adapters, y.dtype)
+        c_rows = along(c[index], y, batch_dim)
         if self.bias is None:
-            return c, None
-        bias = self.bias.to(dtype)
-        return c, (1 - c) * bias if bias_is_in else bias
+            return (c_rows * y).to(dtype)
+        rest = self.bias.to(y.dtype)
+        if bias_is_in:
+            # What c took from the bias. To add −0.0 changes no bit of any number.
+            rest = (1 - c) * rest
+            rest[-1] = -0.0
+            rest = along(rest[index], y, batch_dim)
+        out = None if y.requires_grad or torch.compiler.is_compiling() else y
+        return torch.addcmul(rest, c_rows, y, out=out).to(dtype)
+
+    def _mixture(
+        self, rows: Sequence[str | None]
+    ) -> tuple[list[BankedAdapter], tuple[int, ...]]:
+        """Return the adapters that the slots ``rows`` name, each once and in one order,
+        in whatever order the rows are, and of each row the adapter's number in that
+        list, or −1.
+        """
+        slots = sorted(slot for slot in set(rows) if slot is not None)
+        found = {slot: self.adapter(slot) for slot in slots}
+        numbers = itertools.count()
+        place = {s: -1 if a is None else next(numbers) for s, a in found.items()}
+        return (
+            [adapter for adapter in found.values() if adapter is not None],
+            tuple(-1 if slot is None else place[slot] for slot in rows),
+        )
+
+    def _scales(self, adapters: Sequence[BankedAdapter], dtype: torch.dtype) -> Tensor:
+        """Return c of each adapter and, at the end, of none, (adapters + 1, out)."""
+        A = adapters[0].factors[0]
+        one = torch.ones(self.out_features, dtype=dtype, device=A.device)
+        scales = [one if each.c is None else each.c for each in adapters]
+
+        def make() -> Tensor:
+            return torch.stack([*(scale.to(dtype) for scale in scales), one])
+
+        known = [scale for scale in scales if scale is not one]
+        return self.kept.value(("c", dtype), known, make)
 
     def adapter(self, slot: str | None) -> BankedAdapter | None:
         """Return the adapter in ``slot``, or None if this layer has none there.
@@ -239,6 +263,11 @@ class BankedLinear(AroundLinear):
         if merged is None or merged.slots != choice.active:
             return None
         return merged.weight
+
+    def _apply(self, *arguments: Any, **options: Any) -> "BankedLinear":
+        # What is kept would stay where the model was.
+        self.kept.clear()
+        return super()._apply(*arguments, **options)
 
     def _load_from_state_dict(self, *_: Any) -> None:
         raise RuntimeError(
@@ -280,8 +309,12 @@ def _scale(adapters: Sequence[BankedAdapter]) -> Tensor | None:
     )
 
 
+def _has_c(adapter: BankedAdapter) -> bool:
+    return adapter._buffers["c"] is not None
+
+
 def _widest(dtype: torch.dtype, adapters: Sequence[BankedAdapter]) -> torch.dtype:
     """Return a dtype that holds ``dtype`` and those of all ``adapters``."""
-    for adapter in adapters:
-        dtype = torch.promote_types(dtype, adapter.A.dtype)
+    for other in {adapter.factors[0].dtype for adapter in adapters}:
+        dtype = torch.promote_types(dtype, other)
     return dtype

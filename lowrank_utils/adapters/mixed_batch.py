@@ -1,151 +1,212 @@
-"""The low-rank updates of a batch in which each row has an adapter of its own, in a few
-products, however many adapters there are.
+"""The low-rank updates of a batch in which each row has an adapter of its own: two
+batched products, however many adapters there are.
 
-One product with the A of several adapters side by side, of which each row keeps its own
-columns, and one with their B: that computes more than is needed, in two calls. Two
-products per adapter compute what is needed and no more, in two calls each. So the
-adapters are taken in groups, and ``group_size`` says how large these are. To gather an A
-and a B for every row, as Punica (arXiv 2310.18547) does it in a kernel of its own, moves
-more memory than either (benchmarks/mixed_batches.py).
+The rows are sorted into blocks, each of which has one adapter and the same number of
+rows; what is missing in a block is filled up. Then one batched product multiplies every
+block with its A, and one with its B. Blocks of one row need an A and a B for every row,
+as in Punica (arXiv 2310.18547), whose kernel reads them in place; torch's products need
+copies, and to copy takes longer than to multiply. Blocks of many rows need no copies but
+are filled up where one adapter has more rows than another. ``block_size`` chooses.
 """
 
+import itertools
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_utils.norms import values_can_be_read
 
-# A group more, with all that goes with it, takes about as long as this many
-# multiplications more in a product that is made anyway (benchmarks/mixed_batches.py).
-CALL = 1_000_000
+# How many rows could be multiplied with an adapter's factors in the time that it takes
+# to copy these factors, and to copy one row and its result
+# (benchmarks/mixed_batches.py).
+COPY_FACTORS, COPY_ROW = 20, 3
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class LowRank(Protocol):
-    """An adapter in one layer: A (in, r), B (r, out), the scaling s, and whether all
-    numbers are finite.
-    """
+    """An adapter in one layer: A (in, r) and B (r, out), the rank r, the scaling s."""
 
-    A: Tensor
-    B: Tensor
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+
+    rank: int
     alpha: float
-    is_finite: bool
 
 
-def group_size(adapters: int, rows: int, features: int, rank: float) -> int:
-    """Return how many adapters share a product.
-
-    With g in a group there are rows · features · rank · g multiplications and
-    adapters / g groups; together they take least time at the root of adapters · ``CALL``
-    / (rows · features · rank).
+def block_size(counts: Sequence[int], positions: int) -> int:
+    """Return how many rows a block has; 0 if each row is a block and stays where it is.
 
     Args:
-        adapters: how many there are in the batch, 1 or more.
-        rows: that are multiplied, one per position of each example.
-        features: in and out, together.
-        rank: of an adapter, on average.
+        counts: the rows of each adapter, 1 or more.
+        positions: of each row, that are all multiplied.
     """
-    least = math.sqrt(adapters * CALL / max(1, rows * features * rank))
-    return min(adapters, max(1, round(least)))
+    least, best = sum(counts) * (positions + COPY_FACTORS), 0
+    row, largest = positions * (1 + COPY_ROW), max(counts)
+    size = 1
+    while True:
+        blocks = sum(-(-count // size) for count in counts)
+        # Where each adapter has one block, its factors stay where they are.
+        copies = blocks if blocks > len(counts) else 0
+        time = blocks * size * row + copies * COPY_FACTORS
+        if time < least:
+            least, best = time, size
+        if size >= largest:
+            return best
+        size = min(2 * size, largest)
 
 
-class Group(NamedTuple):
-    """The factors of some adapters side by side.
+class Layout(NamedTuple):
+    """Where the rows of a batch stand in blocks.
 
     Attributes:
-        A: (in, R), with R the sum of their ranks.
-        B: (R, out), each multiplied with its s; without it, where there is one adapter
-            alone.
-        others: (adapters + 1, R): the columns of A that aren't an adapter's own. The
-            last row is that of no adapter. None where there is one adapter alone.
-        alpha: s, where there is one adapter alone, else 1.
+        adapters: (blocks,), of each block; None if block i has adapter i.
+        rows: (blocks · size,), which row of the batch stands there; None if they stand
+            as in the batch. What is filled up repeats a row.
+        places: (rows with an adapter,), where each of them stands in the blocks.
+        adapted: (rows with an adapter,), which rows these are; None if all are.
+        size: rows in a block.
+    """
+
+    adapters: Tensor | None
+    rows: Tensor | None
+    places: Tensor | None
+    adapted: Tensor | None
+    size: int
+
+
+def layout_of(
+    rows: tuple[int, ...], adapters: int, positions: int, device: torch.device
+) -> Layout:
+    """Return how a batch is sorted into blocks.
+
+    Args:
+        rows: the adapter of each row, from 0 to ``adapters`` − 1, or −1 if it has none.
+            Each adapter has one row or more.
+        adapters: how many there are.
+        positions: of each row.
+        device: of the indices in the layout.
+    """
+    members: list[list[int]] = [[] for _ in range(adapters)]
+    for row, adapter in enumerate(rows):
+        if adapter >= 0:
+            members[adapter].append(row)
+    size = block_size([len(group) for group in members], positions)
+    adapted = [row for row, adapter in enumerate(rows) if adapter >= 0]
+    if size == 0:
+        size, order = 1, [(rows[row], [row]) for row in adapted]
+    else:
+        order = [
+            (adapter, group[start : start + size])
+            for adapter, group in enumerate(members)
+            for start in range(0, len(group), size)
+        ]
+    blocks: list[int] = []
+    place: dict[int, int] = {}
+    for number, (_, block) in enumerate(order):
+        place |= {row: number * size + i for i, row in enumerate(block)}
+        blocks += block + [block[0]] * (size - len(block))
+
+    def index(values: list[int], *, known: int) -> Tensor | None:
+        as_it_is = values == list(range(known))
+        return None if as_it_is else torch.tensor(values, device=device)
+
+    return Layout(
+        index([adapter for adapter, _ in order], known=adapters),
+        index(blocks, known=len(rows)),
+        index([place[row] for row in adapted], known=len(blocks)),
+        index(adapted, known=len(rows)),
+        size,
+    )
+
+
+@lru_cache(maxsize=64)
+def _kept_layout(
+    rows: tuple[int, ...], adapters: int, positions: int, device: torch.device
+) -> Layout:
+    # Not as tensors that only inference mode can use, if this is one.
+    with torch.inference_mode(mode=False):
+        return layout_of(rows, adapters, positions, device)
+
+
+class Stacks(NamedTuple):
+    """The factors of several adapters, lower ranks filled up with zeros.
+
+    Attributes:
+        A: (adapters, in, r).
+        B: (adapters, r, out), multiplied with s.
     """
 
     A: Tensor
     B: Tensor
-    others: Tensor | None
-    alpha: float
 
 
-def together(adapters: Sequence[LowRank], dtype: torch.dtype) -> Group:
-    """Put the factors of ``adapters`` side by side, in ``dtype``. Those of one alone
-    aren't copied.
-    """
-    if len(adapters) == 1:
-        (one,) = adapters
-        return Group(one.A.to(dtype), one.B.to(dtype), None, one.alpha)
-    A = torch.cat([adapter.A.to(dtype) for adapter in adapters], dim=1)
-    B = torch.cat([adapter.alpha * adapter.B.to(dtype) for adapter in adapters])
-    others = A.new_ones(len(adapters) + 1, A.shape[1], dtype=torch.bool)
-    end = 0
-    for row, adapter in enumerate(adapters):
-        start, end = end, end + adapter.A.shape[1]
-        others[row, start:end] = False
-    return Group(A, B, others, 1.0)
+def stacked(adapters: Sequence[LowRank], dtype: torch.dtype) -> Stacks:
+    """Return the factors of ``adapters`` in ``dtype``."""
+    rank = max(adapter.rank for adapter in adapters)
 
+    def filled_up(factor: Tensor) -> Tensor:
+        return F.pad(factor.to(dtype), (0, 0, 0, rank - factor.shape[0]))
 
-def in_groups(adapters: Sequence[LowRank], size: int) -> list[list[int]]:
-    """Return the places of ``adapters`` in groups of ``size``.
-
-    One with an infinity or NaN in it stands alone: zero times infinity is NaN, which
-    would get into the rows of others.
-    """
-    finite = [place for place, each in enumerate(adapters) if each.is_finite]
-    groups = [finite[start : start + size] for start in range(0, len(finite), size)]
-    return groups + [[p] for p, each in enumerate(adapters) if not each.is_finite]
+    A = [filled_up(adapter.factors[0].T) for adapter in adapters]
+    B = [adapter.alpha * filled_up(adapter.factors[1]) for adapter in adapters]
+    return Stacks(torch.stack(A).mT, torch.stack(B))
 
 
 class Kept:
-    """The groups of a layer that were put together last, for the next batch of the same
-    adapters.
+    """What a layer put together last, for the next batch of the same adapters.
 
-    They aren't used if a factor was exchanged or changed since then. A copy has none.
+    It isn't used if a tensor that it came from was exchanged or changed since then. A
+    copy has none.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[list[object], list[Tensor], list[Group]] | None = None
+        self._last: dict[object, tuple[list[Tensor], list[int], Any]] = {}
+        self._mixture: tuple[Any, Any] | None = None
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
-        # A copy of a model begins with nothing.
         return Kept, ()
 
     def clear(self) -> None:
-        """Drop them, and their memory."""
-        self._last = None
+        """Drop all, and their memory."""
+        self._last, self._mixture = {}, None
 
-    def groups(
-        self, adapters: Sequence[LowRank], places: list[list[int]], dtype: torch.dtype
-    ) -> list[Group]:
-        """Return ``adapters`` put together as ``places`` says."""
+    def mixture(self, rows: R, find: Callable[[R], T]) -> T:
+        """Return what ``find`` finds for ``rows``, now or the last time."""
+        last = self._mixture
+        if last is None or last[0] != rows:
+            last = self._mixture = (rows, find(rows))
+        found: T = last[1]
+        return found
 
-        def all_together() -> list[Group]:
-            return [
-                together([adapters[place] for place in group], dtype)
-                for group in places
-            ]
-
-        factors = [factor for each in adapters for factor in (each.A, each.B)]
-        if not (
-            values_can_be_read(factors[0])
-            and all(type(factor) is Tensor for factor in factors)
-            and not any(map(torch.is_inference, factors))
+    def value(self, key: object, sources: list[Tensor], make: Callable[[], T]) -> T:
+        """Return what ``make`` makes of ``sources``, now or the last time for ``key``."""
+        if (
+            not values_can_be_read(sources[0])
+            or any(type(source) is not Tensor for source in sources)
+            or any(map(torch.is_inference, sources))
         ):
-            return all_together()
-        marks = [places, dtype, *(factor._version for factor in factors)]
+            return make()
+        versions = [source._version for source in sources]
         # Read once, since another thread may put its own there.
-        last = self._last
+        last = self._last.get(key)
         if (
             last is None
-            or last[0] != marks
-            or not all(map(operator.is_, last[1], factors))
+            or last[1] != versions
+            or not all(map(operator.is_, last[0], sources))
         ):
             # Not as tensors that only inference mode can use, if this is one.
             with torch.inference_mode(mode=False), torch.no_grad():
-                last = self._last = (marks, factors, all_together())
-        return last[2]
+                last = self._last[key] = (sources, versions, make())
+        value: T = last[2]
+        return value
 
 
 def add_updates(
@@ -156,67 +217,61 @@ def add_updates(
     batch_dim: int,
     kept: Kept,
 ) -> Tensor:
-    """Return base + s·xAB, in the dtype of ``base``, with A, B and s of
-    ``adapters[rows[i]]`` for index i of the batch; base alone where ``rows[i]`` is
-    ``len(adapters)``.
+    """Return base + s·xAB, with A, B and s of ``adapters[rows[i]]`` for index i of the
+    batch; base alone where ``rows[i]`` is −1.
 
     Args:
-        base: (…, out).
+        base: (…, out). It is overwritten.
         x: (…, in), in the dtype of base but for autocast.
         adapters: which there are in the batch.
         rows: whose row it is.
         batch_dim: of x and base.
         kept: by the layer.
     """
-    in_dim, out_dim = x.shape[-1], base.shape[-1]
-    rank = sum(each.A.shape[1] for each in adapters) / len(adapters)
-    count = x.numel() // max(1, in_dim)
-    size = group_size(len(adapters), count, in_dim + out_dim, rank)
-    places = in_groups(adapters, size)
-    groups = kept.groups(adapters, places, base.dtype)
-    # One adapter alone has no column that a row without it could be left with.
-    if len(groups) == 1 and (groups[0].others is not None or len(adapters) not in rows):
-        between = _own_columns(x @ groups[0].A, groups[0], rows, batch_dim)
-        y = torch.addmm(
-            base.reshape(-1, out_dim),
-            between.reshape(-1, between.shape[-1]),
-            groups[0].B,
-            alpha=groups[0].alpha,
+    if 0 in x.shape:
+        return base
+    # Lower ranks are filled up to those of their class, at most to twice their size.
+    classes = [(adapter.rank - 1).bit_length() for adapter in adapters]
+    for rank in sorted(set(classes)):
+        alike = [a for a, its in zip(adapters, classes, strict=True) if its == rank]
+        number = itertools.count()
+        places = [next(number) if its == rank else -1 for its in classes]
+        factors = [factor for adapter in alike for factor in adapter.factors]
+        stacks = kept.value(
+            (rank, base.dtype), factors, partial(stacked, alike, base.dtype)
         )
-        return y.view(base.shape)
-    y = base.clone()
-    x_rows, y_rows = x.movedim(batch_dim, 0), y.movedim(batch_dim, 0)
-    of_group = {p: number for number, group in enumerate(places) for p in group}
-    members: list[list[int]] = [[] for _ in groups]
-    for row, place in enumerate(rows):
-        if place in of_group:
-            members[of_group[place]].append(row)
-    for group, group_places, group_rows in zip(groups, places, members, strict=True):
-        own = [group_places.index(rows[row]) for row in group_rows]
-        first, last = group_rows[0], group_rows[-1]
-        if last - first + 1 == len(group_rows):
-            part: slice | Tensor = slice(first, last + 1)
-            between = x_rows[part] @ group.A
-        else:
-            part = torch.tensor(group_rows, device=x.device)
-            between = x_rows.index_select(0, part) @ group.A
-        between = _own_columns(between, group, own, 0)
-        update = (between @ group.B).to(y.dtype)
-        if isinstance(part, slice):
-            y_rows[part].add_(update, alpha=group.alpha)
-        else:
-            y_rows.index_add_(0, part, update, alpha=group.alpha)
-    return y
+        _add(
+            base.movedim(batch_dim, 0),
+            x.movedim(batch_dim, 0),
+            stacks,
+            tuple(places[row] if row >= 0 else -1 for row in rows),
+        )
+    return base
 
 
-def _own_columns(
-    between: Tensor, group: Group, rows: Sequence[int], batch_dim: int
-) -> Tensor:
-    """Return x·A with zeros in the columns of other adapters."""
-    if group.others is None:
-        return between
-    others = group.others.index_select(0, torch.tensor(rows, device=between.device))
-    return between.masked_fill(along(others, between, batch_dim), 0)
+def _add(base: Tensor, x: Tensor, stacks: Stacks, rows: tuple[int, ...]) -> None:
+    """Add s·xAB to ``base`` (rows, …, out), with x (rows, …, in)."""
+    A, B = stacks
+    positions = math.prod(x.shape[1:-1])
+    # Under a mode in which tensors hold no numbers, indices hold none.
+    find = _kept_layout if values_can_be_read(x) else layout_of
+    layout = find(rows, len(A), positions, x.device)
+    if layout.adapters is not None:
+        A, B = (factors.index_select(0, layout.adapters) for factors in stacks)
+    blocks = x if layout.rows is None else x.index_select(0, layout.rows)
+    blocks = blocks.reshape(len(A), layout.size * positions, x.shape[-1])
+    between = torch.bmm(blocks, A)
+    moved = layout.places is not None or layout.adapted is not None
+    if not moved and base.is_contiguous() and between.dtype == base.dtype:
+        base.view(len(A), -1, base.shape[-1]).baddbmm_(between, B)
+        return
+    update = torch.bmm(between, B).view(-1, *base.shape[1:]).to(base.dtype)
+    if layout.places is not None:
+        update = update.index_select(0, layout.places)
+    if layout.adapted is None:
+        base.add_(update)
+    else:
+        base.index_add_(0, layout.adapted, update)
 
 
 def along(values: Tensor, x: Tensor, batch_dim: int) -> Tensor:
