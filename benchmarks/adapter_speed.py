@@ -4,18 +4,21 @@ the frozen layer and PEFT.
 The frozen layer, which computes its output and the gradient of its input, is the limit:
 every adapter does that and something more. In each round all methods take their turn in
 a new order, so that a busy machine slows all of them, and ratios are taken within a
-round. "DoRA, frozen_weights" is DoRA with the promise of that name, and "evaluation"
-the forward pass alone, without gradients and with the promise ``constant_weights``.
+round. "DoRA, frozen_weights" is DoRA with the promise of that name, "evaluation" the
+forward pass alone, without gradients and with the promise ``constant_weights`` (in PEFT
+with its ``DoraCaching``), and "step" a pass and then a step of Adam.
 Memory is the peak of what torch allocates in one pass beyond weights and input:
 gradients, too. The results are written to notebooks/results/adapter_speed.json.
 """
 
+import copy
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,8 @@ OURS = {
     "DoRA, frozen_weights": LinearWithDoRA,
     "DoRA, merged": LinearWithDoRAMerged,
 }
+KINDS = [", evaluation", ", step"]
+STEPS = ["full", "LoRA", "DoRA", "DoRA, frozen_weights", "PEFT LoRA", "PEFT DoRA"]
 
 
 def peft_layer(linear: nn.Linear, rank: int, dora: bool) -> nn.Module:
@@ -53,6 +58,16 @@ def peft_layer(linear: nn.Linear, rank: int, dora: bool) -> nn.Module:
         r=rank, lora_alpha=2 * rank, target_modules=["0"], use_dora=dora
     )
     return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+
+
+def caching_of_peft() -> AbstractContextManager[object]:
+    """Let PEFT's DoRA keep its norms in evaluation."""
+    if peft is None:
+        return nullcontext()
+    from peft.helpers import DoraCaching
+
+    caching: AbstractContextManager[object] = DoraCaching()
+    return caching
 
 
 def layers(in_dim: int, out_dim: int, rank: int) -> dict[str, nn.Module]:
@@ -97,6 +112,22 @@ def training_pass(
         layer(x).backward(grad)
 
     return run
+
+
+def step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
+    """Return a function that runs ``layer`` forward and backward, and lets Adam change
+    what is trained.
+    """
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    # So small a rate that the numbers stay what they are.
+    adam = torch.optim.Adam(trained, lr=1e-9)
+    run = training_pass(layer, x, grad)
+
+    def run_and_step() -> None:
+        run()
+        adam.step()
+
+    return run_and_step
 
 
 def evaluation_pass(layer: nn.Module, x: torch.Tensor) -> Callable[[], None]:
@@ -168,9 +199,20 @@ def setting(
     for name, layer in adapted.items():
         peaks[name] = peak_bytes(layer, x, grad)
         drop_gradients(layer, x)
+    steps = {
+        f"{name}, step": step(layer, x, grad)
+        for name, layer in adapted.items()
+        if name in STEPS
+    }
+    steps["frozen, step"] = training["frozen"]
+    in_evaluation = {
+        name: copy.deepcopy(layer).eval()
+        for name, layer in adapted.items()
+        if name == "frozen" or name.endswith(("LoRA", "DoRA"))
+    }
     evaluation = {
-        f"{name}, evaluation": evaluation_pass(adapted[name].eval(), x)
-        for name in ("frozen", "LoRA", "DoRA")
+        f"{name}, evaluation": evaluation_pass(layer, x)
+        for name, layer in in_evaluation.items()
     }
     for count in threads:
         bar.set_postfix_str(
@@ -179,7 +221,11 @@ def setting(
         torch.set_num_threads(count)
         with frozen_weights(adapted["DoRA, frozen_weights"]):
             found = measure(training, order, SECONDS)
-        with constant_weights(nn.ModuleList(adapted[name] for name in OURS)):
+        found |= measure(steps, order, SECONDS / 2)
+        with (
+            constant_weights(nn.ModuleList(in_evaluation.values())),
+            caching_of_peft(),
+        ):
             found |= measure(evaluation, order, SECONDS / 2)
         for name, times in found.items():
             rows.append(
@@ -231,26 +277,23 @@ def main() -> Path:
     summary = []
     for row in rows:
         where = {key: row[key] for key in ("in", "out", "batch", "rank", "threads")}
-        limit = (
-            "frozen, evaluation" if row["method"].endswith("evaluation") else "frozen"
-        )
+        method = row["method"]
+        kind = next((end for end in KINDS if method.endswith(end)), "")
         summary.append(
             {
                 **where,
-                "method": row["method"],
+                "method": method,
                 "milliseconds": round(statistics.median(row["milliseconds"]), 3),
                 "rounds": len(row["milliseconds"]),
-                "to_frozen": ratio(rows, row["method"], limit, **where),
-                "to_lora": ratio(
-                    rows, row["method"], limit.replace("frozen", "LoRA"), **where
-                ),
+                "to_frozen": ratio(rows, method, f"frozen{kind}", **where),
+                "to_lora": ratio(rows, method, f"LoRA{kind}", **where),
                 "peak_bytes": row["peak_bytes"],
             }
         )
-        if peft is not None and row["method"] in ("LoRA", "DoRA"):
-            summary[-1]["peft_to_this"] = ratio(
-                rows, f"PEFT {row['method']}", row["method"], **where
-            )
+        if kind == ", step":
+            summary[-1]["to_full"] = ratio(rows, method, "full, step", **where)
+        if peft is not None and method.removesuffix(kind) in ("LoRA", "DoRA"):
+            summary[-1]["peft_to_this"] = ratio(rows, f"PEFT {method}", method, **where)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if peft is not None:
         versions["peft"] = peft.__version__

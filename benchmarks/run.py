@@ -3,6 +3,7 @@
 import adapter_speed
 import article_protocol
 import first_cell
+import mixed_batches
 import running_times
 import sweep_speed
 import training_loop
@@ -13,6 +14,7 @@ if __name__ == "__main__":
         training_loop,
         sweep_speed,
         adapter_speed,
+        mixed_batches,
         running_times,
         first_cell,
     ):
