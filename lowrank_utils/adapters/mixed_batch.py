@@ -188,11 +188,8 @@ class Kept:
 
     def value(self, key: object, sources: list[Tensor], make: Callable[[], T]) -> T:
         """Return what ``make`` makes of ``sources``, now or the last time for ``key``."""
-        if (
-            not values_can_be_read(sources[0])
-            or any(type(source) is not Tensor for source in sources)
-            or any(map(torch.is_inference, sources))
-        ):
+        if not values_can_be_read(sources[0]) or any(map(torch.is_inference, sources)):
+            # There is nothing to keep, or nobody counts the changes.
             return make()
         versions = [source._version for source in sources]
         # Read once, since another thread may put its own there.

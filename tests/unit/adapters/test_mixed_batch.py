@@ -55,6 +55,20 @@ def test_each_row_gets_its_own_update_however_the_rows_are_sorted(data):
     assert_close(y, right, atol=1e-11)
 
 
+@pytest.mark.parametrize("batch_dim", [0, 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_long_rows_stay_where_they_are(batch_dim, autocast):
+    adapters, rows = [adapter(i, dtype=torch.float32) for i in range(3)], [2, 0, 1, 2]
+    shape = [4, 9] if batch_dim == 0 else [9, 4]
+    x = normal(*shape, IN, dtype=torch.float32)
+    base = normal(*shape, OUT, seed=1, dtype=torch.float32)
+    right = expected(base, x, adapters, rows, batch_dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = add_updates(base, x, adapters, rows, batch_dim, Kept())
+    assert y.dtype == torch.float32
+    assert_close(y, right, rtol=0.03 if autocast else 1e-5, atol=0.1 * autocast)
+
+
 @pytest.mark.parametrize(
     ("counts", "positions", "size"),
     [
@@ -237,6 +251,15 @@ def test_what_inference_mode_has_made_serves_elsewhere():
     y = rows_of(bank, x, ROWS)
     y.sum().backward()
     assert_close(y, expected.clone())
+
+
+def test_what_was_added_in_inference_mode_serves_too():
+    with torch.inference_mode():
+        bank = bank_of(LinearWithLoRA, LinearWithDoRA)
+    with torch.no_grad():
+        first, second = rows_of(bank, X, ROWS), rows_of(bank, X, ROWS)
+    assert torch.equal(first, second)
+    assert_close(first, rows_of(bank_of(LinearWithLoRA, LinearWithDoRA), X, ROWS))
 
 
 def test_a_mode_without_numbers_leaves_none_behind():
