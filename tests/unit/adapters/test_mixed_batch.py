@@ -105,6 +105,16 @@ def test_nothing_is_copied_where_rows_and_adapters_are_in_place():
     ]
 
 
+def test_a_low_rank_is_filled_up_to_less_than_twice_its_size():
+    adapters, kept = (
+        [adapter(i, rank) for i, rank in enumerate([1, 2, 5, 8, 64])],
+        Kept(),
+    )
+    add_updates(normal(5, OUT), normal(5, IN), adapters, [0, 1, 2, 3, 4], 0, kept)
+    stacks = [stacks for *_, stacks in kept._last.values()]
+    assert sorted(A.shape[::2] for A, _ in stacks) == [(1, 1), (1, 2), (1, 64), (2, 8)]
+
+
 def bank_of(*kinds, bias=True):
     bank = AdapterBank(nn.Sequential(linear_layer(IN, OUT, bias=bias)).eval())
     for number, kind in enumerate(kinds):
