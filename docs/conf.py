@@ -68,8 +68,8 @@ html_show_sphinx = False
 
 
 def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    """Make the links of a notebook lead to pages; the file that readers download stays
-    as it is.
+    """Make the links of a notebook lead to pages, and say what is folded; the file that
+    readers download stays as it is.
 
     Args:
         app: the running Sphinx.
@@ -85,6 +85,11 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
             text = "".join(cell["source"])
             cell["source"] = with_links_to_pages(
                 text, path.relative_to(app.srcdir).as_posix()
+            )
+        elif "hide-output" in cell["metadata"].get("tags", []):
+            cell["metadata"].setdefault("mystnb", {}).update(
+                code_prompt_show="Show what comes out",
+                code_prompt_hide="Hide what comes out",
             )
     source[0] = json.dumps(notebook)
 

@@ -195,7 +195,7 @@ class BankedLinear(AroundLinear):
             rest = (1 - c) * rest
             rest[-1] = -0.0
             rest = along(rest[index], y, batch_dim)
-        out = None if y.requires_grad or torch.compiler.is_compiling() else y
+        out = None if y.requires_grad else y
         return torch.addcmul(rest, c_rows, y, out=out).to(dtype)
 
     def _mixture(

@@ -163,6 +163,19 @@ def test_rows_without_an_adapter_have_the_layers_bits_signs_of_zero_too(bias):
     assert torch.isfinite(y[:, 2:]).all()
 
 
+def test_rows_without_an_adapter_have_the_bits_of_a_large_layer():
+    # At this size the bias is added in the middle of a sum.
+    linear = linear_layer(1024, 64, dtype=torch.float32).requires_grad_(False)
+    source = nn.Sequential(LinearWithDoRA(linear, 2, 1.0))
+    move(source[0])
+    bank = AdapterBank(nn.Sequential(linear).eval())
+    bank.add("0", source)
+    x = normal(64, 1024, dtype=torch.float32)
+    y = rows_of(bank, x, [None, "0"] * 32)
+    assert torch.equal(y[::2], linear(x)[::2])
+    torch.testing.assert_close(y[1::2], source(x)[1::2], rtol=1e-4, atol=1e-4)
+
+
 def test_an_output_that_a_hook_has_kept_is_not_overwritten():
     bank, seen = bank_of(LinearWithLoRA, LinearWithLoRA), []
     (layer,) = bank.model
