@@ -1,11 +1,13 @@
 """What all checks are made of: the frame around a check, the call of the learner's
 function, the comparison.
 
-Where the learner's function raises an error of its own, ``__tracebackhide__`` leaves
-the check's frames out of the traceback, so that it shows the learner's lines.
+An error that the learner's function raises is a hint too, with the line that stopped.
+``__tracebackhide__`` leaves the check's frames out of the traceback.
 """
 
 import copy
+import inspect
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
         def run(function: Any) -> None:
             __tracebackhide__ = True
             try:
-                check(function)
+                check(told(function))
             except NotImplementedError as untouched:
                 # No error, so that "Run All Cells" and papermill go through an
                 # untouched notebook.
@@ -49,6 +51,49 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
         return run
 
     return decorate
+
+
+def told(function: Any) -> Any:
+    """Return the learner's function so that an error in it becomes a hint: which line
+    stopped, why, and the shapes that it was given.
+    """
+    if not callable(function):
+        return function
+
+    @wraps(function)
+    def run(*inputs: Any) -> Any:
+        __tracebackhide__ = True
+        try:
+            return function(*inputs)
+        except (NotImplementedError, ExerciseError):
+            raise
+        except Exception as error:
+            raise ExerciseError(_what_stopped(function, inputs, error)) from error
+
+    return run
+
+
+def _what_stopped(function: Any, inputs: tuple[Any, ...], error: Exception) -> str:
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [
+        frame.line
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file and frame.line
+    ]
+    where = f" at `{lines[-1].strip()}`" if lines else ""
+    hint = f"your function stopped{where}: {type(error).__name__}: {error}"
+    try:
+        given = inspect.signature(function).bind(*inputs).arguments
+    except (TypeError, ValueError):
+        return f"{hint}. It is called with {len(inputs)} arguments"
+    shapes = [
+        f"{name} {tuple(value.shape)}"
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    ]
+    if isinstance(error, (RuntimeError, IndexError)) and shapes:
+        return f"{hint}. The shapes are {', '.join(shapes)}: is a transpose missing, or one too many?"
+    return hint
 
 
 def ask(function: Callable[..., Any], **inputs: Any) -> Any:

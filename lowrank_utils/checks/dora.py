@@ -183,9 +183,11 @@ def check_finds_bug(function: Callable[[type[nn.Module]], bool]) -> None:
         name = layer_class.__name__
         try:
             found = function(_nameless(layer_class))
-        except RuntimeError as error:
+        except ExerciseError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
             raise ExerciseError(
-                f"your test stops at {name} ({error}): not every m has the shape (out,), so look at the shape first"
+                f"your test stops at {name} ({error.__cause__}): not every m has the shape (out,), so look at the shape first"
             ) from None
         if not found:
             raise ExerciseError(

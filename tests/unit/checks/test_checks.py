@@ -712,3 +712,44 @@ def test_right_values_of_another_kind_are_told_from_wrong_values(name):
             lambda *given, c=change: with_tensors(SOLUTIONS[name](*given), c),
             hint,
         )
+
+
+def forgot_a_transpose(x, weight, A, B):
+    base = x @ weight
+    return base + x @ A @ B
+
+
+def unpacks_too_much(singular_values, share):
+    first, second = singular_values
+    return first if second else share
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "hints"),
+    [
+        (
+            "apply_update",
+            forgot_a_transpose,
+            [
+                "stopped at `base = x @ weight`",
+                "weight (4, 7)",
+                "is a transpose missing",
+            ],
+        ),
+        ("apply_update", lambda x: x, ["It is called with 4 arguments"]),
+        (
+            "smallest_rank",
+            unpacks_too_much,
+            ["stopped at `first, second = singular_values`", "ValueError"],
+        ),
+        ("merged_weight", lambda *_: 1 / 0, ["ZeroDivisionError"]),
+        ("lora_output", lambda *_: [][0], ["IndexError", "The shapes are x"]),
+    ],
+)
+def test_an_error_of_the_function_is_a_hint_with_the_line_and_the_shapes(
+    name, answer, hints
+):
+    with pytest.raises(ExerciseError) as raised:
+        check(name, answer)
+    for hint in hints:
+        assert hint in str(raised.value)
