@@ -113,7 +113,12 @@ def test_the_stated_minutes_are_those_of_its_text_and_exercises(notebook):
     reading = words / WORDS_PER_MINUTE + lines * SECONDS_PER_CODE_LINE / 60
     everything = "\n".join(cell.source for cell in text_cells(notebook))
     exercises = sum(
-        map(int, re.findall(r"\((?:warm-up|core|stretch), (\d+) minutes\)", everything))
+        map(
+            int,
+            re.findall(
+                r"\((?:warm-up|core|stretch|change), (\d+) minutes\)", everything
+            ),
+        )
     )
     stated = re.search(
         r"About (\d+) minutes to read and run, (\d+) for the exercises", everything
@@ -179,7 +184,7 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(
     titles = [
         cell.source
         for cell in text_cells(notebook)
-        if cell.source.startswith("### Exercise")
+        if cell.source.startswith("### Exercise") and "(change, " not in cell.source
     ]
     assert [re.search(r"\((\S+), \d+ minutes\)", title)[1] for title in titles] == [
         "warm-up",
@@ -206,6 +211,13 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(
             stub.source.split("\n\n")[-1].strip()
             == re.search(r"^check_.*$", solution.source, flags=re.MULTILINE)[0]
         )
+
+
+def test_an_exercise_of_change_has_a_cell_to_change_and_a_sample_answer(notebook):
+    for place, cell in enumerate(notebook.cells):
+        if cell.source.startswith("### Exercise") and "(change, " in cell.source:
+            assert "<details><summary>A sample answer</summary>" in cell.source
+            assert notebook.cells[place + 1].cell_type == "code"
 
 
 def test_a_larger_exercise_stands_in_its_section(notebook, path):
