@@ -138,6 +138,9 @@ def _joining_pays(layer: LinearWithDoRAMerged, x: Tensor) -> bool:
         and (layer.detach_norm or not torch.is_grad_enabled())
         # Else the formula says what is wrong with x, as torch does.
         and type(x) is Tensor
+        and x.layout == torch.strided
+        # x is copied for it.
+        and 4 * x.numel() <= W.numel()
         and (x.dtype, x.device, x.shape[-1:]) == (W.dtype, W.device, W.shape[1:])
         # Under autocast the product would be in half precision, and so the norms.
         and not torch.is_autocast_enabled(W.device.type)

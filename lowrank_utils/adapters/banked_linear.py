@@ -14,7 +14,8 @@ from lowrank_utils._lazy_weight import lazy_weight
 from lowrank_utils._weight_checks import check_weight_is_all, what_else
 from lowrank_utils.adapters.mixed_batch import Kept, add_updates, along
 from lowrank_utils.adapters.selection import Choice, Selection
-from lowrank_utils.lora import AroundLinear, without_autocast
+from lowrank_utils.lora import HALF_PRECISION, AroundLinear, without_autocast
+from lowrank_utils.norms import values_can_be_read
 
 
 class BankedAdapter(nn.Module):
@@ -40,6 +41,11 @@ class BankedAdapter(nn.Module):
         """A and B, found faster than by name."""
         buffers: Any = self._buffers
         return buffers["A"], buffers["B"]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """C, found faster than by name."""
+        return self._buffers["c"]
 
     def update(self, x: Tensor) -> Tensor:
         """Return s·xAB, in the wider of the dtypes of x and the adapter."""
@@ -166,37 +172,44 @@ class BankedLinear(AroundLinear):
                 "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
             )
         adapters, places = self.kept.mixture(rows, self._mixture)
-        has_plain, has_c = -1 in places, any(map(_has_c, adapters))
+        has_plain, has_c = -1 in places, any(a.scale is not None for a in adapters)
         if len(adapters) + has_plain < 2:
             return self._by_all(x, adapters)
         if has_c:
             check_weight_is_all(self.linear)
-        # The bias isn't scaled by c, so it comes last. But the layer itself rounds that
-        # sum in another way, and rows without an adapter have its very bits.
-        bias_is_in = has_plain or not has_c
-        base = self.linear(x) if bias_is_in else F.linear(x, self.linear.weight)
-        dtype, wide = base.dtype, _widest(base.dtype, adapters)
-        if bias_is_in and what_else(self.linear) is not None:
-            # A hook may have kept it, and it is overwritten now.
-            base = base.clone()
+        has_bias = has_c and self.bias is not None
+        # Rows without an adapter have the very bits of the layer, which sums up with the
+        # bias in another order than c asks for, with the bias last.
+        whole = self.linear(x) if has_plain or not has_bias else None
+        base, bias_is_in = whole, has_bias
+        if base is None or (has_bias and base.dtype in HALF_PRECISION):
+            base, bias_is_in = F.linear(x, self.linear.weight), False
+        wide = _widest(base.dtype, adapters)
+        in_place = wide != base.dtype or _may_overwrite(base, x, self.linear)
         y = add_updates(
-            base.to(wide), x.to(wide), adapters, places, batch_dim, self.kept
+            base.to(wide),
+            x.to(wide),
+            adapters,
+            places,
+            batch_dim,
+            self.kept,
+            in_place=in_place,
         )
         if not has_c:
-            return y.to(dtype)
+            return y.to(base.dtype)
         index = torch.tensor(places, device=x.device)
-        c = self._scales(adapters, y.dtype)
-        c_rows = along(c[index], y, batch_dim)
-        if self.bias is None:
-            return (c_rows * y).to(dtype)
-        rest = self.bias.to(y.dtype)
-        if bias_is_in:
-            # What c took from the bias. To add −0.0 changes no bit of any number.
-            rest = (1 - c) * rest
-            rest[-1] = -0.0
-            rest = along(rest[index], y, batch_dim)
-        out = None if y.requires_grad else y
-        return torch.addcmul(rest, c_rows, y, out=out).to(dtype)
+        c, rest = self._scales(adapters, y.dtype, bias_is_in=bias_is_in)
+        c = along(c[index], y, batch_dim)
+        if rest is None:
+            y = c * y
+        else:
+            rest = along(rest[index], y, batch_dim) if bias_is_in else rest
+            trained = any(tensor.requires_grad for tensor in (y, c, rest))
+            y = torch.addcmul(rest, c, y, out=None if trained or not in_place else y)
+        y = y.to(base.dtype)
+        if whole is None or whole is base:
+            return y
+        return torch.where(along(index.unsqueeze(1) < 0, y, batch_dim), whole, y)
 
     def _mixture(
         self, rows: Sequence[str | None]
@@ -214,17 +227,37 @@ class BankedLinear(AroundLinear):
             tuple(-1 if slot is None else place[slot] for slot in rows),
         )
 
-    def _scales(self, adapters: Sequence[BankedAdapter], dtype: torch.dtype) -> Tensor:
-        """Return c of each adapter and, at the end, of none, (adapters + 1, out)."""
-        A = adapters[0].factors[0]
-        one = torch.ones(self.out_features, dtype=dtype, device=A.device)
-        scales = [one if each.c is None else each.c for each in adapters]
+    def _scales(
+        self, adapters: Sequence[BankedAdapter], dtype: torch.dtype, *, bias_is_in: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return c of each adapter and, at the end, of none, (adapters + 1, out), and
+        what is to be added when an output was multiplied with it: the bias, (out,), or
+        None without one; and if that is in the output, what c takes from it, of the
+        shape of c.
+        """
+        one = torch.ones(
+            self.out_features, dtype=dtype, device=self.linear.weight.device
+        )
+        scales = [adapter.scale for adapter in adapters]
 
         def make() -> Tensor:
-            return torch.stack([*(scale.to(dtype) for scale in scales), one])
+            return torch.stack(
+                [*(one if c is None else c.to(dtype) for c in scales), one]
+            )
 
-        known = [scale for scale in scales if scale is not one]
-        return self.kept.value(("c", dtype), known, make)
+        known = [c for c in scales if c is not None]
+        key = (dtype, *(c is None for c in scales))
+        c = self.kept.value(key, known, make)
+        if self.bias is None:
+            return c, None
+        bias = self.bias.to(dtype)
+        if not bias_is_in:
+            return c, bias
+        # Of an infinite bias nothing can be taken away. To add −0.0 changes no bit.
+        finite = bias.isfinite()
+        rest = ((1 - c[:-1]) * bias).masked_fill(~finite, 0)
+        rest = torch.cat([rest, torch.full_like(rest[:1], -0.0)])
+        return c.masked_fill(~finite, 1), rest
 
     def adapter(self, slot: str | None) -> BankedAdapter | None:
         """Return the adapter in ``slot``, or None if this layer has none there.
@@ -309,8 +342,19 @@ def _scale(adapters: Sequence[BankedAdapter]) -> Tensor | None:
     )
 
 
-def _has_c(adapter: BankedAdapter) -> bool:
-    return adapter._buffers["c"] is not None
+def _may_overwrite(output: Tensor, x: Tensor, linear: nn.Linear) -> bool:
+    """Tell whether nobody can hold the output of ``linear`` for x, and nothing follows
+    its making.
+    """
+    return (
+        what_else(linear) is None
+        and not output.requires_grad
+        and values_can_be_read(x)
+        # Hooks of all modules, and modes that see each function.
+        and not torch.nn.modules.module._has_any_global_hook()
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _widest(dtype: torch.dtype, adapters: Sequence[BankedAdapter]) -> torch.dtype:

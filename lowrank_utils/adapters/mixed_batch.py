@@ -27,6 +27,7 @@ from lowrank_utils.norms import values_can_be_read
 # (benchmarks/mixed_batches.py).
 COPY_FACTORS, COPY_ROW = 20, 3
 
+P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def layout_of(
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _kept_layout(
     rows: tuple[int, ...], adapters: int, positions: int, device: torch.device
 ) -> Layout:
@@ -163,8 +164,9 @@ def stacked(adapters: Sequence[LowRank], dtype: torch.dtype) -> Stacks:
 class Kept:
     """What a layer put together last, for the next batch of the same adapters.
 
-    It isn't used if a tensor that it came from was exchanged or changed since then. A
-    copy has none.
+    It isn't used if a tensor that it came from was exchanged or changed since then, as
+    far as torch counts changes, nor where a gradient would be lost. It takes as much
+    memory as the adapters of that batch. A copy has none.
     """
 
     def __init__(self) -> None:
@@ -178,18 +180,30 @@ class Kept:
         """Drop all, and their memory."""
         self._last, self._mixture = {}, None
 
-    def mixture(self, rows: R, find: Callable[[R], T]) -> T:
-        """Return what ``find`` finds for ``rows``, now or the last time."""
+    def mixture(
+        self, rows: R, find: Callable[[R], tuple[list[T], P]]
+    ) -> tuple[list[T], P]:
+        """Return the adapters that ``find`` finds for ``rows``, and more of them, now or
+        the last time.
+        """
         last = self._mixture
         if last is None or last[0] != rows:
-            last = self._mixture = (rows, find(rows))
-        found: T = last[1]
-        return found
+            found = find(rows)
+            if last is not None and last[1][0] != found[0]:
+                # What was put together of other adapters makes room.
+                self._last = {}
+            last = self._mixture = (rows, found)
+        same: tuple[list[T], P] = last[1]
+        return same
 
     def value(self, key: object, sources: list[Tensor], make: Callable[[], T]) -> T:
         """Return what ``make`` makes of ``sources``, now or the last time for ``key``."""
-        if not values_can_be_read(sources[0]) or any(map(torch.is_inference, sources)):
-            # There is nothing to keep, or nobody counts the changes.
+        if (
+            not values_can_be_read(sources[0])
+            # Nobody counts their changes.
+            or any(map(torch.is_inference, sources))
+            or any(source.requires_grad for source in sources)
+        ):
             return make()
         versions = [source._version for source in sources]
         # Read once, since another thread may put its own there.
@@ -213,20 +227,24 @@ def add_updates(
     rows: Sequence[int],
     batch_dim: int,
     kept: Kept,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Return base + s·xAB, with A, B and s of ``adapters[rows[i]]`` for index i of the
     batch; base alone where ``rows[i]`` is −1.
 
     Args:
-        base: (…, out). It is overwritten.
+        base: (…, out).
         x: (…, in), in the dtype of base but for autocast.
         adapters: which there are in the batch.
         rows: whose row it is.
         batch_dim: of x and base.
         kept: by the layer.
+        in_place: base is overwritten.
     """
     if 0 in x.shape:
         return base
+    y, x = base.movedim(batch_dim, 0), x.movedim(batch_dim, 0)
     # Lower ranks are filled up to those of their class, at most to twice their size.
     classes = [(adapter.rank - 1).bit_length() for adapter in adapters]
     for rank in sorted(set(classes)):
@@ -234,20 +252,17 @@ def add_updates(
         number = itertools.count()
         places = [next(number) if its == rank else -1 for its in classes]
         factors = [factor for adapter in alike for factor in adapter.factors]
-        stacks = kept.value(
-            (rank, base.dtype), factors, partial(stacked, alike, base.dtype)
-        )
-        _add(
-            base.movedim(batch_dim, 0),
-            x.movedim(batch_dim, 0),
-            stacks,
-            tuple(places[row] if row >= 0 else -1 for row in rows),
-        )
-    return base
+        key = (rank, base.dtype, *(adapter.alpha for adapter in alike))
+        stacks = kept.value(key, factors, partial(stacked, alike, base.dtype))
+        chosen = tuple(places[row] if row >= 0 else -1 for row in rows)
+        y = _added(y, x, stacks, chosen, in_place=in_place)
+    return y.movedim(0, batch_dim)
 
 
-def _add(base: Tensor, x: Tensor, stacks: Stacks, rows: tuple[int, ...]) -> None:
-    """Add s·xAB to ``base`` (rows, …, out), with x (rows, …, in)."""
+def _added(
+    base: Tensor, x: Tensor, stacks: Stacks, rows: tuple[int, ...], *, in_place: bool
+) -> Tensor:
+    """Return base (rows, …, out) + s·xAB, with x (rows, …, in)."""
     A, B = stacks
     positions = math.prod(x.shape[1:-1])
     # Under a mode in which tensors hold no numbers, indices hold none.
@@ -259,16 +274,16 @@ def _add(base: Tensor, x: Tensor, stacks: Stacks, rows: tuple[int, ...]) -> None
     blocks = blocks.reshape(len(A), layout.size * positions, x.shape[-1])
     between = torch.bmm(blocks, A)
     moved = layout.places is not None or layout.adapted is not None
-    if not moved and base.is_contiguous() and between.dtype == base.dtype:
+    if in_place and not moved and base.is_contiguous() and between.dtype == base.dtype:
         base.view(len(A), -1, base.shape[-1]).baddbmm_(between, B)
-        return
+        return base
     update = torch.bmm(between, B).view(-1, *base.shape[1:]).to(base.dtype)
     if layout.places is not None:
         update = update.index_select(0, layout.places)
     if layout.adapted is None:
-        base.add_(update)
-    else:
-        base.index_add_(0, layout.adapted, update)
+        return base.add_(update) if in_place else base + update
+    add = base.index_add_ if in_place else base.index_add
+    return add(0, layout.adapted, update)
 
 
 def along(values: Tensor, x: Tensor, batch_dim: int) -> Tensor:

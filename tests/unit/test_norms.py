@@ -313,7 +313,16 @@ def test_where_the_norms_are_promised_they_are_taken_from_there(
 
 @pytest.mark.parametrize(
     "why_not",
-    ["smaller", "W is trained", "norm is trained", "autocast", "dropout", "vmap"],
+    [
+        "smaller",
+        "W is trained",
+        "norm is trained",
+        "autocast",
+        "dropout",
+        "vmap",
+        "x is large",
+        "x is sparse",
+    ],
 )
 def test_where_one_product_would_be_wrong_there_are_two(huge, joined, why_not):
     layer, run = copy.deepcopy(huge), nullcontext()
@@ -328,6 +337,10 @@ def test_where_one_product_would_be_wrong_there_are_two(huge, joined, why_not):
     elif why_not == "dropout":
         layer.lora.dropout = 0.5
     x = HUGE_X[:, : layer.in_features]
+    if why_not == "x is large":
+        x = x.repeat(300, 1)
+    elif why_not == "x is sparse":
+        x = x.to_sparse()
     with run:
         y = torch.vmap(layer)(x) if why_not == "vmap" else layer(x)
     y.float().sum().backward()

@@ -1,8 +1,10 @@
 """A batch in blocks: every row its own adapter's answer, in whatever way the rows are
 sorted, and nothing of what is kept outlives what it came from."""
 
+import contextlib
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -50,9 +52,10 @@ def test_each_row_gets_its_own_update_however_the_rows_are_sorted(data):
     shape = [*positions[:batch_dim], len(rows), *positions[batch_dim:]]
     x, base = normal(*shape, IN, seed=90), normal(*shape, OUT, seed=91)
     right = expected(base, x, adapters, rows, batch_dim)
-    y = add_updates(base, x, adapters, rows, batch_dim, Kept())
-    assert y is base
+    in_place, before = data.draw(st.booleans()), base.clone()
+    y = add_updates(base, x, adapters, rows, batch_dim, Kept(), in_place=in_place)
     assert_close(y, right, atol=1e-11)
+    assert torch.equal(base, y if in_place else before)
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
@@ -64,7 +67,7 @@ def test_long_rows_stay_where_they_are(batch_dim, autocast):
     base = normal(*shape, OUT, seed=1, dtype=torch.float32)
     right = expected(base, x, adapters, rows, batch_dim)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = add_updates(base, x, adapters, rows, batch_dim, Kept())
+        y = add_updates(base, x, adapters, rows, batch_dim, Kept(), in_place=True)
     assert y.dtype == torch.float32
     assert_close(y, right, rtol=0.03 if autocast else 1e-5, atol=0.1 * autocast)
 
@@ -176,12 +179,115 @@ def test_rows_without_an_adapter_have_the_bits_of_a_large_layer():
     torch.testing.assert_close(y[1::2], source(x)[1::2], rtol=1e-4, atol=1e-4)
 
 
-def test_an_output_that_a_hook_has_kept_is_not_overwritten():
-    bank, seen = bank_of(LinearWithLoRA, LinearWithLoRA), []
+def test_two_kinds_in_other_mixes_keep_their_own_scales():
+    kinds = LinearWithLoRA, LinearWithDoRA, LinearWithLoRA, LinearWithDoRA
+    bank = bank_of(*kinds)
+    alone = {}
+    for name in bank.names:
+        bank.activate(name)
+        alone[name] = bank.model(X)
+    bank.disable()
+    for pair in itertools.permutations(bank.names, 2):
+        y = rows_of(bank, X, [*pair] * 3)
+        for row, name in enumerate([*pair] * 3):
+            assert_close(y[row], alone[name][row])
+
+
+class FunctionsSeen(torch.overrides.TorchFunctionMode):
+    """Keep what functions return, as a tracer does."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear:
+            self.seen.append(output)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("by", "kind"),
+    [
+        ("its hook", LinearWithLoRA),
+        ("a hook of all modules", LinearWithLoRA),
+        ("a hook of all modules", LinearWithDoRA),
+        ("a mode", LinearWithLoRA),
+        ("a mode", LinearWithDoRA),
+    ],
+)
+def test_an_output_that_somebody_holds_is_not_overwritten(by, kind):
+    bank, seen = bank_of(kind, kind), []
     (layer,) = bank.model
-    layer.linear.register_forward_hook(lambda *a: seen.append(a[2]))
-    rows_of(bank, X, ROWS)
+    run, hook = contextlib.nullcontext(), None
+    if by == "its hook":
+        hook = layer.linear.register_forward_hook(lambda *a: seen.append(a[2]))
+    elif by == "a hook of all modules":
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, _, y: seen.append(y) if module is layer.linear else None
+        )
+    else:
+        run = FunctionsSeen(seen)
+    try:
+        with run, torch.no_grad():
+            rows_of(bank, X, ROWS)
+    finally:
+        if hook is not None:
+            hook.remove()
     assert torch.equal(seen[0], layer.linear(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_bias_that_bans_a_class_stays_one(dtype):
+    bank = bank_of(LinearWithDoRA, LinearWithLoRA)
+    linear = bank.model[0].linear
+    with torch.no_grad():
+        linear.bias[:2] = torch.tensor([-float("inf"), 3e4])
+        bank.model[0].lora["0"].c[:2] = torch.tensor([-2.0, 4.0])
+    bank.model.to(dtype)
+    bank.activate("0")
+    alone = bank.model(X.to(dtype))
+    bank.disable()
+    y = rows_of(bank, X.to(dtype), ROWS)
+    rows = [row == "0" for row in ROWS]
+    assert_close(y[rows], alone[rows], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [LinearWithLoRA, LinearWithDoRA])
+def test_gradients_reach_the_factors(kind):
+    bank = bank_of(kind, LinearWithLoRA)
+    A, found = bank.model[0].lora["0"].A.requires_grad_(), []
+    for rows in (["0"] * 6, ["0", "1", None, "0", "1", None]):
+        A.grad = None
+        y = rows_of(bank, X, rows)
+        y[[0, 3]].square().sum().backward()
+        found.append(A.grad)
+    assert_close(*found, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [LinearWithLoRA, LinearWithDoRA])
+def test_transforms_and_backward_hooks_go_through(kind):
+    bank = bank_of(kind, LinearWithDoRA)
+    (layer,) = bank.model
+    expected = rows_of(bank, X, ROWS)
+    with bank.rows(ROWS):
+        batched = torch.vmap(bank.model)(torch.stack([X, 2 * X]))
+        y, tangent = torch.func.jvp(bank.model, (X,), (X,))
+    assert_close(batched[0], expected)
+    assert_close(y, expected)
+    difference = rows_of(bank, X * (1 + 1e-6), ROWS) - rows_of(
+        bank, X * (1 - 1e-6), ROWS
+    )
+    assert_close(tangent, difference / 2e-6, rtol=1e-6, atol=1e-6)
+    layer.linear.bias.requires_grad_()
+    rows_of(bank, X, ["0", "1"] * 3).sum().backward()
+    assert_close(layer.linear.bias.grad, torch.full((OUT,), 6.0).double())
+    if kind is LinearWithLoRA:
+        bank = bank_of(kind, kind)
+        bank.model[0].linear.register_full_backward_hook(lambda *_: None)
+        rows_of(bank, X.clone().requires_grad_(), ROWS).sum().backward()
 
 
 def test_gradients_reach_the_input():
@@ -212,7 +318,13 @@ def changed_scale(layer):
     layer.lora["1"].c.mul_(2)
 
 
-@pytest.mark.parametrize("change", [changed_in_place, exchanged, changed_scale])
+def changed_alpha(layer):
+    layer.lora["0"].alpha = 7.0
+
+
+@pytest.mark.parametrize(
+    "change", [changed_in_place, exchanged, changed_scale, changed_alpha]
+)
 def test_what_is_kept_follows_its_sources(change):
     bank = bank_of(LinearWithLoRA, LinearWithDoRA)
     before = rows_of(bank, X, ROWS)
@@ -223,7 +335,7 @@ def test_what_is_kept_follows_its_sources(change):
     assert torch.equal(rows_of(bank, X, ROWS), after)
 
 
-@pytest.mark.parametrize("event", ["add", "remove", "move", "copy"])
+@pytest.mark.parametrize("event", ["add", "remove", "move", "copy", "others"])
 def test_what_is_kept_is_dropped(event):
     bank = bank_of(LinearWithLoRA, LinearWithDoRA, LinearWithLoRA)
     (layer,) = bank.model
@@ -241,6 +353,8 @@ def test_what_is_kept_is_dropped(event):
         bank.add("3", nn.Sequential(LinearWithLoRA(linear_layer(IN, OUT), 1, 1.0)))
     elif event == "remove":
         bank.remove("2")
+    elif event == "others":
+        rows_of(bank, X, ["2", None] * 3)
     else:
         bank.model.float()
     gc.collect()
