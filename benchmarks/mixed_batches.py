@@ -1,8 +1,8 @@
 """Time of one batch of which every row belongs to one of several customers, beside the
-base layer alone.
+base model alone: four square linear layers in a row, in float32 and on one thread.
 
 A bank serves the batch in one pass ("LoRA", "DoRA"). Beside it stand the bank switched
-from customer to customer, a merged copy of the layer for each of them, PEFT's mixed
+from customer to customer, a merged copy of the model for each of them, PEFT's mixed
 batches (which it has for LoRA alone), and the forms that the bank doesn't use: A and B
 gathered for every row, and all A side by side, of which each row keeps its own columns.
 In each round all methods take their turn in a new order, and ratios are taken within a
@@ -18,6 +18,7 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lowrank_utils.adapters import AdapterBank
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA, LoRALayer
 
-SIZES = [768, 1024, 4096]
+SIZES, LAYERS = [768, 1024, 4096], 4
 # (customers, rows, positions of a row)
 BATCHES = [
     (1, 1, 1),
@@ -45,19 +46,20 @@ BATCHES = [
     (64, 64, 128),
 ]
 RANK, SECONDS = 8, 4.0
-KINDS = {"LoRA": LinearWithLoRA, "DoRA": LinearWithDoRA}
 Pass = Callable[[], Any]
+KINDS = {"LoRA": LinearWithLoRA, "DoRA": LinearWithDoRA}
 
 
 def customers_of(base: nn.Module, kind: str, count: int) -> list[nn.Module]:
-    """Return models with an adapter each around the one layer of ``base``, and B moved
-    as in training.
+    """Return models with adapters around the layers of ``base``, and B moved as in
+    training.
     """
     models = []
     for _ in range(count):
-        adapted = KINDS[kind](base[0], RANK, 2.0, init="peft")
-        nn.init.normal_(adapted.lora.B, std=0.02)
-        models.append(nn.Sequential(adapted))
+        adapted = [KINDS[kind](linear, RANK, 2.0, init="peft") for linear in base]
+        for layer in adapted:
+            nn.init.normal_(layer.lora.B, std=0.02)
+        models.append(nn.Sequential(*adapted))
     return models
 
 
@@ -72,14 +74,14 @@ def served(bank: AdapterBank, x: Tensor, who: list[str]) -> Pass:
 
 
 def one_after_another(
-    switch: Callable[[str], nn.Module], x: Tensor, groups: dict[str, Tensor]
+    model_of: Callable[[str], nn.Module], x: Tensor, groups: dict[str, Tensor]
 ) -> Pass:
     """Return a pass in which each customer's rows are computed by themselves."""
 
     def run() -> None:
         y = torch.empty_like(x)
         for name, rows in groups.items():
-            y[rows] = switch(name)(x[rows])
+            y[rows] = model_of(name)(x[rows])
 
     return run
 
@@ -94,42 +96,50 @@ def switching(bank: AdapterBank) -> Callable[[str], nn.Module]:
     return switch
 
 
-def gathered(
-    linear: nn.Linear, loras: list[LoRALayer], x: Tensor, who: list[int]
-) -> Pass:
-    """Return a pass that gathers an A and a B for every row."""
-    A = torch.stack([lora.A.detach() for lora in loras])
-    B = torch.stack([lora.alpha * lora.B.detach() for lora in loras])
-    rows = torch.tensor(who)
+class Gathered(nn.Module):
+    """A layer for which A and B are gathered for every row."""
 
-    def run() -> None:
-        between = torch.bmm(x.reshape(len(who), -1, A.shape[1]), A[rows])
-        linear(x) + torch.bmm(between, B[rows]).view(x.shape)
+    def __init__(
+        self, linear: nn.Linear, loras: list[LoRALayer], who: list[int]
+    ) -> None:
+        super().__init__()
+        self.linear, self.rows = linear, torch.tensor(who)
+        self.A = torch.stack([lora.A.detach() for lora in loras])
+        self.B = torch.stack([lora.alpha * lora.B.detach() for lora in loras])
 
-    return run
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with each row's update."""
+        rows = x.reshape(len(self.rows), -1, x.shape[-1])
+        update = torch.bmm(torch.bmm(rows, self.A[self.rows]), self.B[self.rows])
+        return self.linear(x) + update.view(x.shape)
 
 
-def side_by_side(
-    linear: nn.Linear, loras: list[LoRALayer], x: Tensor, who: list[int]
-) -> Pass:
-    """Return a pass that multiplies with all A and all B, and keeps of every row what
-    is its own.
-    """
-    A = torch.cat([lora.A.detach() for lora in loras], dim=1)
-    B = torch.cat([lora.alpha * lora.B.detach() for lora in loras])
-    own = torch.eye(len(loras)).repeat_interleave(RANK, dim=1)[torch.tensor(who)]
-    own = own.view(len(who), *[1] * (x.dim() - 2), -1)
+class SideBySide(nn.Module):
+    """A layer that multiplies with all A and all B, and keeps of every row its own."""
 
-    def run() -> None:
-        linear(x) + (x @ A * own) @ B
+    def __init__(
+        self, linear: nn.Linear, loras: list[LoRALayer], who: list[int]
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.A = torch.cat([lora.A.detach() for lora in loras], dim=1)
+        self.B = torch.cat([lora.alpha * lora.B.detach() for lora in loras])
+        own = torch.eye(len(loras)).repeat_interleave(RANK, dim=1)
+        self.own = own[torch.tensor(who)]
 
-    return run
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with each row's update."""
+        own = self.own.view(len(self.own), *[1] * (x.dim() - 2), -1)
+        return self.linear(x) + (x @ self.A * own) @ self.B
 
 
 def theirs(base: nn.Module, x: Tensor, who: list[str]) -> Pass:
     """Return the pass of PEFT's mixed batch."""
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=["0"], init_lora_weights=False
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=[str(number) for number in range(LAYERS)],
+        init_lora_weights=False,
     )
     names = list(dict.fromkeys(who))
     model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])
@@ -139,13 +149,14 @@ def theirs(base: nn.Module, x: Tensor, who: list[str]) -> Pass:
     return lambda: model(x, adapter_names=who)
 
 
-def setting(
-    size: int, customers: int, rows: int, positions: int, threads: int
-) -> dict[str, Any]:
-    """Return the times of all methods, relative to the base layer's."""
+FORMS = {"gathered": Gathered, "side by side": SideBySide}
+
+
+def setting(size: int, customers: int, rows: int, positions: int) -> dict[str, Any]:
+    """Return the times of all methods, relative to the base model's."""
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    base = nn.Sequential(nn.Linear(size, size)).requires_grad_(False).eval()
+    linears = [nn.Linear(size, size) for _ in range(LAYERS)]
+    base = nn.Sequential(*linears).requires_grad_(False).eval()
     shape = (rows, size) if positions == 1 else (rows, positions, size)
     x = torch.randn(shape)
     numbers = [row % customers for row in range(rows)]
@@ -158,20 +169,21 @@ def setting(
     passes: dict[str, Pass] = {"base": lambda: base(x)}
     for kind in KINDS:
         models = customers_of(base, kind, customers)
-        banks = []
-        for _ in range(2):
-            bank = AdapterBank(copy.deepcopy(base))
-            for number, model in enumerate(models):
-                bank.add(str(number), model)
-            banks.append(bank)
-        passes[kind] = served(banks[0], x, who)
-        passes[f"{kind}, switching"] = one_after_another(switching(banks[1]), x, groups)
+        bank = AdapterBank(copy.deepcopy(base))
+        for number, model in enumerate(models):
+            bank.add(str(number), model)
+        passes[kind] = served(bank, x, who)
+        passes[f"{kind}, switching"] = one_after_another(switching(bank), x, groups)
         if kind == "LoRA":
-            loras = [model[0].lora for model in models]
-            passes["LoRA, gathered"] = gathered(base[0], loras, x, numbers)
-            passes["LoRA, side by side"] = side_by_side(base[0], loras, x, numbers)
-    copies = {name: copy.deepcopy(base) for name in groups}
-    passes["merged copies"] = one_after_another(copies.__getitem__, x, groups)
+            for name, form in FORMS.items():
+                layers = [
+                    form(linear, [model[place].lora for model in models], numbers)
+                    for place, linear in enumerate(base)
+                ]
+                passes[f"LoRA, {name}"] = partial(nn.Sequential(*layers), x)
+    if customers * size**2 <= 16 * 4096**2:
+        copies = {name: copy.deepcopy(base) for name in groups}
+        passes["merged copies"] = one_after_another(copies.__getitem__, x, groups)
     if peft is not None:
         passes["PEFT LoRA"] = theirs(base, x, who)
     with torch.no_grad():
@@ -191,7 +203,6 @@ def setting(
         "customers": customers,
         "rows": rows,
         "positions": positions,
-        "threads": threads,
         "rounds": len(found["base"]),
         "milliseconds": {
             method: round(statistics.median(times), 3)
@@ -208,18 +219,16 @@ def setting(
 def main() -> Path:
     """Measure everything, and return the file with the results."""
     warnings.filterwarnings("ignore", module="peft")
-    before, rows = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     settings = [
-        (size, *batch, threads)
-        for threads in sorted({1, os.cpu_count() or 1})
+        (size, *batch)
         for size in SIZES
         for batch in BATCHES
         # A minute a round, and nothing new.
         if not (size == 4096 and batch[0] * batch[2] > 64 * 16)
-        and not (threads > 1 and batch[2] > 16)
     ]
-    for each in tqdm(settings, unit="setting"):
-        rows.append(setting(*each))
+    rows = [setting(*each) for each in tqdm(settings, unit="setting")]
     torch.set_num_threads(before)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if peft is not None:
@@ -230,7 +239,9 @@ def main() -> Path:
             "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
             "versions": versions,
             "dtype": "float32",
+            "layers": LAYERS,
             "rank": RANK,
+            "threads": 1,
             "settings": rows,
         },
     )

@@ -64,7 +64,13 @@ def execute(
     """
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources=resources, **hooks
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources=resources,
+        # Of a kernel on this machine nobody needs to hear that it isn't encrypted.
+        extra_arguments=["--log-level=ERROR"],
+        **hooks,
     )
     client.execute(env=kernel_environment())
 

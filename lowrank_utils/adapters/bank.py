@@ -266,7 +266,18 @@ class AdapterBank:
             check_whole_number("batch_dim", batch_dim, minimum=0)
         with self._selection.lock:
             self._refuse_if_merged("rows")
-            slots = tuple(None if name is None else self._slot(name) for name in names)
+            known = self._slots
+            # Without a call for each row, of which there may be many.
+            slots = tuple(
+                [
+                    None
+                    if name is None
+                    else known[name]
+                    if name in known
+                    else self._slot(name)
+                    for name in names
+                ]
+            )
             choice = Choice(rows=slots, batch_dim=batch_dim or 0)
             self._selection.refuse_exchanged(self.model, choice.slots)
             if batch_dim is None:

@@ -9,7 +9,6 @@ copies, and to copy takes longer than to multiply. Blocks of many rows need no c
 are filled up where one adapter has more rows than another. ``block_size`` chooses.
 """
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -71,8 +70,10 @@ class Layout(NamedTuple):
         adapters: (blocks,), of each block; None if block i has adapter i.
         rows: (blocks · size,), which row of the batch stands there; None if they stand
             as in the batch. What is filled up repeats a row.
-        places: (rows with an adapter,), where each of them stands in the blocks.
-        adapted: (rows with an adapter,), which rows these are; None if all are.
+        places: (rows with an adapter,), where each of them stands in the blocks; None
+            if nothing was filled up.
+        adapted: (rows with an adapter,), which rows these are, in the order of
+            ``places`` or else of the blocks; None if they stand as in the batch.
         size: rows in a block.
     """
 
@@ -119,13 +120,33 @@ def layout_of(
         as_it_is = values == list(range(known))
         return None if as_it_is else torch.tensor(values, device=device)
 
+    whose, filled_up = [adapter for adapter, _ in order], len(blocks) > len(adapted)
     return Layout(
-        index([adapter for adapter, _ in order], known=adapters),
+        index(whose, known=adapters),
         index(blocks, known=len(rows)),
-        index([place[row] for row in adapted], known=len(blocks)),
-        index(adapted, known=len(rows)),
+        index([place[row] for row in adapted], known=-1) if filled_up else None,
+        index(adapted if filled_up else blocks, known=len(rows)),
         size,
     )
+
+
+def by_rank(
+    ranks: tuple[int, ...], rows: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the adapters in classes of similar rank, so that no factor is filled up to
+    twice its size: of each class which adapters are its members, and of each row the
+    number of its adapter among them, or −1.
+    """
+    classes = []
+    sizes = [(rank - 1).bit_length() for rank in ranks]
+    for size in sorted(set(sizes)):
+        members = tuple([i for i, its in enumerate(sizes) if its == size])
+        number = {member: place for place, member in enumerate(members)}
+        classes.append((members, tuple([number.get(row, -1) for row in rows])))
+    return classes
+
+
+_kept_by_rank = lru_cache(maxsize=16)(by_rank)
 
 
 @lru_cache(maxsize=16)
@@ -244,33 +265,32 @@ def add_updates(
     """
     if 0 in x.shape:
         return base
-    y, x = base.movedim(batch_dim, 0), x.movedim(batch_dim, 0)
-    # Lower ranks are filled up to those of their class, at most to twice their size.
-    classes = [(adapter.rank - 1).bit_length() for adapter in adapters]
-    for rank in sorted(set(classes)):
-        alike = [a for a, its in zip(adapters, classes, strict=True) if its == rank]
-        number = itertools.count()
-        places = [next(number) if its == rank else -1 for its in classes]
+    y = base
+    if batch_dim:
+        y, x = base.movedim(batch_dim, 0), x.movedim(batch_dim, 0)
+    keeps = values_can_be_read(x)
+    ranks = tuple([adapter.rank for adapter in adapters])
+    for members, chosen in (_kept_by_rank if keeps else by_rank)(ranks, tuple(rows)):
+        alike = [adapters[member] for member in members]
         factors = [factor for adapter in alike for factor in adapter.factors]
-        key = (rank, base.dtype, *(adapter.alpha for adapter in alike))
-        stacks = kept.value(key, factors, partial(stacked, alike, base.dtype))
-        chosen = tuple(places[row] if row >= 0 else -1 for row in rows)
-        y = _added(y, x, stacks, chosen, in_place=in_place)
-    return y.movedim(0, batch_dim)
+        key = (base.dtype, members, *[adapter.alpha for adapter in alike])
+        A, B = kept.value(key, factors, partial(stacked, alike, base.dtype))
+        # Under a mode in which tensors hold no numbers, indices hold none.
+        layout = (_kept_layout if keeps else layout_of)(
+            chosen, len(A), math.prod(x.shape[1:-1]), x.device
+        )
+        y = _added(y, x, A, B, layout, in_place=in_place)
+    return y.movedim(0, batch_dim) if batch_dim else y
 
 
 def _added(
-    base: Tensor, x: Tensor, stacks: Stacks, rows: tuple[int, ...], *, in_place: bool
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, layout: Layout, *, in_place: bool
 ) -> Tensor:
     """Return base (rows, …, out) + s·xAB, with x (rows, …, in)."""
-    A, B = stacks
-    positions = math.prod(x.shape[1:-1])
-    # Under a mode in which tensors hold no numbers, indices hold none.
-    find = _kept_layout if values_can_be_read(x) else layout_of
-    layout = find(rows, len(A), positions, x.device)
     if layout.adapters is not None:
-        A, B = (factors.index_select(0, layout.adapters) for factors in stacks)
+        A, B = (factors.index_select(0, layout.adapters) for factors in (A, B))
     blocks = x if layout.rows is None else x.index_select(0, layout.rows)
+    positions = math.prod(x.shape[1:-1])
     blocks = blocks.reshape(len(A), layout.size * positions, x.shape[-1])
     between = torch.bmm(blocks, A)
     moved = layout.places is not None or layout.adapted is not None

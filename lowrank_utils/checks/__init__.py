@@ -26,6 +26,7 @@ from lowrank_utils.checks.lora_layer import (
     check_freeze_all_but_adapters,
     check_lora_output,
     check_scaling,
+    checked_lora_layer,
 )
 from lowrank_utils.checks.low_rank_updates import (
     check_adapter_parameters,

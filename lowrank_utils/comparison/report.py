@@ -359,7 +359,7 @@ def _answers(table: pd.DataFrame) -> list[str]:
     """Return a table of differences for each question that the runs can answer."""
     parts = [
         "## Differences, task by task",
-        "These describe: what was tested stands at the top.",
+        "These describe. What was tested, if anything was, stands at the top.",
     ]
     for first, second in QUESTIONS:
         rows = differences(table, first, second)

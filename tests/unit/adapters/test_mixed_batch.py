@@ -106,6 +106,9 @@ def test_nothing_is_copied_where_rows_and_adapters_are_in_place():
         [2, 0, 3],
         [0, 2, 3],
     ]
+    even = layout_of((1, 0, 0, 1), 2, 1, cpu)
+    assert even.adapters is even.places is None
+    assert even.rows.tolist() == even.adapted.tolist() == [1, 2, 0, 3]
 
 
 def test_a_low_rank_is_filled_up_to_less_than_twice_its_size():

@@ -753,3 +753,70 @@ def test_an_error_of_the_function_is_a_hint_with_the_line_and_the_shapes(
         check(name, answer)
     for hint in hints:
         assert hint in str(raised.value)
+
+
+# --- The layer that notebook 2 leaves a line of open ----------------------------------------
+
+
+def layer_with(forward):
+    """Return the reader's class with this line in it."""
+
+    class LoRALayer(nn.Module):
+        def __init__(self, in_dim, out_dim, rank, alpha):
+            super().__init__()
+            self.A = nn.Parameter(torch.randn(in_dim, rank))
+            self.B = nn.Parameter(torch.zeros(rank, out_dim))
+            self.alpha = alpha
+
+        def forward(self, x):
+            return forward(self, x)
+
+    return LoRALayer
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        lambda self, x: self.alpha * (x @ self.A @ self.B),
+        lambda self, x: x @ (self.A @ self.B) * self.alpha,
+        lambda self, x: F.linear(F.linear(x, self.A.T), self.B.T * self.alpha),
+    ],
+)
+def test_the_readers_layer_is_the_readers_own(line, capsys):
+    mine = layer_with(line)
+    state = torch.get_rng_state()
+    assert checks.checked_lora_layer(mine) is mine
+    assert capsys.readouterr().out.startswith("Right: ")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("nothing", [..., None])
+def test_without_the_line_the_notebook_goes_on_with_a_layer_that_has_it(
+    nothing, capsys
+):
+    mine = layer_with(lambda *_: nothing)
+    finished = checks.checked_lora_layer(mine)
+    assert capsys.readouterr().out.startswith("To do: ")
+    assert finished.__name__ == "LoRALayer"
+    layer, x = finished(7, 5, 2, 1.5), torch.randn(3, 7)
+    nn.init.normal_(layer.B)
+    torch.testing.assert_close(layer(x), 1.5 * (x @ layer.A @ layer.B))
+    assert mine(7, 5, 2, 1.5)(x) is nothing
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (lambda self, x: x @ self.A @ self.B, "where is alpha"),
+        (lambda self, x: x @ self.A @ self.B + self.alpha, "is a factor"),
+        (lambda self, x: x @ self.A @ self.B / self.alpha, "doesn't divide"),
+        (lambda self, x: self.alpha * (x @ self.B @ self.A), "is a transpose missing"),
+        (lambda self, _: self.alpha * (self.A @ self.B), "wrong shape"),
+        (lambda self, x: (x @ self.A @ self.B).T * self.alpha, "is transposed"),
+        (lambda self, x: self.alpha * (x @ self.A @ self.B) ** 2, "isn't right yet"),
+        (lambda *_: 3.0, "must be a tensor"),
+    ],
+)
+def test_a_mistake_in_the_line_gets_its_hint(line, hint):
+    with pytest.raises(ExerciseError, match=hint):
+        checks.checked_lora_layer(layer_with(line))

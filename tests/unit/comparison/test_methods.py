@@ -82,6 +82,8 @@ def test_what_is_trainable(pretrained, method, last_layer):
     if method in TRAINED and last_layer:
         # The last layer itself.
         expected = of_layers(*TRAINED[method], linears=(0, 2)) | OTHERS["last layer"]
+    elif last_layer and method != "frozen":
+        expected = expected | OTHERS["last layer"]
     # All frozen before, or nothing: a method says itself what it trains.
     for before in (True, False):
         pretrained.requires_grad_(before)
