@@ -59,6 +59,10 @@ class AdapterBank:
     + ΔW_i‖ with the base's W, computed when it is added, so the base weights must not
     change while it is in.
 
+    A mixed batch is computed in two batched products, for which A and B of its adapters
+    are put side by side: as many bytes again, which are kept for the next batch of the
+    same adapters, and dropped when one comes or goes.
+
     One bank serves many requests at a time. ``rows`` holds for the task or thread that
     opened it and for those started inside it; ``activate``, ``merge`` and ``restore``
     hold for all who have no block of their own. A call of the model goes by what held
