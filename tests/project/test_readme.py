@@ -198,7 +198,7 @@ def test_what_ms_own_rate_is_worth_is_what_the_results_say(comparison):
     )
     assert (
         f"DoRA reads {shared} of the images with one rate and {own} with m's own"
-        in README
+        in PAGE
     )
 
 
