@@ -15,10 +15,6 @@ from lowrank_utils.interactive import WITHOUT_A_KERNEL
 LINES_PER_CELL = 15
 # Longer cells, up to 20 lines, each with its reason.
 LONG_CELLS = {
-    (
-        "02_lora_layer",
-        "class LoRALayer(nn.Module):",
-    ): "the whole class, which is the package's",
     ("05_dora", "def properties(layer):"): "four properties that are read side by side",
 }
 
