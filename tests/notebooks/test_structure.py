@@ -290,6 +290,9 @@ def test_no_output_is_a_by_product(notebook):
     """Neither what matplotlib returns nor a wall time, which would differ in every
     run."""
     for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                assert "image/png" in output.data or "interactive" in tags(cell)
         shown = text_of_outputs(cell)
         assert not re.search(
             r"<matplotlib|<Figure|Text\(|\[<|Line2D", shown.replace("<Figure size", "")
