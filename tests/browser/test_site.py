@@ -275,7 +275,7 @@ def test_solutions_are_folded_and_unfold(address, page):
     cells = nbformat.read(
         ROOT / "notebooks/03_merged_and_unmerged.ipynb", as_version=4
     ).cells
-    solutions = page.locator("details.hide")
+    solutions = page.locator("details.hide.above-input")
     expect(solutions).to_have_count(
         sum("solution" in cell.metadata.get("tags", []) for cell in cells)
     )
@@ -290,6 +290,23 @@ def test_solutions_are_folded_and_unfold(address, page):
             expect(part).to_be_visible()
         expect(code).to_contain_text(f"# Solution 3.{place + 1}")
         expect(printed).to_contain_text(f"Exercise 3.{place + 1}: correct")
+
+
+def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):
+    page.goto(f"{address}notebooks/01_low_rank_updates.html")
+    cells = nbformat.read(
+        ROOT / "notebooks/01_low_rank_updates.ipynb", as_version=4
+    ).cells
+    outputs = page.locator("details.hide.below-input")
+    asked = ["hide-output" in cell.metadata.get("tags", []) for cell in cells]
+    expect(outputs).to_have_count(sum(asked))
+    for place in range(sum(asked)):
+        shown = outputs.nth(place).locator(".cell_output")
+        expect(shown).to_be_hidden()
+        summary = outputs.nth(place).locator("summary")
+        expect(summary).to_contain_text("Show what comes out")
+        summary.click()
+        expect(shown).to_be_visible()
 
 
 def test_hints_open(address, page):
