@@ -104,18 +104,17 @@ def normalise(notebook: NotebookNode) -> str:
 
 
 def fold_predicted_outputs(notebook: NotebookNode) -> None:
-    """Hide what first comes out after a "Predict": in JupyterLab until the cell is run,
-    and on the site until somebody wants to see it.
+    """Hide what comes out between a "Predict" and the next words: in JupyterLab until a
+    cell is run, and on the site until somebody wants to see it.
     """
     asked = False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            asked = asked or "**Predict.**" in cell.source
+            asked = "**Predict.**" in cell.source
         elif asked and cell.outputs:
             tags = cell.metadata.get("tags", [])
             cell.metadata["tags"] = [*tags, *{"hide-output"}.difference(tags)]
             cell.metadata.setdefault("jupyter", {})["outputs_hidden"] = True
-            asked = False
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
