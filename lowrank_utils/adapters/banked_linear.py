@@ -185,7 +185,7 @@ class BankedLinear(AroundLinear):
         if base is None or (has_bias and base.dtype in HALF_PRECISION):
             base, bias_is_in = F.linear(x, self.linear.weight), False
         wide = _widest(base.dtype, adapters)
-        in_place = wide != base.dtype or _may_overwrite(base, x, self.linear)
+        in_place = _may_overwrite(base, x, self.linear)
         y = add_updates(
             base.to(wide),
             x.to(wide),
