@@ -30,6 +30,10 @@ class ExerciseError(AssertionError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class Remark(Exception):
+    """The answer is right, and isn't what was asked for in every respect."""
+
+
 def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Make a check say what came out: right, or not begun. A wrong answer raises its
     hint.
@@ -45,6 +49,8 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
                 # No error, so that "Run All Cells" and papermill go through an
                 # untouched notebook.
                 print(f"To do: {untouched}")
+            except Remark as remark:
+                print(f"Exercise {number}: right, but {remark}")
             else:
                 print(f"Exercise {number}: correct")
 
@@ -137,7 +143,7 @@ def compare(name: str, answer: Any, expected: Any, mistakes: dict[str, Any]) -> 
     if answer is None:
         raise ExerciseError(f"{name} is None: is the `return` missing?")
     if isinstance(expected, tuple):
-        if not isinstance(answer, tuple) or len(answer) != len(expected):
+        if not isinstance(answer, (tuple, list)) or len(answer) != len(expected):
             raise ExerciseError(
                 f"{name} must be a tuple of {len(expected)}; got {type(answer).__name__}"
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowrank_utils.checks._shared import (
     ONE_IS_LOST,
     ExerciseError,
+    Remark,
     ask,
     compare,
     equal,
@@ -99,8 +100,8 @@ def check_dora_output(function: Callable[..., Tensor]) -> None:
         x, weight, torch.zeros(3).to(weight), A, B, 2.5, weight.norm(dim=1)
     )
     if not equal(answer, 2.5 * B):
-        raise ExerciseError(
-            "right, but that is the merged form: x must meet W and A·B apart, as in LoRA's unmerged form"
+        raise Remark(
+            "that is the merged form: x must meet W and A·B apart, as in LoRA's unmerged form"
         )
 
 

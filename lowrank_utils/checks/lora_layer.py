@@ -83,6 +83,9 @@ def check_lora_output(function: Callable[..., Tensor]) -> None:
             + e.alpha / len(e.B) * update,
             "alpha scales the update alone, not the frozen layer": e.alpha
             * (base + e.bias + update),
+            "alpha scales the update alone, not the frozen product": e.alpha
+            * (base + update)
+            + e.bias,
             "the bias is missing": base + e.alpha * update,
             "the frozen layer is missing": e.alpha * update,
             "the bias is scaled; it belongs to the frozen layer": base

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowrank_utils.checks._shared import (
     ONE_IS_LOST,
-    ExerciseError,
+    Remark,
     ask,
     compare,
     equal,
@@ -78,7 +78,7 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
     # Adding these squares one by one rounds each time, which torch.sum largely avoids.
     sigma = torch.tensor([1.0, *[1.75e-8] * 200], dtype=torch.float64)
     if function(sigma.clone(), 1.0) > len(sigma):
-        raise ExerciseError(
+        raise Remark(
             f"with share = 1 and {len(sigma)} singular values the rank is more than there are: cumsum and sum round "
             "differently, so divide by the last entry of cumsum"
         )
@@ -109,4 +109,4 @@ def check_apply_update(
         torch.ones(2, 3).to(A),
     )
     if not equal(answer, torch.ones(1, 3)):
-        raise ExerciseError("right, but A·B was built in full: multiply x by A first")
+        raise Remark("A·B was built in full: multiply x by A first")

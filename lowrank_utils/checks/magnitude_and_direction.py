@@ -66,6 +66,10 @@ def check_split_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Non
                 None,
             ),
             "these are squared lengths": (rows.square(), None),
+            "that adds up absolute values; a length is the root of the squares' sum": (
+                weight.abs().sum(dim=1),
+                None,
+            ),
             "the directions are divided along the wrong axis": (None, weight / columns),
             "the directions must keep torch's shape (out, in); yours are transposed": (
                 None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_utils.checks._shared import ExerciseError, ask, compare, examples, exercise
+from lowrank_utils.checks._shared import Remark, ask, compare, examples, exercise
 
 
 @exercise("8.1")
@@ -125,16 +125,16 @@ def _check_that_nothing_large_is_stored(
         function(W, A, B, 2.0)
     for large in watch.large:
         if large.shape == W.shape and torch.equal(large, W.square()):
-            raise ExerciseError(
-                "right, but the squares of W were stored, a matrix as large as W: "
+            raise Remark(
+                "the squares of W were stored, a matrix as large as W: "
                 "torch.linalg.vector_norm(weight, dim=1) stores none"
             )
         if large.squeeze().shape in {(200, 300), (300, 200)}:
-            raise ExerciseError(
-                "right, but A·B was built in full: regroup the last term as B · (AᵀA · B)"
+            raise Remark(
+                "A·B was built in full: regroup the last term as B · (AᵀA · B)"
             )
-        raise ExerciseError(
-            f"right, but on the way a result of shape {tuple(large.shape)} was stored, from which one number per "
+        raise Remark(
+            f"on the way a result of shape {tuple(large.shape)} was stored, from which one number per "
             "output is used: multiply thin matrices element by element and sum over r"
         )
 
@@ -211,12 +211,12 @@ def _check_that_rows_go_together(
         with _Watch(customers * 50 * 60, inputs) as watch:
             function(*inputs)
         if watch.large:
-            raise ExerciseError(
-                "right, but a weight was built for every row or customer: multiply x by A first, and that by B"
+            raise Remark(
+                "a weight was built for every row or customer: multiply x by A first, and that by B"
             )
         operations.append(watch.operations)
     if operations[1] > operations[0] + 10:
-        raise ExerciseError(
-            f"right, but with a loop: {operations[0]} operations for 4 rows became {operations[1]} for 40. "
+        raise Remark(
+            f"with a loop: {operations[0]} operations for 4 rows became {operations[1]} for 40. "
             "Gather A, B and c with choice"
         )
