@@ -351,7 +351,7 @@ def _may_overwrite(output: Tensor, x: Tensor, linear: nn.Linear) -> bool:
         and not output.requires_grad
         and values_can_be_read(x)
         # Hooks of all modules, and modes that see each function.
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not torch.nn.modules.module._global_forward_hooks
         and torch._C._len_torch_function_stack() == 0
         and torch._C._len_torch_dispatch_stack() == 0
     )
