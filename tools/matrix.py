@@ -114,7 +114,14 @@ SETTINGS = [
     Setting(
         "oldest PEFT, transformers and torch",
         python="oldest",
-        tests=("tests/unit/test_peft_parity.py", "tests/unit/adapters"),
+        # Torch 2.5 can't compile in one graph what reads a context variable, and its
+        # compiler crashes in several threads.
+        tests=(
+            "tests/unit/test_peft_parity.py",
+            "tests/unit/adapters",
+            "-k",
+            "not compiled",
+        ),
         packages=("peft", "transformers", "torch"),
     ),
     Setting(

@@ -67,7 +67,8 @@ class AdapterBank:
     opened it and for those started inside it; ``activate``, ``merge`` and ``restore``
     hold for all who have no block of their own. A call of the model goes by what held
     when it began, to its end. (A compiled model does so from one of its graph breaks to
-    the next, and compiles anew for other rows.)
+    the next, and compiles anew for other rows. Torch 2.5 can't compile it; the pinned
+    release can.)
 
     Args:
         model: the base model, with plain linear layers. It is changed in place.
