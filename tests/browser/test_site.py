@@ -270,16 +270,20 @@ def test_the_notebook_that_is_downloaded_is_the_stored_one(address, page):
     )
 
 
+def count_tagged(stem, tag):
+    """Return how many cells of a notebook have a tag."""
+    notebook = nbformat.read(ROOT / f"notebooks/{stem}.ipynb", as_version=4)
+    count = sum(tag in cell.metadata.get("tags", []) for cell in notebook.cells)
+    assert count > 0
+    return count
+
+
 def test_solutions_are_folded_and_unfold(address, page):
     page.goto(f"{address}notebooks/03_merged_and_unmerged.html")
-    cells = nbformat.read(
-        ROOT / "notebooks/03_merged_and_unmerged.ipynb", as_version=4
-    ).cells
+    count = count_tagged("03_merged_and_unmerged", "solution")
     solutions = page.locator("details.hide.above-input")
-    expect(solutions).to_have_count(
-        sum("solution" in cell.metadata.get("tags", []) for cell in cells)
-    )
-    for place in range(solutions.count()):
+    expect(solutions).to_have_count(count)
+    for place in range(count):
         code = solutions.nth(place).locator(".cell_input pre")
         # What a solution prints is a part of it.
         printed = solutions.nth(place).locator(".cell_output pre")
@@ -294,13 +298,10 @@ def test_solutions_are_folded_and_unfold(address, page):
 
 def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):
     page.goto(f"{address}notebooks/01_low_rank_updates.html")
-    cells = nbformat.read(
-        ROOT / "notebooks/01_low_rank_updates.ipynb", as_version=4
-    ).cells
+    count = count_tagged("01_low_rank_updates", "hide-output")
     outputs = page.locator("details.hide.below-input")
-    asked = ["hide-output" in cell.metadata.get("tags", []) for cell in cells]
-    expect(outputs).to_have_count(sum(asked))
-    for place in range(sum(asked)):
+    expect(outputs).to_have_count(count)
+    for place in range(count):
         shown = outputs.nth(place).locator(".cell_output")
         expect(shown).to_be_hidden()
         summary = outputs.nth(place).locator("summary")
