@@ -187,7 +187,8 @@ class Kept:
 
     It isn't used if a tensor that it came from was exchanged or changed since then, as
     far as torch counts changes, nor where a gradient would be lost. It takes as much
-    memory as the adapters of that batch. A copy has none.
+    memory as the adapters of that batch. A copy has none. Compiled code doesn't look at
+    it, because its guards would fail when another thread puts something there.
     """
 
     def __init__(self) -> None:
@@ -207,6 +208,8 @@ class Kept:
         """Return the adapters that ``find`` finds for ``rows``, and more of them, now or
         the last time.
         """
+        if torch.compiler.is_compiling():
+            return find(rows)
         last = self._mixture
         if last is None or last[0] != rows:
             found = find(rows)

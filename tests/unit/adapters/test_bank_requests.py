@@ -483,6 +483,27 @@ def test_a_compiled_model_never_serves_an_old_selection(bank, backend):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_compiled_code_does_not_depend_on_what_layers_keep(bank):
+    """Another thread may put something there while it is being compiled."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(bank.model, backend=backend)
+    with bank.rows(["anna", "ben"]):
+        y, count = compiled(X), len(graphs)
+        for layer in (bank.model.first, bank.model.second):
+            assert layer.kept._mixture is None
+        assert_close(bank.model(X), y)
+        assert bank.model.first.kept._mixture is not None
+        assert_close(compiled(X), y)
+    assert len(graphs) == count
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_serves_threads_and_generators(bank):
     torch.compiler.reset()
     compiled = torch.compile(bank.model, backend="eager")
