@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from lowrank_utils._lazy_weight import lazy_weight
 from lowrank_utils._weight_checks import check_weight_is_all, what_else
-from lowrank_utils.adapters.mixed_batch import Kept, add_updates, along
+from lowrank_utils.adapters.mixed_batch import (
+    Kept,
+    Mixture,
+    add_updates,
+    along,
+    index_of,
+)
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.lora import HALF_PRECISION, AroundLinear, without_autocast
 from lowrank_utils.norms import values_can_be_read
@@ -171,10 +177,11 @@ class BankedLinear(AroundLinear):
                 f"{where} must be the batch's at every adapted layer, and the last the features'; "
                 "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
             )
-        adapters, places = self.kept.mixture(rows, self._mixture)
-        has_plain, has_c = -1 in places, any(a.scale is not None for a in adapters)
+        mixture = self.kept.mixture(rows, self._mixture)
+        adapters, has_plain = mixture.adapters, mixture.has_plain
         if len(adapters) + has_plain < 2:
             return self._by_all(x, adapters)
+        has_c = any(adapter.scale is not None for adapter in adapters)
         if has_c:
             check_weight_is_all(self.linear)
         has_bias = has_c and self.bias is not None
@@ -187,23 +194,20 @@ class BankedLinear(AroundLinear):
         wide = _widest(base.dtype, adapters)
         in_place = _may_overwrite(base, x, self.linear)
         y = add_updates(
-            base.to(wide),
-            x.to(wide),
-            adapters,
-            places,
-            batch_dim,
-            self.kept,
-            in_place=in_place,
+            base.to(wide), x.to(wide), mixture, batch_dim, self.kept, in_place=in_place
         )
         if not has_c:
             return y.to(base.dtype)
-        index = torch.tensor(places, device=x.device)
+        index = index_of(mixture.places, x)
         c, rest = self._scales(adapters, y.dtype, bias_is_in=bias_is_in)
-        c = along(c[index], y, batch_dim)
+        # The last, of no adapter, is what −1 stands for.
+        own = index % len(c)
+        c = along(c.index_select(0, own), y, batch_dim)
         if rest is None:
             y = c * y
         else:
-            rest = along(rest[index], y, batch_dim) if bias_is_in else rest
+            if bias_is_in:
+                rest = along(rest.index_select(0, own), y, batch_dim)
             trained = any(tensor.requires_grad for tensor in (y, c, rest))
             y = torch.addcmul(rest, c, y, out=None if trained or not in_place else y)
         y = y.to(base.dtype)
@@ -211,21 +215,16 @@ class BankedLinear(AroundLinear):
             return y
         return torch.where(along(index.unsqueeze(1) < 0, y, batch_dim), whole, y)
 
-    def _mixture(
-        self, rows: Sequence[str | None]
-    ) -> tuple[list[BankedAdapter], tuple[int, ...]]:
-        """Return the adapters that the slots ``rows`` name, each once and in one order,
-        in whatever order the rows are, and of each row the adapter's number in that
-        list, or −1.
+    def _mixture(self, rows: Sequence[str | None]) -> Mixture[BankedAdapter]:
+        """Return the adapters that the slots ``rows`` name, in one order, in whatever
+        order the rows are.
         """
-        slots = sorted(slot for slot in set(rows) if slot is not None)
+        slots = sorted({slot for slot in rows if slot is not None})
         found = {slot: self.adapter(slot) for slot in slots}
+        adapters = [adapter for adapter in found.values() if adapter is not None]
         numbers = itertools.count()
         place = {s: -1 if a is None else next(numbers) for s, a in found.items()}
-        return (
-            [adapter for adapter in found.values() if adapter is not None],
-            tuple(-1 if slot is None else place[slot] for slot in rows),
-        )
+        return Mixture(adapters, tuple([-1 if s is None else place[s] for s in rows]))
 
     def _scales(
         self, adapters: Sequence[BankedAdapter], dtype: torch.dtype, *, bias_is_in: bool
@@ -235,12 +234,12 @@ class BankedLinear(AroundLinear):
         None without one; and if that is in the output, what c takes from it, of the
         shape of c.
         """
-        one = torch.ones(
-            self.out_features, dtype=dtype, device=self.linear.weight.device
-        )
         scales = [adapter.scale for adapter in adapters]
 
         def make() -> Tensor:
+            one = torch.ones(
+                self.out_features, dtype=dtype, device=self.linear.weight.device
+            )
             return torch.stack(
                 [*(one if c is None else c.to(dtype) for c in scales), one]
             )

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from lowrank_utils.norms import values_can_be_read
 # (benchmarks/mixed_batches.py).
 COPY_FACTORS, COPY_ROW = 20, 3
 
-P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -39,6 +38,9 @@ class LowRank(Protocol):
 
     rank: int
     alpha: float
+
+
+L = TypeVar("L", bound=LowRank)
 
 
 def block_size(counts: Sequence[int], positions: int) -> int:
@@ -146,7 +148,21 @@ def by_rank(
     return classes
 
 
-_kept_by_rank = lru_cache(maxsize=16)(by_rank)
+class Mixture(Generic[L]):
+    """The adapters that a layer has for a batch, and which row has which.
+
+    Attributes:
+        adapters: each once.
+        places: of each row, the place of its adapter among them, or −1 if it has none.
+        has_plain: whether a row has none.
+        classes: see ``by_rank``.
+    """
+
+    def __init__(self, adapters: list[L], places: tuple[int, ...]) -> None:
+        self.adapters = adapters
+        self.places = places
+        self.has_plain = -1 in places
+        self.classes = by_rank(tuple([a.rank for a in adapters]), places)
 
 
 @lru_cache(maxsize=16)
@@ -156,6 +172,20 @@ def _kept_layout(
     # Not as tensors that only inference mode can use, if this is one.
     with torch.inference_mode(mode=False):
         return layout_of(rows, adapters, positions, device)
+
+
+@lru_cache(maxsize=16)
+def _kept_index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor(places, device=device)
+
+
+def index_of(places: tuple[int, ...], x: Tensor) -> Tensor:
+    """Return ``places`` as an index of tensors beside x."""
+    # Under a mode in which tensors hold no numbers, indices hold none.
+    if values_can_be_read(x):
+        return _kept_index(places, x.device)
+    return torch.tensor(places, device=x.device)
 
 
 class Stacks(NamedTuple):
@@ -193,7 +223,7 @@ class Kept:
 
     def __init__(self) -> None:
         self._last: dict[object, tuple[list[Tensor], list[int], Any]] = {}
-        self._mixture: tuple[Any, Any] | None = None
+        self._mixture: tuple[object, Mixture[Any]] | None = None
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
@@ -202,23 +232,19 @@ class Kept:
         """Drop all, and their memory."""
         self._last, self._mixture = {}, None
 
-    def mixture(
-        self, rows: R, find: Callable[[R], tuple[list[T], P]]
-    ) -> tuple[list[T], P]:
-        """Return the adapters that ``find`` finds for ``rows``, and more of them, now or
-        the last time.
-        """
+    def mixture(self, rows: R, find: Callable[[R], Mixture[L]]) -> Mixture[L]:
+        """Return what ``find`` finds for ``rows``, now or the last time."""
         if torch.compiler.is_compiling():
             return find(rows)
+        # Read once, since another thread may put its own there.
         last = self._mixture
         if last is None or last[0] != rows:
             found = find(rows)
-            if last is not None and last[1][0] != found[0]:
+            if last is not None and last[1].adapters != found.adapters:
                 # What was put together of other adapters makes room.
                 self._last = {}
             last = self._mixture = (rows, found)
-        same: tuple[list[T], P] = last[1]
-        return same
+        return last[1]
 
     def value(self, key: object, sources: list[Tensor], make: Callable[[], T]) -> T:
         """Return what ``make`` makes of ``sources``, now or the last time for ``key``."""
@@ -247,21 +273,19 @@ class Kept:
 def add_updates(
     base: Tensor,
     x: Tensor,
-    adapters: Sequence[LowRank],
-    rows: Sequence[int],
+    mixture: Mixture[Any],
     batch_dim: int,
     kept: Kept,
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """Return base + s·xAB, with A, B and s of ``adapters[rows[i]]`` for index i of the
-    batch; base alone where ``rows[i]`` is −1.
+    """Return base + s·xAB, with each row's own A, B and s; base alone where a row has
+    no adapter.
 
     Args:
         base: (…, out).
         x: (…, in), in the dtype of base but for autocast.
-        adapters: which there are in the batch.
-        rows: whose row it is.
+        mixture: says which row has which adapter.
         batch_dim: of x and base.
         kept: by the layer.
         in_place: base is overwritten.
@@ -271,17 +295,15 @@ def add_updates(
     y = base
     if batch_dim:
         y, x = base.movedim(batch_dim, 0), x.movedim(batch_dim, 0)
-    keeps = values_can_be_read(x)
-    ranks = tuple([adapter.rank for adapter in adapters])
-    for members, chosen in (_kept_by_rank if keeps else by_rank)(ranks, tuple(rows)):
-        alike = [adapters[member] for member in members]
+    # Under a mode in which tensors hold no numbers, indices hold none.
+    find_layout = _kept_layout if values_can_be_read(x) else layout_of
+    positions = math.prod(x.shape[1:-1])
+    for members, rows in mixture.classes:
+        alike = [mixture.adapters[member] for member in members]
         factors = [factor for adapter in alike for factor in adapter.factors]
         key = (base.dtype, members, *[adapter.alpha for adapter in alike])
         A, B = kept.value(key, factors, partial(stacked, alike, base.dtype))
-        # Under a mode in which tensors hold no numbers, indices hold none.
-        layout = (_kept_layout if keeps else layout_of)(
-            chosen, len(A), math.prod(x.shape[1:-1]), x.device
-        )
+        layout = find_layout(rows, len(members), positions, x.device)
         y = _added(y, x, A, B, layout, in_place=in_place)
     return y.movedim(0, batch_dim) if batch_dim else y
 

@@ -17,6 +17,7 @@ from lowrank_utils.adapters import AdapterBank
 from lowrank_utils.adapters.banked_linear import BankedAdapter
 from lowrank_utils.adapters.mixed_batch import (
     Kept,
+    Mixture,
     add_updates,
     block_size,
     layout_of,
@@ -53,7 +54,9 @@ def test_each_row_gets_its_own_update_however_the_rows_are_sorted(data):
     x, base = normal(*shape, IN, seed=90), normal(*shape, OUT, seed=91)
     right = expected(base, x, adapters, rows, batch_dim)
     in_place, before = data.draw(st.booleans()), base.clone()
-    y = add_updates(base, x, adapters, rows, batch_dim, Kept(), in_place=in_place)
+    y = add_updates(
+        base, x, Mixture(adapters, tuple(rows)), batch_dim, Kept(), in_place=in_place
+    )
     assert_close(y, right, atol=1e-11)
     assert torch.equal(base, y if in_place else before)
 
@@ -67,7 +70,9 @@ def test_long_rows_stay_where_they_are(batch_dim, autocast):
     base = normal(*shape, OUT, seed=1, dtype=torch.float32)
     right = expected(base, x, adapters, rows, batch_dim)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y = add_updates(base, x, adapters, rows, batch_dim, Kept(), in_place=True)
+        y = add_updates(
+            base, x, Mixture(adapters, tuple(rows)), batch_dim, Kept(), in_place=True
+        )
     assert y.dtype == torch.float32
     assert_close(y, right, rtol=0.03 if autocast else 1e-5, atol=0.1 * autocast)
 
@@ -116,7 +121,8 @@ def test_a_low_rank_is_filled_up_to_less_than_twice_its_size():
         [adapter(i, rank) for i, rank in enumerate([1, 2, 5, 8, 64])],
         Kept(),
     )
-    add_updates(normal(5, OUT), normal(5, IN), adapters, [0, 1, 2, 3, 4], 0, kept)
+    mixture = Mixture(adapters, (0, 1, 2, 3, 4))
+    add_updates(normal(5, OUT), normal(5, IN), mixture, 0, kept)
     stacks = [stacks for *_, stacks in kept._last.values()]
     assert sorted(A.shape[::2] for A, _ in stacks) == [(1, 1), (1, 2), (1, 64), (2, 8)]
 
