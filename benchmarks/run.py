@@ -3,6 +3,7 @@
 import adapter_speed
 import article_protocol
 import first_cell
+import merged_forms
 import mixed_batches
 import running_times
 import sweep_speed
@@ -14,6 +15,7 @@ if __name__ == "__main__":
         training_loop,
         sweep_speed,
         adapter_speed,
+        merged_forms,
         mixed_batches,
         running_times,
         first_cell,
