@@ -10,6 +10,8 @@ then run this script, look at the difference, and commit. Two runs write the sam
 """
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,14 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Metadata that says how a cell is used. All the rest (timings, scroll positions) is the
 # editor's.
 KEPT_CELL_METADATA = {"tags", "slideshow", "mystnb", "jupyter"}
+
+# What "About N minutes" stands for: 120 words a minute, and time to read a line of code,
+# to look at a plot, a drawing or a formula, and to think about a prediction.
+SECONDS_PER_WORD = 0.5
+SECONDS_PER_LINE = 8
+SECONDS_PER_PICTURE = 45
+SECONDS_PER_PREDICTION = 60
+MINUTES = re.compile(r"About \d+ minutes to read and run, \d+ for the exercises")
 
 NOTEBOOK_METADATA = {
     "kernelspec": {
@@ -98,6 +108,7 @@ def normalise(notebook: NotebookNode) -> str:
                 _normal_output(output, count) for output in _merge_streams(cell.outputs)
             ]
     fold_predicted_outputs(notebook)
+    state_minutes(notebook)
     assign_slide_types(notebook)
     nbformat.validate(notebook)
     return nbformat.writes(notebook).rstrip("\n") + "\n"
@@ -115,6 +126,57 @@ def fold_predicted_outputs(notebook: NotebookNode) -> None:
             tags = cell.metadata.get("tags", [])
             cell.metadata["tags"] = [*tags, *{"hide-output"}.difference(tags)]
             cell.metadata.setdefault("jupyter", {})["outputs_hidden"] = True
+
+
+def state_minutes(notebook: NotebookNode) -> None:
+    """Write into the first cell how long the notebook takes: what ``reading_minutes``
+    counts, and the sum of what the exercises say.
+    """
+    notebook.cells[0].source = MINUTES.sub(
+        f"About {reading_minutes(notebook)} minutes to read and run, "
+        f"{exercise_minutes(notebook)} for the exercises",
+        notebook.cells[0].source,
+    )
+
+
+def reading_minutes(notebook: NotebookNode) -> int:
+    """Return the minutes it takes to read and run what isn't folded, without the
+    exercises, rounded up to five.
+    """
+    seconds = 0.0
+    for cell in notebook.cells:
+        tags = set(cell.metadata.get("tags", []))
+        if cell.cell_type == "markdown":
+            shown = re.sub(
+                r"<details>.*?</details>|!\[[^]]*\]\([^)]*\)",
+                "",
+                cell.source,
+                flags=re.S,
+            )
+            pictures = cell.source.count("](../figures/")
+            looked_at = pictures + shown.count("$$") // 2
+            seconds += SECONDS_PER_WORD * len(shown.split())
+            seconds += SECONDS_PER_PICTURE * looked_at
+            seconds += SECONDS_PER_PREDICTION * shown.count("**Predict.**")
+        elif not tags & {"exercise", "solution"}:
+            if "hide-input" not in tags:
+                lines = [line for line in cell.source.splitlines() if line.strip()]
+                seconds += SECONDS_PER_LINE * len(lines)
+            plots = ["image/png" in o.get("data", {}) for o in cell.outputs]
+            seconds += SECONDS_PER_PICTURE * sum(plots)
+    return 5 * math.ceil(seconds / 300)
+
+
+def exercise_minutes(notebook: NotebookNode) -> int:
+    """Return the minutes that the exercises' headings allow, all together."""
+    headings = [
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("### Exercise ")
+    ]
+    return sum(int(m) for m in re.findall(r", (\d+) minutes\)", "\n".join(headings)))
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
