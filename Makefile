@@ -14,7 +14,7 @@ endif
 
 SETUP = $(PYTHON) tools/environment.py $(if $(TORCH),"--torch=$(TORCH)")
 
-.PHONY: help lab test quick check figures notebooks compare site slides bench matrix coverage mutants lock audit clean
+.PHONY: help lab test quick check figures notebooks compare site slides sheets bench matrix coverage mutants lock audit clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ site: ## Build the site from the stored notebooks, into build/site.
 
 slides: ## Build the slides from the stored notebooks, into build/slides.
 	@$(SETUP) run tools/build_slides.py
+
+sheets: ## Make an exercise sheet from each notebook, without solutions, into build/sheets.
+	@$(SETUP) run tools/sheets.py
 
 matrix: ## Run the notebooks in many settings (processors, versions, places), and write down what came out.
 	@$(SETUP) run tools/matrix.py $(MATRIX_ARGS)

@@ -63,6 +63,7 @@ html_theme_options = {
 html_favicon = "static/favicon.svg"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["frames.js"]
 html_show_copyright = False
 html_show_sphinx = False
 

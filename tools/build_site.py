@@ -4,7 +4,8 @@ package as web pages.
     python tools/build_site.py                 into build/site
     python tools/build_site.py --output FOLDER
 
-Nothing is executed, and the pages load nothing from another host. Warnings are errors.
+No notebook is executed but for what its pictures with sliders need (tools/frames.py),
+and the pages load nothing from another host. Warnings are errors.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
+import nbformat
+from frames import put_in_frames
+from sheets import sheets
 from sphinx.cmd.build import build_main
 from web_packages import (
     BUILD,
@@ -162,16 +166,21 @@ def pages() -> dict[str, str]:
     reports = [
         report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))
     ]
+    exercises = [path.stem for path in lessons]
     documents = [
         toctree(caption, [name.removesuffix(".md") for name in names])
         for caption, names in DOCUMENTS.items()
     ]
     made = {
         "index.md": readme
-        + toctree("The series", notebooks)
+        + toctree("The series", [*notebooks, "exercises/index"])
         + toctree("Results", [*RESULTS, *reports])
         + toctree("The package", ["api/index"])
         + "".join(documents),
+        "exercises/index.md": "# Exercise sheets\n\n"
+        "The exercises of each notebook and what they need, without solutions: to print, "
+        "or to run (the download button of each page has the notebook).\n"
+        + toctree("", exercises, hidden=False).replace(":caption: \n", ""),
         "api/index.md": "# Reference\n\n"
         "What the modules of `lowrank_utils` hold, from their docstrings, in the order in which they can be read.\n"
         + toctree("The package", modules(), hidden=False).replace(
@@ -228,8 +237,15 @@ def assemble(folder: Path) -> None:
         content = path.read_bytes()
         if path.suffix == ".md":
             content = with_links_to_pages(content.decode(), name).encode()
+        elif path.suffix == ".ipynb":
+            notebook = nbformat.reads(content.decode(), as_version=4)
+            put_in_frames(notebook, BUILD / "frames")
+            content = nbformat.writes(notebook).encode()
         write_if_new(folder / name, content)
         written.add(folder / name)
+    for name, text in sheets("../notebooks").items():
+        write_if_new(folder / "exercises" / name, text.encode())
+        written.add(folder / "exercises" / name)
     for path in folder.rglob("*"):
         if path.is_file() and path not in written:
             path.unlink()

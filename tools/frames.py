@@ -1,0 +1,147 @@
+"""Draw the pictures with sliders for the site, where no kernel draws them: a frame for
+each place of the sliders, from the same function as in JupyterLab.
+
+What a picture needs of its notebook is run; nothing of it is stored.
+"""
+
+import base64
+import contextlib
+import hashlib
+import html
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import torch
+from ipywidgets import SelectionSlider
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from sheets import needed
+
+from lowrank_utils import interactive
+
+# Of each slider; of several together, so that a page stays small.
+MOST_PLACES = {1: 24, 2: 9}
+
+
+class _Captured(BaseException):
+    def __init__(self, draw: Any, sliders: dict[str, Any]) -> None:
+        self.draw, self.sliders = draw, sliders
+
+
+def places_of(slider: Any, most: int) -> list[tuple[str, Any]]:
+    """Return the places at which a slider is drawn, as labels and values: all of them,
+    or ``most`` of them at equal distances and the one where it begins.
+    """
+    if isinstance(slider, SelectionSlider):
+        return [(str(label), value) for label, value in slider._options_full]
+    count = round((slider.max - slider.min) / slider.step) + 1
+    steps = sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+    begin = round((slider.value - slider.min) / slider.step)
+    nearest = min(steps, key=lambda step: abs(step - begin))
+    steps[steps.index(nearest)] = begin
+    kind = type(slider.value)
+    values = [kind(slider.min + step * slider.step) for step in steps[:count]]
+    return [(f"{value:g}", value) for value in values]
+
+
+def captured(notebook: NotebookNode, place: int) -> _Captured:
+    """Run what the picture in a cell needs, and return its function and sliders."""
+
+    def capture(draw: Any, **sliders: Any) -> None:
+        raise _Captured(draw, sliders)
+
+    names: dict[str, Any] = {}
+    dtype, settings, original = (
+        torch.get_default_dtype(),
+        mpl.rcParams.copy(),
+        interactive.PictureWithSliders,
+    )
+    interactive.PictureWithSliders = capture  # type: ignore[assignment, misc]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            for number in [*needed(notebook, [place]), place]:
+                exec(notebook.cells[number].source, names)  # noqa: S102  # our own
+    except _Captured as found:
+        return found
+    finally:
+        interactive.PictureWithSliders = original  # type: ignore[misc]
+        torch.set_default_dtype(dtype)
+        mpl.rcParams.update(settings)
+        plt.close("all")
+    raise ValueError(f"cell {place} has no picture with sliders")
+
+
+def picture_with_frames(draw: Any, sliders: dict[str, Any], alt: str) -> str:
+    """Return a picture as HTML that shows another frame where a slider moves
+    (docs/static/frames.js); without a script it shows the first.
+
+    Args:
+        draw: returns a figure for the sliders' values.
+        sliders: by the names of the arguments that they set.
+        alt: what the picture shows.
+    """
+    places = {
+        name: places_of(slider, MOST_PLACES[len(sliders)])
+        for name, slider in sliders.items()
+    }
+    frames = []
+    for chosen in itertools.product(*places.values()):
+        figure = draw(**dict(zip(places, (value for _, value in chosen), strict=True)))
+        file = io.BytesIO()
+        figure.savefig(file, format="webp", pil_kwargs={"lossless": True})
+        plt.close(figure)
+        data = base64.b64encode(file.getvalue()).decode()
+        frames.append(f"data:image/webp;base64,{data}")
+    controls, first = [], 0
+    for name, slider in sliders.items():
+        labels = [label for label, _ in places[name]]
+        begin = [value for _, value in places[name]].index(slider.value)
+        first = first * len(labels) + begin
+        controls.append(
+            f"<label>{html.escape(slider.description or name)} "
+            f'<input type="range" min="0" max="{len(labels) - 1}" value="{begin}" '
+            f"data-labels='{html.escape(json.dumps(labels))}'>"
+            f"<output>{html.escape(labels[begin])}</output></label>"
+        )
+    return (
+        '<div class="frames">'
+        + "".join(controls)
+        + f'<img alt="{html.escape(alt)}" src="{frames[first]}">'
+        + f'<script type="application/json">{json.dumps(frames)}</script></div>'
+    )
+
+
+def put_in_frames(notebook: NotebookNode, kept: Path) -> None:
+    """Show frames where a notebook has a picture with sliders.
+
+    Args:
+        notebook: is changed in place.
+        kept: a folder, in which frames are kept for as long as their code is the same.
+    """
+    alt = ""
+    for place, cell in enumerate(notebook.cells):
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", alt)
+        if "interactive" not in cell.metadata.get("tags", []):
+            continue
+        sources = [
+            notebook.cells[number].source
+            for number in [*needed(notebook, [place]), place]
+        ]
+        name = hashlib.sha256("\n".join([alt, *sources]).encode()).hexdigest()
+        path = kept / f"{name}.html"
+        if not path.is_file():
+            found = captured(notebook, place)
+            kept.mkdir(parents=True, exist_ok=True)
+            path.write_text(
+                picture_with_frames(found.draw, found.sliders, alt), encoding="utf-8"
+            )
+        shown = {
+            "text/html": path.read_text(encoding="utf-8"),
+            "text/plain": interactive.WITHOUT_A_KERNEL,
+        }
+        cell.outputs = [new_output("display_data", shown)]
