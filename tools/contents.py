@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,10 @@ OPENING = re.compile(
     r"# (?P<title>.+)\n\n\*(?P<question>.+)\*\n"
     r"(?:.|\n)*About (?P<reading>\d+) minutes to read and run, (?P<exercises>\d+) for the exercises"
 )
+TASK = re.compile(
+    r"^### Exercise (?P<number>\d\.\d): (?P<title>.+) \(\S+, (?P<minutes>\d+) minutes\)",
+    flags=re.MULTILINE,
+)
 OWN = "DoRA with m's rate"
 # The differences that the page of the results shows task by task.
 SHOWN = [
@@ -42,25 +47,36 @@ SHOWN = [
 
 
 class Lesson(NamedTuple):
-    """What a notebook says of itself; the minutes are for reading and for exercises."""
+    """What a notebook says of itself; the minutes are for reading and for exercises.
+
+    ``tasks`` are the exercises by their numbers: title and minutes.
+    """
 
     path: Path
     title: str
     question: str
     reading: int
     exercises: int
+    tasks: dict[str, tuple[str, int]]
 
 
 def lessons() -> list[Lesson]:
     """Return all lessons in reading order."""
     found = []
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-        opening = OPENING.match("".join(first["source"]))
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        opening = OPENING.match("".join(cells[0]["source"]))
         if opening is None:
             raise SystemExit(f"{path.name} doesn't begin as docs/template.ipynb does")
         minutes = int(opening["reading"]), int(opening["exercises"])
-        found.append(Lesson(path, opening["title"], opening["question"], *minutes))
+        tasks = {
+            task["number"]: (task["title"], int(task["minutes"]))
+            for cell in cells
+            for task in TASK.finditer("".join(cell["source"]))
+        }
+        found.append(
+            Lesson(path, opening["title"], opening["question"], *minutes, tasks)
+        )
     return found
 
 
@@ -108,6 +124,34 @@ def times() -> str:
         f"Together that is {reading} minutes to read and {exercises} for the exercises."
     )
     return f"{table(head, *rows)}\n\n{total}"
+
+
+def plan(name: str) -> str:
+    """Return a plan for a class, with the time at which each part begins.
+
+    Raises:
+        SystemExit: it takes more minutes than it may.
+    """
+    text = (ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8")
+    chosen = yaml.safe_load(text)[name]
+    found = {int(one.path.name[:2]): one for one in lessons()}
+    rows, now = [["start", "minutes", "what"]], 0
+    for part in chosen["parts"]:
+        if "notebook" in part:
+            number = part["notebook"]
+            minutes, what = found[number].reading, f"Notebook {number}, read and run"
+        elif "exercise" in part:
+            number = str(part["exercise"])
+            title, minutes = found[int(number[0])].tasks[number]
+            what = f"Exercise {number}: {title}"
+        else:
+            minutes, what = part["minutes"], part["what"]
+        rows.append([f"{now // 60}:{now % 60:02d}", str(minutes), what])
+        now += minutes
+    if now > chosen["at most"]:
+        raise SystemExit(f"docs/plans.yaml: {name} takes {now} minutes")
+    rows.append([f"{now // 60}:{now % 60:02d}", "", "end"])
+    return table(*rows)
 
 
 def stored(name: str = "comparison") -> pd.DataFrame:
@@ -174,7 +218,10 @@ def whole_mnist() -> str:
 # Page → name of a table → what returns it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"series": series},
-    "docs/teaching.md": {"times": times},
+    "docs/teaching.md": {
+        "times": times,
+        **{name: partial(plan, name) for name in ("90 minutes", "Half a day", "A day")},
+    },
     "docs/results.md": {
         "declared": declared,
         "without one task": without,

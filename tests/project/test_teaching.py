@@ -4,8 +4,10 @@ plans add up."""
 import re
 from pathlib import Path
 
+import contents
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
@@ -20,46 +22,40 @@ def text_of(path):
     )
 
 
-def stated_minutes(path):
-    found = re.search(
-        r"About (\d+) minutes to read and run, (\d+) for the exercises", text_of(path)
-    )
-    return int(found[1]), int(found[2])
-
-
-READING = {int(path.name[:2]): stated_minutes(path)[0] for path in NOTEBOOKS}
-EXERCISES = {
-    number: int(minutes)
-    for path in NOTEBOOKS
-    for number, minutes in re.findall(
-        r"### Exercise (\d+\.\d+): .*\(\S+, (\d+) minutes\)", text_of(path)
-    )
-}
 HEADINGS = {
     int(path.name[:2]): re.findall(r"^#+ (.+)$", text_of(path), flags=re.MULTILINE)
     for path in NOTEBOOKS
 }
 
 
-PLANS = {"90 minutes": 90, "Half a day": 4 * 60, "A day": 7 * 60}
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_a_plan_adds_up_and_gives_each_part_its_minutes(name):
-    section = GUIDE.split(f"### {name}: ")[1].split("\n#")[0]
-    rows = re.findall(
-        r"^\| (\d+):(\d\d) \| ?(\d*) \| (.+) \|$", section, flags=re.MULTILINE
-    )
-    now = 0
-    for hours, minutes, length, what in rows:
-        assert 60 * int(hours) + int(minutes) == now, what
-        now += int(length or 0)
-        if found := re.match(r"Notebook (\d), read and run", what):
-            assert int(length) == READING[int(found[1])]
-        if found := re.match(r"Exercise (\d\.\d)", what):
-            assert int(length) == EXERCISES[found[1]]
-    assert rows[-1][3] == "end"
-    assert 0 < now <= PLANS[name]
+def test_a_plan_adds_up_gives_each_part_its_minutes_and_ends_in_time(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "docs").mkdir()
+    written = tmp_path / "docs" / "plans.yaml"
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks", target_is_directory=True)
+    monkeypatch.setattr(contents, "ROOT", tmp_path)
+    lesson = contents.lessons()[3]
+    title, minutes = lesson.tasks["4.2"]
+    plan = {
+        "at most": 70 + lesson.reading + minutes,
+        "parts": [
+            {"minutes": 70, "what": "Break"},
+            {"notebook": 4},
+            {"exercise": 4.2},
+        ],
+    }
+    written.write_text(yaml.safe_dump({"short": plan}))
+    rows = contents.plan("short").splitlines()[2:]
+    assert rows[0] == "| 0:00 | 70 | Break |"
+    assert rows[1] == f"| 1:10 | {lesson.reading} | Notebook 4, read and run |"
+    assert rows[2].endswith(f"| {minutes} | Exercise 4.2: {title} |")
+    now = plan["at most"]
+    assert rows[3] == f"| {now // 60}:{now % 60:02d} |  | end |"
+    plan["at most"] -= 1
+    written.write_text(yaml.safe_dump({"short": plan}))
+    with pytest.raises(SystemExit, match=f"short takes {now} minutes"):
+        contents.plan("short")
 
 
 def test_the_headings_that_it_names_are_there():
