@@ -5,7 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_utils.checks._shared import ask, compare, equal, examples, exercise
+from lowrank_utils.checks._shared import (
+    ExerciseError,
+    Remark,
+    ask,
+    compare,
+    equal,
+    examples,
+    exercise,
+)
 
 
 @exercise("4.1")
@@ -19,9 +27,22 @@ def check_unit_vector(function: Callable[[Tensor], Tensor]) -> None:
         / v.abs().sum(),
         "that is divided by the largest entry; the length is √(v·v)": v / v.abs().max(),
         "that is divided by the squared length: take the root": v / v.square().sum(),
+        "that is divided by the number of entries; the length is √(v·v)": v / len(v),
+        "that is multiplied by the length: divide by it": v * 13,
         "that is the vector itself": v,
+        "that is its length; the direction is a vector": v.norm(),
+        "all signs are lost: divide v, not its absolute values": v.abs() / 13,
     }
-    compare("unit_vector", ask(function, v=v), v / 13, mistakes)
+    try:
+        answer = ask(function, v=v)
+    except ExerciseError as stopped:
+        if "ambiguous" in str(stopped.__cause__):
+            raise ExerciseError(
+                "`if` wants one yes or no, and v has several entries: decide by the "
+                "length, which is one number"
+            ) from stopped
+        raise
+    compare("unit_vector", answer, v / 13, mistakes)
     for entries, recognised in [
         (
             (0.0, 2.0),
@@ -70,6 +91,14 @@ def check_split_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Non
                 weight.abs().sum(dim=1),
                 None,
             ),
+            "that is a mean over the inputs; a length is the root of a sum": (
+                weight.square().mean(dim=1).sqrt(),
+                None,
+            ),
+            "the two parts have changed places: m first, then the directions": (
+                directions,
+                None,
+            ),
             "the directions are divided along the wrong axis": (None, weight / columns),
             "the directions must keep torch's shape (out, in); yours are transposed": (
                 None,
@@ -80,10 +109,36 @@ def check_split_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Non
                 None,
                 weight / rows.square().unsqueeze(1),
             ),
+            "the directions are divided by sums of absolute values": (
+                None,
+                weight / weight.abs().sum(dim=1, keepdim=True),
+            ),
+            "the directions are divided by one norm for the whole weight": (
+                None,
+                weight / weight.norm(),
+            ),
+            "the directions are multiplied by m: divide": (
+                None,
+                weight * rows.unsqueeze(1),
+            ),
         }
-        compare(
-            "split_rows", ask(function, weight=weight), (rows, directions), mistakes
-        )
+        answer = _ask_to_split(function, weight)
+        compare("split_rows", answer, (rows, directions), mistakes)
+
+
+def _ask_to_split(function: Callable[[Tensor], object], weight: Tensor) -> object:
+    """Return the answer; a division of (out, in) by (out,) gets a hint of its own."""
+    __tracebackhide__ = True
+    try:
+        return ask(function, weight=weight)
+    except ExerciseError as stopped:
+        if "must match the size of tensor" in str(stopped.__cause__):
+            out, n_in = weight.shape
+            raise ExerciseError(
+                f"torch can't put ({out},) beside ({out}, {n_in}): one number for each "
+                f"row must stand in a column, ({out}, 1)"
+            ) from stopped
+        raise
 
 
 @exercise("4.3")
@@ -97,6 +152,7 @@ def check_weight_norm_gradients(
         unit, length = v / v.norm(), v.norm()
         grad_g = grad_w @ unit
         across = grad_w - grad_g * unit
+        grad_v = g / length * across
         mistakes = {
             "g's gradient is the part of ∇w along v: divide v by its length": (
                 grad_w @ v,
@@ -106,15 +162,65 @@ def check_weight_norm_gradients(
                 grad_w * unit,
                 None,
             ),
+            "g's gradient is the part of ∇w along v, not the length of ∇w": (
+                grad_w.norm(),
+                None,
+            ),
+            "g's gradient isn't scaled by g": (g * grad_g, None),
+            "g's gradient is a number, and yours is its vector along v": (
+                grad_g * unit,
+                None,
+            ),
+            "the two gradients have changed places: g's first, then v's": (
+                grad_v,
+                None,
+            ),
             "v's gradient still has a part along v: subtract it": (
                 None,
                 g / length * grad_w,
             ),
+            "that is ∇w: v's gradient has no part along v, so subtract it": (
+                None,
+                grad_w,
+            ),
+            "the part along v is subtracted, not added": (
+                None,
+                g / length * (grad_w + grad_g * unit),
+            ),
+            "what you subtract is the part along v: g's gradient times the *unit* vector": (
+                None,
+                g / length * (grad_w - grad_g * v),
+            ),
+            "that is the part along v; v's gradient is the rest": (
+                None,
+                g / length * grad_g * unit,
+            ),
             "v's gradient is scaled by g/‖v‖": (None, across),
             "v's gradient is divided by ‖v‖ too": (None, g * across),
             "v's gradient is scaled by g too": (None, across / length),
+            "v's gradient is scaled by g/‖v‖, and yours is upside down": (
+                None,
+                length / g * across,
+            ),
         }
         answer = ask(function, grad_w=grad_w, g=g, v=v)
-        compare(
-            "weight_norm_gradients", answer, (grad_g, g / length * across), mistakes
-        )
+        compare("weight_norm_gradients", answer, (grad_g, grad_v), mistakes)
+    if _differentiates(lambda: function(grad_w.clone(), g.clone(), v.clone())):
+        raise Remark("autograd did the work: can you write the two formulas?")
+
+
+def _differentiates(call: Callable[[], object]) -> bool:
+    """Tell whether ``call`` makes autograd keep something for a backward pass."""
+    kept: list[bool] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(True)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        try:
+            call()
+        except ExerciseError:
+            # It ran without these hooks, which torch.func refuses.
+            return True
+    return bool(kept)
