@@ -18,7 +18,7 @@ from lowrank_utils.checks.dora import (
     check_magnitude_gradient,
 )
 from lowrank_utils.checks.finetuning import (
-    check_magnitude_only,
+    check_fine_tune,
     check_paired_difference,
     check_standard_error,
 )

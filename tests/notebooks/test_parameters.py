@@ -63,7 +63,7 @@ def test_the_test_split_is_looked_at_in_one_cell(root):
         if c.cell_type == "code" and re.search(r"splits\.test|_test\b", c.source)
     ]
     assert len(looking) == 1
-    assert "rotated test digits" in looking[0]
+    assert "rotated test images" in looking[0]
     place = [cell.source for cell in cells].index(looking[0])
     assert cells[place - 1].source.count("Now the test split, once: ") == 1
 
@@ -74,7 +74,7 @@ def test_another_rank_and_seed_run_to_the_end(run):
     printed = run(
         rank=2, alpha=4.0, seed=7, adaptation_epochs=2, adaptation_examples=500
     )
-    assert "3,518" in printed  # trainable numbers of DoRA at rank 2
+    assert "3,518" in printed  # trained parameters of DoRA at rank 2
     assert "Exercise 6.3: correct" in printed
 
 
@@ -85,8 +85,8 @@ def test_another_rank_and_seed_run_to_the_end(run):
 )
 def test_the_whole_mnist_runs_to_the_end(run):
     printed = run(data_set="mnist", epochs=1, adaptation_epochs=3)
-    assert "55,000 digits" in printed
-    before = percent(r"pretrained network on rotated digits: ([\d.]+)%", printed)
+    assert "55,000 images" in printed
+    before = percent(r"pretrained network on rotated images: ([\d.]+)%", printed)
     assert percent(r"accuracy on the validation split: ([\d.]+)%", printed) > 0.94
     for method in ("full", "LoRA", "DoRA, norm detached", "DoRA, norm kept"):
         assert percent(rf"{method} +[\d,]+ +([\d.]+)%", printed) > before + 0.3
