@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank_utils import checks
-from lowrank_utils.adapt import count_parameters, freeze_linear_layers
+from lowrank_utils.adapt import freeze_linear_layers
 from lowrank_utils.checks import ExerciseError
 from lowrank_utils.lora import LinearWithLoRA, LoRALayer
 
@@ -76,8 +76,19 @@ def train(model, chosen):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def magnitudes(model):
-    return train(model, lambda name: name.endswith(".m"))
+def fine_tune(model, batches, rate, factor, forget=True, optimizer=torch.optim.Adam):
+    groups = [
+        {"params": [p], "lr": rate * factor if name.endswith(".m") else rate}
+        for name, p in model.named_parameters()
+    ]
+    update = optimizer(groups)
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images), labels)
+        if forget:
+            update.zero_grad()
+        loss.backward()
+        update.step()
+    return loss.item()
 
 
 def train_modules(model, kind):
@@ -283,7 +294,7 @@ ON_MODELS = {
     "freeze_all_but_adapters": lambda model: train(model, lambda n: ".lora." in n),
     "merge": merge,
     "finds_bug": finds_bug_without(),
-    "magnitude_only": magnitudes,
+    "fine_tune": fine_tune,
 }
 ON_NUMBERS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
@@ -542,15 +553,16 @@ MISTAKES = {
         # 2 is the root of the first example's n.
         "isn't right yet": error_of_mean(lambda d: d.std() / 2),
     },
-    "magnitude_only": {
-        "A and B are still": lambda model: train(model, lambda n: ".linear." not in n),
-        "nothing else; got []": lambda model: train(model, lambda _: False),
-        "layers.0.linear.bias": lambda model: train(model, lambda n: "linear" in n),
-        "norm.bias": lambda model: train(model, lambda n: "m" in n),
-        "not the tensors": lambda model: magnitudes(model) * 0 + 3,
-        "frozen numbers too": lambda m: magnitudes(m) * 0 + count_parameters(m).total,
-        # 17 is the first example's count.
-        "isn't right yet": lambda model: magnitudes(model) * 0 + 17,
+    "fine_tune": {
+        "where is factor": lambda m, b, rate, _: fine_tune(m, b, rate, 1),
+        "for m alone": lambda m, b, rate, f: fine_tune(m, b, rate * f, 1),
+        "zero_grad() belongs": lambda *given: fine_tune(*given, forget=False),
+        "gradient descent": lambda *given: fine_tune(*given, True, torch.optim.SGD),
+        "AdamW": lambda *given: fine_tune(*given, True, torch.optim.AdamW),
+        "is the `return` inside": lambda m, b, *rates: fine_tune(m, b[:1], *rates),
+        "nothing has moved": lambda *_: 0.5,
+        "is the `return` missing": lambda *given: fine_tune(*given) and None,
+        "isn't right yet": lambda *given: fine_tune(*given) + 1,
     },
     "held_back": {
         "the score alone": lambda s, c: held_back(s, c, lower_score),
