@@ -1,6 +1,7 @@
 """The checks of notebook 3, merged and unmerged."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,18 @@ def check_merged_weight(
                 e.weight + e.alpha * delta
             ).T,
             "alpha scales the update alone": e.alpha * (e.weight + delta),
+            "alpha scales the update, not W": e.alpha * e.weight + delta,
             "that is ΔW alone": e.alpha * delta,
             "the update is added, not subtracted": e.weight - e.alpha * delta,
             "alpha is multiplied once": e.weight + e.alpha**2 * delta,
+            "alpha is a factor, it isn't added": e.weight + delta + e.alpha,
+            "alpha multiplies, it doesn't divide": e.weight + delta / e.alpha,
             "that is W alone; the update is missing": e.weight,
             "alpha is used as it is here, not divided by the rank": e.weight
             + e.alpha / len(e.B) * delta,
+            "a reshape isn't a transpose: it leaves the numbers in their old order": (
+                e.weight + e.alpha * (e.A @ e.B).reshape(e.weight.shape)
+            ),
         }
         answer = ask(function, **e.take("weight A B alpha"))
         compare("merged_weight", answer, e.weight + e.alpha * delta, mistakes)
@@ -55,6 +62,8 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             "count multiplications alone, not the additions too": 2 * (frozen + thin),
             "costs add up: x·A first, and then its result times B": frozen
             + b * n_in * r * n_out,
+            "that is a whole training step; count the forward pass alone": 2 * frozen
+            + 3 * thin,
         }
         for what, width in {"the output": n_out, "x·A": r, "x": n_in}.items():
             hint = f"the scaling of {what} isn't counted here, only the three matrix products"
@@ -79,30 +88,22 @@ def check_merge(function: Callable[[LinearWithLoRA], nn.Linear]) -> None:
         )
         nn.init.normal_(layer.lora.B)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
-        merged = function(layer)
-        if type(merged) is not nn.Linear:
-            raise ExerciseError(
-                f"return a plain nn.Linear; got {type(merged).__name__}"
-            )
-        if (merged.bias is not None) != bias:
-            raise ExerciseError(
-                "the merged layer must have a bias exactly if the linear layer has one"
-            )
-        if merged.weight.shape != (n_out, n_in):
-            raise ExerciseError(
-                f"the merged layer's weight has the wrong shape: {tuple(merged.weight.shape)} instead of {n_out, n_in}"
-            )
-        if any(
-            not torch.equal(value, before[name])
-            for name, value in layer.state_dict().items()
-        ):
+        try:
+            merged = function(layer)
+        except ExerciseError as error:
+            raise ExerciseError(_explained(str(error), before)) from error
+        _check_kind(merged, layer)
+        after = layer.state_dict()
+        if layer.lora.alpha != 2.5 or before.keys() != after.keys():
             raise ExerciseError("the adapted layer was changed; work on a copy")
+        if not all(torch.equal(after[name], value) for name, value in before.items()):
+            raise ExerciseError(
+                "the adapted layer was changed; work on a copy (adding and subtracting "
+                "again doesn't bring every bit back)"
+            )
+        held = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         for name, parameter in merged.named_parameters():
-            if parameter.dtype != dtype:
-                raise ExerciseError(
-                    f"{name} has the wrong dtype: {parameter.dtype} instead of {dtype}"
-                )
-            if parameter.data_ptr() in {p.data_ptr() for p in layer.parameters()}:
+            if parameter.untyped_storage().data_ptr() in held:
                 raise ExerciseError(
                     f"both layers' {name} share memory: training one would change the other; clone it"
                 )
@@ -110,16 +111,87 @@ def check_merge(function: Callable[[LinearWithLoRA], nn.Linear]) -> None:
             _compare_outputs(merged, layer)
 
 
+def _explained(hint: str, parts: dict[str, Tensor]) -> str:
+    """Return the hint for an error in the learner's function, with what it means for
+    this exercise.
+    """
+    shapes = ", ".join(
+        f"{name} {tuple(value.shape)}"
+        for name, value in parts.items()
+        if name != "linear.bias"
+    )
+    meanings = {
+        "leaf Variable": "change a parameter under torch.no_grad()",
+        "as parameter": "wrap the new tensor in nn.Parameter(…)",
+        "NoneType": "one of the layers that you are given has no bias: its layer.bias is None",
+        "must match": f"the shapes are {shapes}: is a transpose missing, or one too many?",
+        "multipl": f"the shapes are {shapes}: is a transpose missing, or one too many?",
+    }
+    for words, meaning in meanings.items():
+        if words in hint:
+            return f"{hint}. {meaning[0].upper()}{meaning[1:]}"
+    return hint
+
+
+def _check_kind(merged: Any, layer: LinearWithLoRA) -> None:
+    """Refuse what isn't a plain linear layer of the sizes and the dtype of ``layer``."""
+    __tracebackhide__ = True
+    if merged is None:
+        raise ExerciseError("merge returned None: is the `return` missing?")
+    if type(merged) is not nn.Linear:
+        raise ExerciseError(f"return a plain nn.Linear; got {type(merged).__name__}")
+    parameters = dict(merged.named_parameters())
+    for name in ("weight", "bias"):
+        value = getattr(merged, name, None)
+        if not isinstance(value, nn.Parameter) and (
+            name == "weight" or value is not None
+        ):
+            raise ExerciseError(f"the merged layer's {name} must be an nn.Parameter")
+    if (parameters.get("bias") is not None) != (layer.bias is not None):
+        raise ExerciseError(
+            "the merged layer must have a bias exactly if the linear layer has one"
+        )
+    n_in, n_out = layer.in_features, layer.out_features
+    for name, shape in {"weight": (n_out, n_in), "bias": (n_out,)}.items():
+        if name in parameters and parameters[name].shape != shape:
+            raise ExerciseError(
+                f"the merged layer's {name} has the wrong shape: {tuple(parameters[name].shape)} instead of {shape}. "
+                "nn.Linear takes the inputs first, and stores a weight as (out, in)"
+            )
+    if (merged.in_features, merged.out_features) != (n_in, n_out):
+        raise ExerciseError(
+            f"the merged layer says in_features={merged.in_features} and out_features={merged.out_features} "
+            f"instead of {n_in} and {n_out}. nn.Linear takes the inputs first"
+        )
+    for name, parameter in parameters.items():
+        if parameter.device != layer.linear.weight.device:
+            raise ExerciseError(
+                f"the merged layer's {name} is on the device {parameter.device.type}; "
+                f"the adapted layer is on {layer.linear.weight.device.type}"
+            )
+        if parameter.dtype != layer.linear.weight.dtype:
+            raise ExerciseError(
+                f"{name} has the wrong dtype: {parameter.dtype} instead of {layer.linear.weight.dtype}"
+            )
+
+
 def _compare_outputs(merged: nn.Linear, layer: LinearWithLoRA) -> None:
     __tracebackhide__ = True
-    W, delta = layer.linear.weight, layer.lora.delta_weight()
+    W, delta, alpha = layer.linear.weight, layer.lora.delta_weight(), layer.lora.alpha
     x = torch.randn(5, layer.in_features, dtype=W.dtype)
+    weights = {
+        "the update is missing": W,
+        "the update isn't scaled: where is alpha?": W + delta / alpha,
+        "delta_weight() holds alpha already; you scale it once more": W + alpha * delta,
+        "alpha scales the update alone": alpha * W + delta,
+        "the update is added, not subtracted": W - delta,
+        "that is ΔW alone, without W": delta,
+        "a reshape isn't a transpose: it leaves the numbers in their old order": W
+        + alpha * (layer.lora.A @ layer.lora.B).reshape(W.shape),
+    }
     mistakes = {
-        "the update is missing": layer.linear(x).detach(),
-        "the update isn't scaled: where is alpha?": F.linear(
-            x, W + delta / layer.lora.alpha, layer.bias
-        ).detach(),
-        "that is ΔW alone, without W": F.linear(x, delta, layer.bias).detach(),
+        hint: F.linear(x, weight, layer.bias).detach()
+        for hint, weight in weights.items()
     }
     if merged.bias is not None and layer.bias is not None:
         mistakes["the weight is right, but the bias isn't the layer's"] = F.linear(
