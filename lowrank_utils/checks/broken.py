@@ -1,4 +1,4 @@
-"""Six layers that are meant to be DoRA, each with one bug: what notebook 5 sends you
+"""Seven layers that are meant to be DoRA, each with one bug: what notebook 5 sends you
 out to find.
 
 Look for the bugs from outside first, with a test of your own. Each class says in its
@@ -98,4 +98,15 @@ class LayerF(LinearWithDoRAMerged):
         )
 
 
-LAYERS = (LayerA, LayerB, LayerC, LayerD, LayerE, LayerF)
+class LayerG(LinearWithDoRAMerged):
+    """DoRA with a bug."""
+
+    def adapted_weight(self) -> Tensor:
+        """Return the weight that the layer amounts to, (out, in)."""
+        V = self.updated_weight()
+        # The bug: all of c is detached, and not its norm alone, so m gets no gradient.
+        c = row_scale(self.m, row_norms(V)).detach()
+        return c.unsqueeze(1) * V
+
+
+LAYERS = (LayerA, LayerB, LayerC, LayerD, LayerE, LayerF, LayerG)

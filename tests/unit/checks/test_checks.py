@@ -276,6 +276,9 @@ def finds_bug_without(*left_out):
             layer.m[0] *= 2
             held["one output"] = (~torch.isclose(layer(x), y)).any(0).sum() == 1
             held["bias"] = close(layer(zero), linear.bias.expand(5, 4))
+        layer(x).sum().backward()
+        trained = (layer.lora.A, layer.lora.B, layer.m)
+        held["gradients"] = all(p.grad is not None for p in trained)
         return not all(value for name, value in held.items() if name not in left_out)
 
     return finds_bug
@@ -503,6 +506,9 @@ MISTAKES = {
         "not divided": lambda p: p.m * p.y + p.b,
         "bias is missing": lambda p: p.c * p.y,
         "the merged form": lambda p: p.c * (p.x @ p.V.T) + p.b,
+        "A·B was built in full": lambda p: (
+            p.c * (p.base + p.a * (p.x @ (p.A @ p.B))) + p.b
+        ),
         "scales the update too": lambda p: p.c * p.base + p.update + p.b,
         "not multiplied by m": lambda p: p.c / p.m * p.y + p.b,
         "alpha is missing": lambda p: p.but(a=1).dora,
@@ -519,8 +525,9 @@ MISTAKES = {
         "LayerD passes": finds_bug_without("linear", "lengths"),
         "LayerE passes": finds_bug_without("start", "lengths"),
         "LayerF passes": finds_bug_without("lengths"),
+        "LayerG passes": finds_bug_without("gradients"),
         "a right layer is accused": lambda _: True,
-        "LayerA passes": lambda cls: cls.__name__ in {f"Layer{x}" for x in "ABCDEF"},
+        "LayerA passes": lambda cls: cls.__name__ in {f"Layer{x}" for x in "ABCDEFG"},
         "your test stops at LayerB": moves_m_of_any_shape,
         "must return True or False": lambda _: torch.tensor([False, True]),
     },
@@ -639,7 +646,7 @@ MISTAKES = {
 REMARKS = {
     "smallest_rank": ["more than there are"],
     "apply_update": ["A·B was built in full"],
-    "dora_output": ["the merged form"],
+    "dora_output": ["the merged form", "A·B was built in full"],
     "factored_squares": [
         "right, but",
         "was stored",
