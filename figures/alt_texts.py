@@ -52,12 +52,19 @@ ALT_TEXTS = {
     "lora_and_dora": AltText(
         "LoRA and DoRA",
         "Two panels with the same frozen W and b and the same trained A and B. In LoRA the two outputs are added, then b. "
-        "In DoRA their sum is first multiplied, per output neuron, by c = m / ‖V‖ with a trained magnitude m.",
+        "In DoRA their sum is first multiplied, per output neuron, by c = m / ‖V‖. c is computed from a trained magnitude m "
+        "and from the norms of V, the weight that W, A and B make together.",
     ),
     "dora_steps": AltText(
         "DoRA in two steps",
         "Step 1: the pretrained W is decomposed into a magnitude m, the length of each row, and a directional matrix V, "
-        "which starts as W. Step 2: LoRA changes V to W + ΔW with W frozen, m is trained, and each row of "
-        "V is rescaled to length m: W′ = c ⊙ V with c = m / ‖V‖.",
+        "which starts as W. Step 2: LoRA changes V to W + ΔW with W frozen, m is trained, and W′ is again m times "
+        "the direction of V.",
+    ),
+    "detached_norm": AltText(
+        "What the detached norm cuts",
+        "Left, how W′ is made: c is m divided by the norm of V, and W′ is c times V. Two bars cut the arrow from V to its "
+        "norm, where the gradient is stopped. Right, a row of V and W′ on a circle of radius m. A step across the row turns "
+        "both. A step along it, which only the cut leaves in, makes V longer, and W′ stays.",
     ),
 }

@@ -6,7 +6,7 @@ SIDE = 1.02
 
 
 def column(d: Drawing, x: float, y: float) -> None:
-    """Draw a vector with one entry per row."""
+    """Draw m, which has one entry per row."""
     d.grid(Box(x, y, 0.32, SIDE), "magnitude", 5, 1)
 
 
@@ -32,7 +32,7 @@ def decompose(d: Drawing, y: float) -> None:
     d.text(3.65, below, "{direction|DoRA}")
     for height, text in (
         (0.34, "{m|magnitude} = ‖{W|frozen}‖, the length of each row:"),
-        (0.08, "one number per output neuron"),
+        (0.08, "one parameter per output neuron"),
         (-0.34, "{V|DoRA} = {W|frozen} at the start:"),
         (-0.6, "each row of {V|DoRA} / ‖{V|DoRA}‖ has length 1"),
     ):
@@ -40,25 +40,22 @@ def decompose(d: Drawing, y: float) -> None:
 
 
 def train(d: Drawing, y: float) -> None:
-    """Draw what V is made of, and W′ of V."""
+    """Draw what V is made of, and W′ of m and V's directions."""
     square(d, 0.92, y, "DoRA", "V")
     square(d, 2.44, y, "frozen", "W")
     square(d, 3.96, y, "LoRA", "ΔW")
     square(d, 5.5, y, "ink", "W′")
     column(d, 6.68, y)
-    square(d, 7.86, y, "DoRA", "V")
+    square(d, 7.86, y, "DoRA", "V / ‖V‖", size=14)
     for x, symbol in ((1.68, "="), (3.2, "+"), (6.26, "="), (7.09, "⊙")):
         d.text(x, y, symbol, size=18)
     d.path([(4.73, y - SIDE / 2), (4.73, y + SIDE / 2)], color="muted", width=1)
     below = y - SIDE / 2 - 0.2
     d.text(2.44, below, "{frozen|frozen}")
     d.text(3.96, below, "s·({A·B|LoRA})ᵀ, {trained|LoRA}")
-    d.text(
-        6.68,
-        below,
-        "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖, {m|magnitude} {trained|magnitude}",
-    )
-    note = "At the start {ΔW|LoRA} = 0 and {m|magnitude} = ‖{W|frozen}‖, so {c|magnitude} = 1 and W′ = {W|frozen}."
+    d.text(6.68, below, "{m|magnitude}, {trained|magnitude}")
+    d.text(7.86, below, "{direction|DoRA}")
+    note = "At the start {ΔW|LoRA} = 0 and {m|magnitude} = ‖{W|frozen}‖, so W′ = {W|frozen}."
     d.text(4.4, y - 1.15, note)
 
 

@@ -3,7 +3,7 @@
 from drawing import Box, Drawing, drawing
 from flow import factors, frozen, two_ways, values
 
-BIAS, SCALING = 4.72, 4.06
+Y, BIAS, SCALING = 2.5, 5.08, 4.24
 
 
 def finish(d: Drawing, before: Box, *lines: str) -> None:
@@ -23,30 +23,37 @@ def scale(d: Drawing, before: Box) -> Box:
     """Multiply by the trained magnitude over the norm, and return where that
     happens.
     """
-    magnitude = d.box(Box(before.x + 1.3, SCALING, 0.95, 0.36), "magnitude")
-    d.text(magnitude.x, SCALING, "{m|ink}  (out,)")
-    d.text(magnitude.x, SCALING - 0.3, "{trained|magnitude}")
-    d.text(
-        before.x + 0.22,
-        SCALING + 0.36,
-        "{c|magnitude} = {m|magnitude} / ‖{V|DoRA}‖",
-        align="left",
-    )
-    product = d.operator(before.x, SCALING, "")
-    d.circle(before.x, SCALING, 0.02, "ink")
-    d.arrow(magnitude.left, product.right)
+    x = before.x
+    # V is a weight and no output: it is made of W, A and B, whatever x is.
+    weight = Box(x, Y - 0.035, 3.8, 1.65)
+    d.path([*weight.corners, weight.corners[0]], color="DoRA", style="--")
+    d.text(x - 1.72, weight.top[1] + 0.17, "{V|DoRA}", size=14)
+    norm = d.box(Box(x + 1.62, SCALING - 0.56, 0.58, 0.36), "ink")
+    d.text(norm.x, norm.y, "‖{V|DoRA}‖")
+    factor = d.box(Box(x + 1.32, SCALING, 1.22, 0.36), "ink")
+    d.text(factor.x, SCALING, "{c|ink} = {m|magnitude} / ‖{V|DoRA}‖")
+    magnitude = d.box(Box(x + 1.32, BIAS - 0.14, 0.95, 0.36), "magnitude")
+    d.text(magnitude.x, magnitude.y, "{m|ink}  (out,)")
+    between = (magnitude.bottom[1] + factor.top[1]) / 2
+    d.text(x + 1.22, between, "{trained|magnitude}", align="right")
+    product = d.operator(x, SCALING, "")
+    d.circle(x, SCALING, 0.02, "ink")
+    d.arrow((norm.x, weight.top[1]), norm.bottom)
+    d.arrow(norm.top, (norm.x, factor.bottom[1]))
+    d.arrow(magnitude.bottom, factor.top)
+    d.arrow(factor.left, product.right)
     d.arrow(before.top, product.bottom)
     return product
 
 
 def draw() -> None:
-    with drawing("lora_and_dora", 8.8, 6.05) as d:
-        y, side = 2.5, 0.95
+    with drawing("lora_and_dora", 8.8, 6.5) as d:
+        side = 0.95
         sums = []
         for x, title in ((2.25, "LoRA"), (6.55, "DoRA")):
-            d.panel(Box(x, 3.0, 4.1, 5.7), title)
+            d.panel(Box(x, 3.25, 4.1, 6.18), title)
             sums.append(
-                two_ways(d, x, 1.37, frozen(d, x - side, y), factors(d, x + side, y))
+                two_ways(d, x, 1.37, frozen(d, x - side, Y), factors(d, x + side, Y))
             )
         finish(
             d,
@@ -58,7 +65,7 @@ def draw() -> None:
         finish(
             d,
             scale(d, sums[1]),
-            "y = {c|magnitude} ⊙ (x{W|frozen}ᵀ + s·x{AB|LoRA}) + {b|frozen}",
+            "y = {c|ink} ⊙ (x{W|frozen}ᵀ + s·x{AB|LoRA}) + {b|frozen}",
             "{V|DoRA} = {W|frozen} + {ΔW|LoRA},  ‖{V|DoRA}‖ the lengths of its rows",
             "frozen: {W|frozen}, {b|frozen}     trained: {m|magnitude}, {A|LoRA}, {B|LoRA}",
         )
