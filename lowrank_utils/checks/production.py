@@ -1,45 +1,155 @@
 """The checks of notebook 8, from scratch to production."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_utils.checks._shared import Remark, ask, compare, examples, exercise
+from lowrank_utils.adapt import replace_linear_layers
+from lowrank_utils.checks._shared import (
+    ExerciseError,
+    Remark,
+    ask,
+    compare,
+    equal,
+    examples,
+    exercise,
+)
+from lowrank_utils.dora import LinearWithDoRA
+from lowrank_utils.lora import LinearWithLoRA, is_adapter
+from lowrank_utils.training import MultilayerPerceptron
+
+_PREFIX = "base_model.model."
+_A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 @exercise("8.1")
-def check_to_peft(
-    function: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]],
-) -> None:
-    """Check exercise 8.1, A, B and the scaling as PEFT stores them."""
+def check_to_peft(function: Callable[[nn.Module], Mapping[str, Tensor]]) -> None:
+    """Check exercise 8.1, what an adapter's file holds, by PEFT's names."""
     __tracebackhide__ = True
-    for e in examples():
-        A, B, alpha, r = e.A, e.B, e.alpha, len(e.B)
-        mistakes = {
-            "PEFT's A is (r, in): ours is its transpose": (A, None, None),
-            "PEFT's B is (out, r): ours is its transpose": (None, B, None),
-            "A and B have changed places": (B.T, A.T, None),
-            "PEFT divides lora_alpha by the rank; multiply by it": (
-                None,
-                None,
-                alpha / r,
-            ),
-            "that is the scaling itself; PEFT will divide it by the rank": (
-                None,
-                None,
-                alpha,
-            ),
-            "√r belongs to rsLoRA": (None, None, alpha * r**0.5),
-        }
-        compare(
-            "to_peft",
-            ask(function, **e.take("A B alpha")),
-            (A.T, B.T, r * alpha),
-            mistakes,
+    transposed: list[str] = []
+    for model in _models_with_adapters():
+        before = copy.deepcopy(model.state_dict())
+        answer = function(model)
+        after = model.state_dict()
+        if before.keys() != after.keys() or not all(
+            torch.equal(before[name], after[name]) for name in before
+        ):
+            raise ExerciseError(
+                "model was changed in place; others still need it as it was"
+            )
+        transposed += _check_tensors(answer, model)
+    if transposed:
+        raise Remark(
+            f"{transposed[0]} lies transposed in memory, and safetensors refuses "
+            "to save it: add .contiguous()"
         )
+
+
+def _models_with_adapters() -> list[nn.Module]:
+    """Return two models in which some layers are adapted, B and m have moved, and which
+    have other names and kinds of adapters.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(8)
+        first: nn.Module = MultilayerPerceptron(7, 5, 6, 4).double()
+        ends = ["layers.0", "layers.4"]
+        replace_linear_layers(first, LinearWithLoRA, 2, 2.5, targets=ends)
+        block = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(4, 5))
+        parts = {"words": nn.Embedding(3, 6), "block": block, "head": nn.Linear(5, 3)}
+        second: nn.Module = nn.ModuleDict(parts).double()
+        replace_linear_layers(second, LinearWithDoRA, 3, 0.5, targets="block.1")
+        replace_linear_layers(second, LinearWithLoRA, 2, 1.5, targets="head")
+        for module in (*first.modules(), *second.modules()):
+            if is_adapter(module):
+                layer: Any = module
+                layer.lora.B.normal_()
+                if hasattr(layer, "m"):
+                    layer.m.mul_(torch.linspace(0.5, 1.5, len(layer.m)))
+    return [first, second]
+
+
+def _check_tensors(answer: Any, model: nn.Module) -> list[str]:
+    """Refuse what isn't the content of an adapter's file, and return the names of
+    tensors that can't be saved as they are.
+    """
+    __tracebackhide__ = True
+    if answer is None:
+        raise ExerciseError("to_peft is None: is the `return` missing?")
+    if not isinstance(answer, Mapping):
+        raise ExerciseError(
+            f"to_peft must be a dictionary, name → tensor; got {type(answer).__name__}"
+        )
+    layers: dict[str, Any] = {
+        name: layer for name, layer in model.named_modules() if is_adapter(layer)
+    }
+    wanted = {
+        f"{_PREFIX}{name}.{part}"
+        for name, layer in layers.items()
+        for part in (_A, _B, *([_M] if hasattr(layer, "m") else []))
+    }
+    if hint := _wrong_names(answer, wanted):
+        raise ExerciseError(hint)
+    for name, layer in layers.items():
+        A, B, alpha = layer.lora.A.detach(), layer.lora.B.detach(), layer.lora.alpha
+        start = f"{_PREFIX}{name}."
+        scaled = "the scaling doesn't belong in here: the config has it, as lora_alpha"
+        reshaped = "a reshape isn't a transpose: it puts the numbers into other places"
+        changed = "A and B have changed places"
+        mistakes: dict[str, dict[str, Tensor]] = {
+            _A: {
+                "PEFT's A is (r, in): ours is its transpose": A,
+                changed: B.T,
+                scaled: alpha * A.T,
+                reshaped: A.reshape(A.T.shape),
+            },
+            _B: {
+                "PEFT's B is (out, r): ours is its transpose": B,
+                changed: A.T,
+                scaled: alpha * B.T,
+                reshaped: B.reshape(B.T.shape),
+            },
+        }
+        right = {_A: A.T, _B: B.T}
+        if hasattr(layer, "m"):
+            right[_M] = layer.m.detach()
+            norms = layer.linear.weight.detach().norm(dim=1)
+            mistakes[_M] = {"that is ‖W‖, from where m started: take layer.m": norms}
+        for part, expected in right.items():
+            compare(start + part, answer[start + part], expected, mistakes[part])
+    return [name for name, tensor in answer.items() if not tensor.is_contiguous()]
+
+
+def _wrong_names(answer: Mapping[Any, Any], wanted: set[str]) -> str | None:
+    """Say what is wrong with the names, if anything is."""
+    for name in answer:
+        if not isinstance(name, str):
+            return f"every name must be text; got the {type(name).__name__} {name!r}"
+    further = sorted(answer.keys() - wanted)
+    for name in further:
+        # What a name has that none should have, the most telling first.
+        for known, hint in {
+            ".linear.": "the pretrained weights don't belong into an adapter's file",
+            ".lora.": "PEFT's names end in lora_A.weight and lora_B.weight",
+            ".default": "PEFT says `default` in memory alone; the file leaves it out",
+            f"{_M}.weight": f"the name of m ends in {_M}, without `.weight`",
+        }.items():
+            if known in f".{name}":
+                return f"{hint}; got {name!r}"
+        if not name.startswith(_PREFIX):
+            return f"every name begins with `{_PREFIX}`; got {name!r}"
+        if name.endswith((".lora_A", ".lora_B")):
+            return f"the names of A and B end in `.weight`; got {name!r}"
+        if name.endswith(_M):
+            return f"{name!r} is there, and this layer has no m: it is LoRA"
+        return f"{name!r} isn't part of the adapter"
+    missing = sorted(wanted - answer.keys())
+    if missing and all(name.endswith(_M) for name in missing):
+        return f"{missing[0]!r} is missing: with m left out, another layer is loaded"
+    return f"{missing[0]!r} is missing" if missing else None
 
 
 class _Watch(TorchDispatchMode):
@@ -61,10 +171,14 @@ class _Watch(TorchDispatchMode):
         self.operations += 1
         taken = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
         for part in result if isinstance(result, (tuple, list)) else [result]:
-            if (
-                not isinstance(part, Tensor)
-                or part.untyped_storage().data_ptr() in taken
-            ):
+            if not isinstance(part, Tensor):
+                continue
+            if part.layout != torch.strided:
+                # Sparse: it has no storage of this kind.
+                if part._nnz() >= self.limit:
+                    self.large.append(part)
+                continue
+            if part.untyped_storage().data_ptr() in taken:
                 continue
             # The storage counts: what is expanded to a large shape holds few numbers.
             if part.untyped_storage().nbytes() >= self.limit * part.element_size():
@@ -99,6 +213,10 @@ def check_factored_squares(
             + 2 * alpha**2 * cross
             + update,
             "alpha is missing": base + 2 * cross + update / alpha**2,
+            "(a + b)² has + 2ab; yours has the minus of (a − b)²": base
+            - 2 * alpha * cross
+            + update,
+            "the first term, ‖w‖², is missing": 2 * alpha * cross + update,
             "that is the norm; the square was asked for": expected.sqrt(),
             "one number per output: sum over the inputs, not over the outputs": e.V.square().sum(
                 dim=0
@@ -124,12 +242,12 @@ def _check_that_nothing_large_is_stored(
     with _Watch(200 * 200, [W, A, B]) as watch:
         function(W, A, B, 2.0)
     for large in watch.large:
-        if large.shape == W.shape and torch.equal(large, W.square()):
+        if large.layout == torch.strided and equal(large, W.square()):
             raise Remark(
                 "the squares of W were stored, a matrix as large as W: "
                 "torch.linalg.vector_norm(weight, dim=1) stores none"
             )
-        if large.squeeze().shape in {(200, 300), (300, 200)}:
+        if sorted(n for n in large.shape if n != 1) == [200, 300]:
             raise Remark(
                 "A·B was built in full: regroup the last term as B · (AᵀA · B)"
             )
@@ -181,6 +299,12 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
             * (base + update)
             + bias,
             "the bias is missing": c[choice] * (base + update),
+            "the frozen product, xWᵀ, is missing": c[choice] * update + bias,
+            "a row as a matrix has a dimension more: squeeze it out before you add": c[
+                choice
+            ]
+            * (base + update.unsqueeze(1))
+            + bias,
             "the updates of all adapters were added up": c[choice]
             * (base + sum(x @ A[k] @ B[k] for k in range(customers)))
             + bias,

@@ -201,6 +201,46 @@ def sign_flip(d, as_far=lambda means, seen: means.abs() >= seen.abs() - 1e-12):
     return as_far((signs * d).mean(dim=1), d.mean()).double().mean()
 
 
+def pefts_tensors(model, copied=torch.Tensor.contiguous, parts="ABm"):
+    """Return what an adapter's file holds of A, B and m."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora"):
+            start, lora = f"base_model.model.{name}.lora_", layer.lora
+            found = {"A.weight": lora.A.T, "B.weight": lora.B.T}
+            if hasattr(layer, "m"):
+                found["magnitude_vector"] = layer.m
+            for part, tensor in found.items():
+                if part[0] in parts:
+                    tensors[start + part] = copied(tensor)
+    return tensors
+
+
+def changed_peft(end, change):
+    """Return the solution with what ends so changed."""
+    return lambda model: {
+        name: change(tensor) if name.endswith(end) else tensor
+        for name, tensor in pefts_tensors(model).items()
+    }
+
+
+def renamed_peft(old, new):
+    return lambda model: {
+        name.replace(old, new): tensor for name, tensor in pefts_tensors(model).items()
+    }
+
+
+def peft_names_of_state(model):
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        start, _, part = name.rpartition(".")
+        if start.endswith(".lora"):
+            tensors[f"base_model.model.{start}_{part}.weight"] = tensor.t().contiguous()
+        elif part == "m":
+            tensors[f"base_model.model.{start}.lora_magnitude_vector"] = tensor
+    return tensors
+
+
 def factored(p, twice=2, mixed=1, last=2):
     """``mixed`` and ``last`` are the powers of the scaling in these two terms."""
     first = p.squares + twice * p.a**mixed * (p.wA * p.B.T).sum(1)
@@ -298,6 +338,7 @@ ON_MODELS = {
     "merge": merge,
     "finds_bug": finds_bug_without(),
     "fine_tune": fine_tune,
+    "to_peft": lambda model: pefts_tensors(model),
 }
 ON_NUMBERS = {
     "adapter_parameters": lambda i, o, r: r * (i + o),
@@ -316,7 +357,6 @@ RETURNS_TENSORS = {
     "dora_scale": lambda p: p.c,
     "dora_output": lambda p: p.dora,
     "magnitude_gradient": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(0),
-    "to_peft": lambda A, B, a: (A.T, B.T, a * A.shape[1]),
     "factored_squares": factored,
     "mixed_batch": lambda p: p.dora,
 }
@@ -344,7 +384,7 @@ OTHER_SOLUTIONS = {
     "dora_output": [lambda p: p.m / factored(p).sqrt() * p.y + p.b],
     "paired_difference": [floats(paired)],
     "split_rows": [lambda w: [w.norm(dim=1), F.normalize(w, dim=1)]],
-    "to_peft": [lambda A, B, a: [A.t(), B.mT, a * A.shape[1]]],
+    "to_peft": [peft_names_of_state],
     "lora_output": [
         lambda p: F.linear(p.x, p.w, p.b) + p.x @ (p.A @ p.B) * p.a,
         lambda p: F.linear(p.x, p.unscaled + (p.a - 1) * (p.A @ p.B).T, p.b),
@@ -598,14 +638,15 @@ MISTAKES = {
         "was changed in place": lambda d: sign_flip(d.abs_()),
     },
     "to_peft": {
-        "PEFT's A is": lambda A, B, a: (A, B.T, a * len(B)),
-        "PEFT's B is": lambda A, B, a: (A.T, B, a * len(B)),
-        "changed places": lambda A, B, a: (B.T, A.T, a * len(B)),
-        "multiply by it": lambda A, B, a: (A.T, B.T, a / len(B)),
-        "scaling itself": lambda A, B, a: (A.T, B.T, a),
-        "rsLoRA": lambda A, B, a: (A.T, B.T, a * len(B) ** 0.5),
-        # 3 is the rank of the first example.
-        "isn't right yet": lambda A, B, a: (A.T, B.T, a * 3),
+        "PEFT's A is": changed_peft("A.weight", lambda A: A.T),
+        "PEFT's B is": changed_peft("B.weight", lambda B: B.T),
+        "begins with": renamed_peft("base_model.model.", ""),
+        "end in `.weight`": renamed_peft("lora_A.weight", "lora_A"),
+        "another layer is loaded": lambda m: pefts_tensors(m, parts="AB"),
+        "is missing": lambda m: pefts_tensors(m, parts="A"),
+        "must be a tensor": changed_peft("A.weight", lambda A: A.tolist()),
+        "`return`": lambda _: None,
+        "lies transposed in memory": lambda m: pefts_tensors(m, torch.Tensor.detach),
     },
     "factored_squares": {
         "mixed term is missing": lambda p: factored(p, twice=0),
@@ -654,6 +695,7 @@ REMARKS = {
         "squares of W",
         "A·B was built in full",
     ],
+    "to_peft": ["lies transposed in memory"],
     "mixed_batch": [
         "with a loop",
         "right, but with a loop",
