@@ -2,7 +2,6 @@
 Sphinx with this file.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The package and the tools of this very folder, whatever is installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import nbformat  # noqa: E402
 from build_site import with_links_to_pages  # noqa: E402
+from frames import put_in_frames  # noqa: E402
+from web_packages import BUILD  # noqa: E402
 
 from lowrank_utils import __version__  # noqa: E402
 
@@ -33,8 +35,12 @@ extensions = [
 nb_execution_mode = "off"
 # No widgets, whose scripts come from another host.
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
-nb_code_prompt_show = "Show the solution"
-nb_code_prompt_hide = "Hide the solution"
+# What the tags of cells fold away; of several, the last says it.
+FOLDED = {
+    "hide-input": "the code of this plot",
+    "hide-output": "what comes out",
+    "hide-cell": "the solution",
+}
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 mathjax_path = "mathjax/tex-chtml.js"
@@ -69,8 +75,8 @@ html_show_sphinx = False
 
 
 def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    """Make the links of a notebook lead to pages, and say what is folded; the file that
-    readers download stays as it is.
+    """Make the links of a notebook lead to pages, show frames for pictures with
+    sliders, and say what is folded; the file that readers download stays as it is.
 
     Args:
         app: the running Sphinx.
@@ -80,19 +86,20 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
     path = Path(app.env.doc2path(name))
     if path.suffix != ".ipynb":
         return
-    notebook = json.loads(source[0])
+    notebook = nbformat.reads(source[0], as_version=4)
+    put_in_frames(notebook, BUILD / "frames")
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            text = "".join(cell["source"])
+            text = cell["source"]
             cell["source"] = with_links_to_pages(
                 text, path.relative_to(app.srcdir).as_posix()
             )
-        elif "hide-output" in cell["metadata"].get("tags", []):
-            cell["metadata"].setdefault("mystnb", {}).update(
-                code_prompt_show="Show what comes out",
-                code_prompt_hide="Hide what comes out",
-            )
-    source[0] = json.dumps(notebook)
+        for tag, words in FOLDED.items():
+            if tag in cell["metadata"].get("tags", []):
+                cell["metadata"].setdefault("mystnb", {}).update(
+                    code_prompt_show=f"Show {words}", code_prompt_hide=f"Hide {words}"
+                )
+    source[0] = nbformat.writes(notebook)
 
 
 def escape_bars(

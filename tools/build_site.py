@@ -14,8 +14,6 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
-import nbformat
-from frames import put_in_frames
 from sheets import sheets
 from sphinx.cmd.build import build_main
 from web_packages import (
@@ -237,10 +235,6 @@ def assemble(folder: Path) -> None:
         content = path.read_bytes()
         if path.suffix == ".md":
             content = with_links_to_pages(content.decode(), name).encode()
-        elif path.suffix == ".ipynb":
-            notebook = nbformat.reads(content.decode(), as_version=4)
-            put_in_frames(notebook, BUILD / "frames")
-            content = nbformat.writes(notebook).encode()
         write_if_new(folder / name, content)
         written.add(folder / name)
     for name, text in sheets("../notebooks").items():

@@ -45,7 +45,10 @@ def places_of(slider: Any, most: int) -> list[tuple[str, Any]]:
     nearest = min(steps, key=lambda step: abs(step - begin))
     steps[steps.index(nearest)] = begin
     kind = type(slider.value)
-    values = [kind(slider.min + step * slider.step) for step in steps[:count]]
+    values = [
+        slider.value if step == begin else kind(slider.min + step * slider.step)
+        for step in steps
+    ]
     return [(f"{value:g}", value) for value in values]
 
 

@@ -25,6 +25,7 @@ LOOKED_AT = (
     "notebooks/results/comparison",
     "api/index",
     "api/lora",
+    "exercises/02_lora_layer",
     *(f"notebooks/{path.stem}" for path in NOTEBOOKS),
 )
 
@@ -247,7 +248,7 @@ def test_next_leads_through_the_series_and_previous_back(address, page):
     page.goto(f"{address}index.html")
     for path in LESSONS:
         page.locator("a.right-next").click()
-        page.wait_for_url(f"**/{path.stem}.html")
+        page.wait_for_url(f"**/notebooks/{path.stem}.html")
     page.locator("a.left-prev").click()
     page.wait_for_url(f"**/{LESSONS[-2].stem}.html")
     # The line that the notebook itself has at its end.
@@ -281,7 +282,7 @@ def count_tagged(stem, tag):
 def test_solutions_are_folded_and_unfold(address, page):
     page.goto(f"{address}notebooks/03_merged_and_unmerged.html")
     count = count_tagged("03_merged_and_unmerged", "solution")
-    solutions = page.locator("details.hide.above-input")
+    solutions = page.locator("details.hide.above-input", has_text="Show the solution")
     expect(solutions).to_have_count(count)
     for place in range(count):
         code = solutions.nth(place).locator(".cell_input pre")
@@ -308,6 +309,27 @@ def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):
         expect(summary).to_contain_text("Show what comes out")
         summary.click()
         expect(shown).to_be_visible()
+
+
+@pytest.mark.parametrize("stem", ["01_low_rank_updates", "04_magnitude_and_direction"])
+def test_a_slider_moves_its_picture_without_a_kernel(stem, address, page):
+    page.goto(f"{address}notebooks/{stem}.html")
+    expect(page.locator(".frames")).to_have_count(count_tagged(stem, "interactive"))
+    frames = page.locator(".frames").first
+    slider, picture = frames.get_by_role("slider").first, frames.locator("img")
+    assert len(picture.get_attribute("alt")) > 60
+    before = picture.get_attribute("src")
+    slider.press("ArrowLeft" if slider.input_value() != "0" else "ArrowRight")
+    assert picture.get_attribute("src") != before
+    shown = frames.locator("output").first.text_content()
+    expect(slider).to_have_attribute("aria-valuetext", shown)
+    slider.press("Home")
+    assert slider.input_value() == "0"
+
+
+def test_no_page_is_heavier_than_three_megabytes(site):
+    for path in site.rglob("*.html"):
+        assert path.stat().st_size < 3_000_000, path
 
 
 def test_hints_open(address, page):

@@ -80,6 +80,8 @@ def test_a_slider_has_few_places_and_the_one_where_it_begins():
     assert [value for _, value in places][::6] == [0, 3]
     assert ("2.24", 2.24) in places
     assert [v for _, v in places_of(IntSlider(0, min=0, max=7), 24)] == list(range(8))
+    beside_its_steps = places_of(FloatSlider(63.4, min=0, max=360, step=1), 9)
+    assert 63.4 in [value for _, value in beside_its_steps]
     powers = SelectionSlider(options=[("one", 1), ("two", 2)], value=2)
     assert places_of(powers, 2) == [("one", 1), ("two", 2)]
 
