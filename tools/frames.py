@@ -52,30 +52,27 @@ def places_of(slider: Any, most: int) -> list[tuple[str, Any]]:
     return [(f"{value:g}", value) for value in values]
 
 
-def captured(notebook: NotebookNode, place: int) -> _Captured:
-    """Run what the picture in a cell needs, and return its function and sliders."""
+def picture_of(notebook: NotebookNode, place: int, alt: str) -> str:
+    """Run what the picture in a cell needs, and return its frames as HTML, in the style
+    that the notebook sets.
+    """
 
     def capture(draw: Any, **sliders: Any) -> None:
         raise _Captured(draw, sliders)
 
     names: dict[str, Any] = {}
-    dtype, settings, original = (
-        torch.get_default_dtype(),
-        mpl.rcParams.copy(),
-        interactive.PictureWithSliders,
-    )
+    dtype, original = torch.get_default_dtype(), interactive.PictureWithSliders
     interactive.PictureWithSliders = capture  # type: ignore[assignment, misc]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+    with mpl.rc_context(), contextlib.redirect_stdout(io.StringIO()):
+        try:
             for number in [*needed(notebook, [place]), place]:
                 exec(notebook.cells[number].source, names)  # noqa: S102  # our own
-    except _Captured as found:
-        return found
-    finally:
-        interactive.PictureWithSliders = original  # type: ignore[misc]
-        torch.set_default_dtype(dtype)
-        mpl.rcParams.update(settings)
-        plt.close("all")
+        except _Captured as found:
+            return picture_with_frames(found.draw, found.sliders, alt)
+        finally:
+            interactive.PictureWithSliders = original  # type: ignore[misc]
+            torch.set_default_dtype(dtype)
+            plt.close("all")
     raise ValueError(f"cell {place} has no picture with sliders")
 
 
@@ -138,11 +135,8 @@ def put_in_frames(notebook: NotebookNode, kept: Path) -> None:
         name = hashlib.sha256("\n".join([alt, *sources]).encode()).hexdigest()
         path = kept / f"{name}.html"
         if not path.is_file():
-            found = captured(notebook, place)
             kept.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                picture_with_frames(found.draw, found.sliders, alt), encoding="utf-8"
-            )
+            path.write_text(picture_of(notebook, place, alt), encoding="utf-8")
         shown = {
             "text/html": path.read_text(encoding="utf-8"),
             "text/plain": interactive.WITHOUT_A_KERNEL,

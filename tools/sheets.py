@@ -49,7 +49,8 @@ def needed(notebook: NotebookNode, chosen: list[int]) -> list[int]:
         place: ast.parse(cell.source)
         for place, cell in enumerate(notebook.cells)
         if cell.cell_type == "code"
-        and not {"exercise", "solution"} & set(cell.metadata.get("tags", []))
+        and not {"exercise", "solution", "interactive"}
+        & set(cell.metadata.get("tags", []))
     }
     # Whatever a solution uses, the notebook's set-up has.
     found = {min(trees)}

@@ -114,20 +114,28 @@ def test_frames_are_drawn_by_the_cell_s_own_function(tmp_path):
         new_code_cell(
             "import matplotlib.pyplot as plt\nimport torch\nfrom ipywidgets import IntSlider\n"
             "from lowrank_utils.interactive import PictureWithSliders\n"
-            "torch.set_default_dtype(torch.float16)"
+            "torch.set_default_dtype(torch.float16)\nplt.rcParams['savefig.dpi'] = 50"
         ),
         new_code_cell("def picture(n):\n    return plt.figure(figsize=(n, 1))"),
         new_code_cell("PictureWithSliders(picture, n=IntSlider(1, min=1, max=2))"),
     ]
     cells[1].metadata["mystnb"] = {"image": {"alt": "a still picture"}}
     cells[2].metadata["tags"] = ["interactive"]
+    # One before it, which defines a name that this one uses.
+    earlier = "def picture(n):\n    return plt.figure(figsize=(9, 9))\n\n\n"
+    earlier += "PictureWithSliders(picture, n=IntSlider(1, min=1, max=2))"
+    cells.insert(2, new_code_cell(earlier))
+    cells[2].metadata["tags"] = ["interactive"]
     notebook = new_notebook(cells=cells)
     put_in_frames(notebook, tmp_path)
-    shown = notebook.cells[2].outputs[0].data["text/html"]
-    assert shown.count("data:image/webp") == 3
+    shown = notebook.cells[3].outputs[0].data["text/html"]
+    frames = json.loads(re.search(r"json\">(.*)</script>", shown)[1])
+    data = io.BytesIO(base64.b64decode(frames[1].split(",")[1]))
+    assert Image.open(data).size == (100, 50)
+    assert plt.rcParams["savefig.dpi"] == "figure"
     assert 'alt="a still picture"' in shown
     assert torch.get_default_dtype() == dtype
-    (kept,) = tmp_path.iterdir()
-    kept.write_text("kept")
+    for kept in tmp_path.iterdir():
+        kept.write_text("kept")
     put_in_frames(notebook, tmp_path)
-    assert notebook.cells[2].outputs[0].data["text/html"] == "kept"
+    assert notebook.cells[3].outputs[0].data["text/html"] == "kept"
