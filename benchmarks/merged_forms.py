@@ -1,5 +1,5 @@
 """Time of a linear layer with LoRA in its two forms, beside the layer alone: what the
-formulas of notebook 3 count as multiplications, in milliseconds.
+formulas of notebook 3 count as multiplications, by the clock.
 
 "forward" is a pass without gradients, "training" forward and backward as in
 adapter_speed.py. In each round all methods take their turn in a new order, and ratios

@@ -819,6 +819,10 @@ def forgot_a_transpose(x, weight, A, B):
     return base + x @ A @ B
 
 
+def asks_for_what_torch_has_not(*_):
+    raise NotImplementedError('"addmm_cpu" not implemented for this dtype')
+
+
 def unpacks_too_much(singular_values, share):
     first, second = singular_values
     return first if second else share
@@ -844,6 +848,7 @@ def unpacks_too_much(singular_values, share):
         ),
         ("merged_weight", lambda *_: 1 / 0, ["ZeroDivisionError"]),
         ("lora_output", lambda *_: [][0], ["IndexError", "The shapes are x"]),
+        ("lora_output", asks_for_what_torch_has_not, ['"addmm_cpu" not implemented']),
     ],
 )
 def test_an_error_of_the_function_is_a_hint_with_the_line_and_the_shapes(
