@@ -22,6 +22,8 @@ def what_else(linear: nn.Linear) -> str | None:
         return "has a forward of its own"
     if linear._forward_pre_hooks or linear._forward_hooks:
         return "has forward hooks"
+    if linear._backward_pre_hooks or linear._backward_hooks:
+        return "has backward hooks"
     return None
 
 
@@ -50,12 +52,20 @@ def mark_of(weight: Tensor) -> tuple[int, int | None]:
     return id(weight), None if weight.is_inference() else weight._version
 
 
+def are_same(values: Tensor, known: Tensor, *sources: Tensor) -> bool:
+    """Tell whether ``values`` are those that are known, as exactly as the coarsest of
+    the dtypes can say it.
+    """
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (known, *sources))
+    return torch.allclose(values.to(known), known.detach(), rtol=8 * coarsest, atol=0)
+
+
 def check_weight(layer: Any) -> None:
     """Refuse to read the weight of an adapted layer that isn't all of its linear layer,
     or that isn't the one that m was computed from.
 
-    Only while B is zero can the second be told: m is then the norm of the rows of W.
-    With B trained, W may have been trained along.
+    Only while A, B and m weren't trained can the second be told: m is then the norm of
+    the rows of W. Later W may have been trained along.
 
     Raises:
         TypeError: see ``check_weight_is_all``.
@@ -67,7 +77,15 @@ def check_weight(layer: Any) -> None:
         return
     if not values_can_be_read(W):
         return
-    if m.shape == W.shape[:1] and not layer.lora.B.any() and not _belongs(m, W):
+    start = layer._start
+    # Without numbers at the start, as on the meta device, m's own must do.
+    untrained = start.is_meta or are_same(start.to(m), m)
+    if (
+        m.shape == W.shape[:1]
+        and untrained
+        and not layer.lora.B.any()
+        and not are_same(row_norms(W.detach()), m, W)
+    ):
         raise RuntimeError(
             f"the weight of this {type(layer).__name__} changed after its m was computed "
             "from it. Load pretrained weights before DoRA goes in, or call "
@@ -91,11 +109,3 @@ def check_loaded(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | N
         f"and {prefix}m isn't among what is loaded. Load pretrained weights before DoRA "
         "goes in, or load m with them"
     )
-
-
-def _belongs(m: Tensor, W: Tensor) -> bool:
-    """Tell whether m is the norm of the rows of W, as exactly as the coarser of both
-    dtypes can say it.
-    """
-    rtol = 8 * max(torch.finfo(tensor.dtype).eps for tensor in (m, W))
-    return torch.allclose(row_norms(W.detach()).to(m), m.detach(), rtol=rtol, atol=0)

@@ -79,6 +79,7 @@ def reset_magnitudes(model: nn.Module) -> None:
         if isinstance(layer, LinearWithDoRAMerged):
             layer.m.copy_(row_norms(layer.linear.weight))
             layer._mark = mark_of(layer.linear.weight)
+            layer._start = layer.m.detach().clone()
 
 
 def scale_and_bias(layer: LinearWithDoRAMerged) -> tuple[Tensor, Tensor | None]:

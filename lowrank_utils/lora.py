@@ -288,6 +288,12 @@ class AdaptedLinear(AroundLinear):
         )
         self._mark = mark_of(W)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Remember m as it was at the start, and register as torch does."""
+        super().register_parameter(name, param)
+        if name == "m" and param is not None and not hasattr(self, "_start"):
+            self._start = param.detach().clone()
+
     def updated_weight(self) -> Tensor:
         """Return W + ΔW, (out, in), in the wider dtype of the two; for DoRA this is V.
 

@@ -20,7 +20,7 @@ class Promise:
     """A promise about the layers of a model, and what each layer keeps on the strength
     of it.
 
-    It holds in the task or thread that gave it, and in those that are started inside
+    It holds in the task or thread that gave it, and in tasks that are started inside
     the block, until the block ends. Blocks may end in any order. A change that torch
     counts is seen at once, and the value is computed anew. Some changes aren't counted
     (through ``.data``, by a fused optimizer): these break the promise, and are an error

@@ -3,7 +3,7 @@ row of a batch.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,16 @@ class AdapterBank:
     Several active at once are defined on the base weight: with W′_i what adapter i
     alone would make of W, the weight is W + Σ (W′_i − W). A DoRA adapter's norms are ‖W
     + ΔW_i‖ with the base's W, computed when it is added, so the base weights must not
-    change while it is in.
+    change while it is in: at the next use of the adapter that is an error.
 
     A mixed batch is computed in two batched products, for which A and B of its adapters
     are put side by side: as many bytes again, which are kept for the next batch of the
-    same adapters, and dropped when one comes or goes.
+    same adapters, and dropped when one comes or goes. (A change of A or B through
+    ``.data`` isn't seen.)
 
     One bank serves many requests at a time. ``rows`` holds for the task or thread that
-    opened it and for those started inside it; ``activate``, ``merge`` and ``restore``
-    hold for all who have no block of their own. A call of the model goes by what held
+    opened it and for tasks that are started inside it; ``activate``, ``merge`` and
+    ``restore`` hold for all who have no block of their own. A call of the model goes by what held
     when it began, to its end. (A compiled model does so from one of its graph breaks to
     the next, and compiles anew for other rows. Torch 2.5 can't compile it; the pinned
     release can.)
@@ -162,6 +163,8 @@ class AdapterBank:
                     )
                 if (banked := self._layers.get(layer)) is not None:
                     self._selection.refuse_exchanged(self.model, banked.lora)
+                    if banked.has_dora():
+                        banked.check_weight()
             slot = str(self._next)
             self._next += 1
             for layer, part in parts.items():
@@ -170,6 +173,8 @@ class AdapterBank:
                     banked = BankedLinear(_linear(modules, layer), self._selection)
                     self._layers[layer] = banked
                     put_module(self.model, layer, banked)
+                if part.c is not None:
+                    banked.remember_weight()
                 banked.lora[slot] = part.train(banked.training)
                 banked.kept.clear()
             self._selection.present = {**self._selection.present, slot: name}
@@ -198,7 +203,7 @@ class AdapterBank:
             del self._slots[name]
             active = self._selection.always.active
             if slot in active:
-                self._selection.always = Choice(tuple(s for s in active if s != slot))
+                self._selection.choose(Choice(tuple(s for s in active if s != slot)))
             self._selection.present = {
                 other: known
                 for other, known in self._selection.present.items()
@@ -231,7 +236,7 @@ class AdapterBank:
                 )
             self._refuse_if_merged("activate")
             self._selection.refuse_exchanged(self.model, slots)
-            self._selection.always = Choice(slots)
+            self._selection.choose(Choice(slots))
 
     def disable(self) -> None:
         """Apply no adapter: the outputs are the base model's, to the last bit."""
@@ -244,10 +249,12 @@ class AdapterBank:
         """Inside the block, apply to each row of a batch its own adapter, whatever is
         active outside.
 
-        The block holds in the task or thread that opened it, and in those that are
-        started inside it while it is open. Any number of blocks may be open at a time,
-        and end in any order. A block that is opened in a generator is that generator's
-        own.
+        The block holds in the task or thread that opened it, and in the tasks that are
+        started inside it while it is open. A thread that is started inside it knows
+        nothing of it, as with all context variables: open the block in that thread, or
+        let it run ``contextvars.copy_context().run``. Any number of blocks may be open
+        at a time, and end in any order. A block that is opened in a generator is that
+        generator's own.
 
         Args:
             names: one per row; None is the base model.
@@ -262,7 +269,7 @@ class AdapterBank:
                 rows.
             RuntimeError: the weights are merged, or an adapted layer was exchanged.
         """
-        if isinstance(names, str) or not isinstance(names, Iterable):
+        if isinstance(names, (str, Set, Mapping)) or not isinstance(names, Iterable):
             kind = "text" if isinstance(names, str) else type(names).__name__
             raise TypeError(
                 f"names must be a list with one name per row; got the {kind} {names!r}"

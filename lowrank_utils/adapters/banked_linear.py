@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_utils._lazy_weight import lazy_weight
-from lowrank_utils._weight_checks import check_weight_is_all, what_else
+from lowrank_utils._weight_checks import (
+    are_same,
+    check_weight_is_all,
+    mark_of,
+    what_else,
+)
 from lowrank_utils.adapters.mixed_batch import (
     Kept,
     Mixture,
@@ -20,6 +25,7 @@ from lowrank_utils.adapters.mixed_batch import (
     index_of,
 )
 from lowrank_utils.adapters.selection import Choice, Selection
+from lowrank_utils.decompose import row_norms
 from lowrank_utils.lora import HALF_PRECISION, AroundLinear, without_autocast
 from lowrank_utils.norms import values_can_be_read
 
@@ -96,6 +102,8 @@ class BankedLinear(AroundLinear):
         self.selection = selection
         self.merged = None
         self.kept = Kept()
+        self._mark: object = None
+        self._traces: Tensor | None = None
         self.train(linear.training)
 
     @property
@@ -116,9 +124,44 @@ class BankedLinear(AroundLinear):
             return self.linear.weight
         return lazy_weight(self.linear.weight, lambda: self.formed_weight(adapters))
 
+    def has_dora(self) -> bool:
+        """Tell whether one of its adapters has a c."""
+        return any(adapter.c is not None for adapter in self.lora.values())
+
+    def remember_weight(self) -> None:
+        """Note what the base weight is, from which each c in the bank was computed."""
+        W = self.linear.weight
+        self._mark, self._traces = mark_of(W), _traces_of(W)
+
+    def check_weight(self) -> None:
+        """Refuse to read the weight where it isn't all of the linear layer, or isn't
+        the one that each c was computed from.
+
+        Raises:
+            TypeError: see ``check_weight_is_all``.
+            RuntimeError: the weight changed while an adapter with DoRA was in.
+        """
+        check_weight_is_all(self.linear)
+        traces, W = self._traces, self.linear.weight
+        if (
+            traces is None
+            or torch.compiler.is_compiling()
+            or self._mark == mark_of(W)
+            or not values_can_be_read(W)
+        ):
+            return
+        if not are_same(_traces_of(W), traces.to(W.device), W):
+            raise RuntimeError(
+                "a base weight changed while an adapter with DoRA was in the bank, whose c was computed from it: "
+                "remove the adapters with DoRA, and add them again"
+            )
+        self._mark = mark_of(W)
+
     def formed_weight(self, adapters: Sequence[BankedAdapter]) -> Tensor:
         """Return the weight that ``adapters`` make together, (out, in)."""
         check_weight_is_all(self.linear)
+        if any(adapter.scale is not None for adapter in adapters):
+            self.check_weight()
         W = self.linear.weight
         with without_autocast(W.device):
             wide = W.to(_widest(W.dtype, adapters))
@@ -133,10 +176,11 @@ class BankedLinear(AroundLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (…, in) to y of shape (…, out)."""
-        if self.selection.had_blocks and _is_in_backward():
+        if self.selection.had_others and _is_in_backward():
             raise RuntimeError(
                 "torch.utils.checkpoint calls this layer again in the backward pass, where it can't be told which "
-                "rows block held in the first call: switch checkpointing off for a model in a bank"
+                "rows block held, or which adapters were active, in the first call: switch checkpointing off for "
+                "a model in a bank"
             )
         choice = self.selection.choice()
         if choice.rows is not None:
@@ -154,7 +198,7 @@ class BankedLinear(AroundLinear):
             base = y = self.linear(x)
         else:
             # The bias isn't scaled, so with DoRA it is added at the end.
-            check_weight_is_all(self.linear)
+            self.check_weight()
             base = F.linear(x, self.linear.weight)
             y = scale * base
         for adapter in adapters:
@@ -175,7 +219,8 @@ class BankedLinear(AroundLinear):
             raise ValueError(
                 f"rows names {len(rows)} adapters, and a layer got an input of shape {tuple(x.shape)}: "
                 f"{where} must be the batch's at every adapted layer, and the last the features'; "
-                "give one name, or None, per row, and batch_dim where the batch isn't the first dimension"
+                "give one name, or None, per row (each as often as there are beams, where a model searches with "
+                "several), and batch_dim where the batch isn't the first dimension"
             )
         mixture = self.kept.mixture(rows, self._mixture)
         adapters, has_plain = mixture.adapters, mixture.has_plain
@@ -183,7 +228,7 @@ class BankedLinear(AroundLinear):
             return self._by_all(x, adapters)
         has_c = any(adapter.scale is not None for adapter in adapters)
         if has_c:
-            check_weight_is_all(self.linear)
+            self.check_weight()
         has_bias = has_c and self.bias is not None
         # Rows without an adapter have the very bits of the layer, which sums up with the
         # bias in another order than c asks for, with the bias last.
@@ -316,6 +361,14 @@ class BankedLinear(AroundLinear):
         return super()._replicate_for_data_parallel()
 
 
+def _traces_of(W: Tensor) -> Tensor:
+    """Return what differs between W and nearly every other weight, (2, out): the norms
+    of its rows, and for their signs those of W + 1.
+    """
+    W = W.detach()
+    return torch.stack([row_norms(W), row_norms(W + 1)])
+
+
 def _is_in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -323,7 +376,8 @@ def _is_in_backward() -> bool:
 def _no_weight_for_rows() -> Tensor:
     raise RuntimeError(
         "this model reads a layer's weight instead of calling the layer (nn.MultiheadAttention does, and "
-        "torch's fast path for encoders in evaluation); a weight can't differ between the rows of a batch"
+        "torch's fast path for encoders in evaluation); a weight can't differ between the rows of a batch. "
+        "Adapt the layers that are called alone, or serve one adapter at a time with activate"
     )
 
 

@@ -70,7 +70,7 @@ class Held:
 class Selection:
     """What all layers of a bank ask which adapters count now.
 
-    A block holds in the task or thread that opened it, and in those that are started
+    A block holds in the task or thread that opened it, and in tasks that are started
     inside it. Elsewhere, and without a block, ``always`` holds. A forward pass of the
     whole model goes by what held at its beginning: hooks of the model, which the bank
     puts in, call ``begin_pass`` and ``end_pass``.
@@ -82,7 +82,9 @@ class Selection:
         always: what holds where no block is open.
         present: slot → name, of the adapters in the bank.
         layers: the adapted layers by their names in the model.
-        had_blocks: whether a block was ever opened.
+        had_others: whether a block was ever opened, or ``always`` exchanged after a
+            pass: what is computed once more in a backward pass may then
+            have been another's.
         lock: to be held while one of these changes, or a choice is made.
     """
 
@@ -97,7 +99,7 @@ class Selection:
         self.lock = threading.RLock()
         # The innermost last.
         self._held: ContextVar[tuple[Held, ...]] = ContextVar("adapters", default=())
-        self.had_blocks = False
+        self.had_others = self.had_passes = False
         # In all tasks and threads, by number.
         self._open: dict[int, Held] = {}
         self._in_generators: dict[int, Held] = {}
@@ -135,6 +137,11 @@ class Selection:
             return last.choice
         return self._found(held)
 
+    def choose(self, choice: Choice) -> None:
+        """Let ``choice`` hold where no block is open; the caller holds the lock."""
+        self.had_others |= self.had_passes and choice != self.always
+        self.always = choice
+
     def begin_block(self, choice: Choice, frame: FrameType) -> Held:
         """Let ``choice`` hold from now on in this task or thread.
 
@@ -142,7 +149,7 @@ class Selection:
             choice: was made under the lock, which the caller still holds.
             frame: whose block it is.
         """
-        self.had_blocks = True
+        self.had_others = True
         held = Held(choice, frame, is_pass=False)
         self._open[held.number] = held
         if held.in_generator:
@@ -214,6 +221,7 @@ class Selection:
         if torch.compiler.is_compiling():
             return
         with self.lock:
+            self.had_passes = True
             outer = self._without_ended_passes(self._held.get())
             self._held.set(outer)
             choice = self.choice()

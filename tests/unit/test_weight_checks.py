@@ -3,6 +3,7 @@ weight beside it; else it is refused by name.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def pre_hook():
     return linear
 
 
+def backward_hook():
+    linear = linear_layer()
+    linear.register_full_backward_hook(lambda _module, grads, _out: (2 * grads[0],))
+    return linear
+
+
+def backward_pre_hook():
+    linear = linear_layer()
+    linear.register_full_backward_pre_hook(lambda _module, grads: (2 * grads[0],))
+    return linear
+
+
 def pruned():
     return prune.l1_unstructured(linear_layer(), "weight", 0.5)
 
@@ -85,6 +98,8 @@ MORE_THAN_THE_WEIGHT = [
     replaced_forward,
     hook,
     pre_hook,
+    backward_hook,
+    backward_pre_hook,
     pruned,
     old_weight_norm,
     old_spectral_norm,
@@ -96,7 +111,7 @@ each = pytest.mark.parametrize("made", MORE_THAN_THE_WEIGHT)
 @pytest.mark.parametrize("wrapper", [LinearWithLoRAMerged, *DORA])
 def test_what_reads_the_weight_refuses_a_layer_that_computes_more(wrapper, made):
     with pytest.raises(
-        TypeError, match=r"linear has (a forward of its own|forward hooks)"
+        TypeError, match=r"linear has (a forward of its own|(for|back)ward hooks)"
     ):
         wrapper(made(), 2, 1.5)
     model = nn.Sequential(linear_layer(), made())
@@ -240,6 +255,43 @@ def test_what_changes_no_number_and_what_training_does_are_no_faults(wrapper):
         optimizer.zero_grad()
         layer(X).square().sum().backward()
         optimizer.step()
+
+
+def only_m_trained(wrapper, how):
+    """Return a layer whose B never moved, and what it was made around."""
+    layer = wrapper(linear_layer(), 2, 1.5)
+    layer.linear.requires_grad_(False)
+    if how == "alone":
+        optimizer = torch.optim.Adam([layer.m], lr=0.1)
+    else:
+        # Adam leaves what has no gradient where it is, and AdamW lets it decay.
+        layer.lora.requires_grad_(False)
+        optimizer = torch.optim.AdamW([layer.m], lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(X).square().sum() * (how == "alone")).backward()
+        optimizer.step()
+    return layer
+
+
+@every_dora_wrapper
+@pytest.mark.parametrize("how", ["alone", "decays"])
+def test_a_layer_of_which_only_m_was_trained_is_copied_merged_and_loaded(wrapper, how):
+    layer = only_m_trained(wrapper, how)
+    assert not layer.lora.B.any()
+    y = layer(X)
+    assert (y - layer.linear(X)).abs().max() > 0.1
+    model = nn.Sequential(layer)
+    assert_close(copy.deepcopy(model)(X), y)
+    assert_close(pickle.loads(pickle.dumps(model))(X), y)
+    assert_close(merge_adapters(model)(X), y)
+    assert_close(merge_adapters(copy.deepcopy(model))(X), y)
+    fresh = nn.Sequential(wrapper(linear_layer(seed=9), 2, 1.5))
+    fresh.load_state_dict(model.state_dict())
+    assert_close(fresh(X), y)
+    assert_close(copy.deepcopy(fresh)(X), y)
+    layer.float().double()
+    assert_close(layer(X), y, rtol=1e-5)
 
 
 def test_resetting_m_makes_the_layer_what_its_weight_says():

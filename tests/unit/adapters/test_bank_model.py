@@ -2,6 +2,8 @@
 adapters wider than the base, and models that read a weight instead of calling a
 layer."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,91 @@ def bank():
     bank = AdapterBank(base())
     bank.add("anna", adapted(base()))
     return bank
+
+
+# --- The base weight --------------------------------------------------------------------
+
+
+def in_place(linear):
+    with torch.no_grad():
+        linear.weight.mul_(1.5)
+
+
+def of_other_signs(linear):
+    with torch.no_grad():
+        linear.weight.neg_()
+
+
+def loaded(linear):
+    linear.load_state_dict(linear_layer(7, 6, seed=8).state_dict())
+
+
+def exchanged(linear):
+    linear.weight = nn.Parameter(linear.weight + 1, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [in_place, of_other_signs, loaded, exchanged])
+@pytest.mark.parametrize("use", ["active", "rows", "merged"])
+def test_a_base_weight_that_changed_under_a_c_is_noticed(bank, change, use):
+    bank.add("lora", adapted(base(), LinearWithLoRA, seed=1))
+    linear = bank.model[0].linear
+    change(linear)
+    # LoRA takes the weight as it is.
+    bank.activate("lora")
+    assert_close(bank.model(X), bank.model[2](torch.tanh(bank.model[0](X))))
+
+    def output(names):
+        if use == "rows":
+            with bank.rows([*names, None, "lora"]):
+                return bank.model(X)
+        bank.activate(*names)
+        if use == "merged":
+            bank.merge()
+        return bank.model(X)
+
+    with pytest.raises(RuntimeError, match="a base weight changed while an adapter"):
+        output(["anna"])
+    with pytest.raises(RuntimeError, match="a base weight changed while an adapter"):
+        bank.add("ben", adapted(base(), seed=2))
+    assert bank.names == ["anna", "lora"]
+    bank.remove("anna")
+    model = base()
+    model[0].load_state_dict(linear.state_dict())
+    bank.add("anna", adapted(model))
+    y = output(["anna"])
+    count = 1 if use == "rows" else 3
+    assert_close(y[:count], model(X)[:count])
+
+
+def test_a_weight_that_is_given_for_a_call_is_noticed(bank):
+    bank.activate("anna")
+    y = bank.model(X)
+    given = {"0.linear.weight": bank.model[0].linear.weight + 0.1}
+    with pytest.raises(RuntimeError, match="a base weight changed while an adapter"):
+        torch.func.functional_call(bank.model, given, (X,))
+    assert_close(bank.model(X), y)
+
+
+def test_what_leaves_the_base_weight_as_it_is_is_no_fault(bank):
+    bank.activate("anna")
+    y = bank.model(X)
+    assert_close(copy.deepcopy(bank).model(X), y)
+    with torch.no_grad():
+        bank.model[0].linear.weight.mul_(1.0)
+    assert_close(bank.model(X), y)
+    bank.add("ben", adapted(base(), seed=2))
+    assert_close(bank.model(X), y)
+    assert_close(bank.model.float()(X.float()).double(), y, rtol=1e-4)
+    bank.model[0].linear.weight = nn.Parameter(bank.model[0].linear.weight.double())
+
+
+@pytest.mark.parametrize("names", [{"anna"}, frozenset(["anna"]), {"anna": 1}])
+def test_names_without_an_order_are_refused(bank, names):
+    with (
+        pytest.raises(TypeError, match="names must be a list with one name per row"),
+        bank.rows(names),
+    ):
+        pass
 
 
 # --- The model as it is -----------------------------------------------------------------

@@ -451,6 +451,24 @@ def test_a_pass_that_is_made_again_for_its_gradients_is_refused_after_a_block(
         total.backward()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("change", ["activate", "disable", "remove"])
+def test_a_pass_that_is_made_again_after_a_switch_is_refused(bank, reentrant, change):
+    bank.activate("ben")
+    bank.activate("anna")
+    x = X.clone().requires_grad_()
+    checkpoint(bank.model, x, use_reentrant=reentrant).sum().backward()
+    total = checkpoint(bank.model, x, use_reentrant=reentrant).sum()
+    if change == "remove":
+        bank.remove("anna")
+    else:
+        getattr(bank, change)(*["ben"][: change == "activate"])
+    with pytest.raises(
+        RuntimeError, match=r"or which adapters were active, in the first call"
+    ):
+        total.backward()
+
+
 # --- Compiled and copied models ---------------------------------------------------------
 
 
