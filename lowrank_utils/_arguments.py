@@ -96,3 +96,11 @@ def check_matrix(name: str, value: Any) -> torch.Tensor:
             f"{name} must be a matrix (two dimensions); got shape {tuple(value.shape)}"
         )
     return value
+
+
+def some_of(names: list[str]) -> str:
+    """Return the names for a message, or the first eight and how many more there
+    are.
+    """
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

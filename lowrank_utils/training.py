@@ -21,6 +21,7 @@ from lowrank_utils._arguments import (
     check_floating_dtype,
     check_seed,
     check_whole_number,
+    some_of,
 )
 from lowrank_utils._eager import EagerAdam
 from lowrank_utils.adapt import parameter_groups, parameters_of_adapters
@@ -303,25 +304,19 @@ def _check_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
             trained.setdefault(kind, []).append(name)
     if half := trained.get(torch.float16):
         raise ValueError(
-            f"{_some(half)} can't be trained in float16: there the squares that Adam "
+            f"{some_of(half)} can't be trained in float16: there the squares that Adam "
             "divides by are 0 for gradients below 0.0002, its epsilon of 1e-8 is 0 too, "
             "and gradients below 3e-8 vanish. Train in float32, dtype=torch.float32; to "
             "save time, do so under torch.autocast(device, torch.bfloat16)"
         )
     if rounded := trained.get(torch.bfloat16):
         warnings.warn(
-            f"{_some(rounded)} are trained in bfloat16, where a step below 0.2 % of a "
+            f"{some_of(rounded)} are trained in bfloat16, where a step below 0.2 % of a "
             "number leaves it as it was: at Adam's usual rates, 0.001 and below, DoRA's "
             "m and most of LoRA's A never move. Train in float32, dtype=torch.float32; "
             "to save time, do so under torch.autocast(device, torch.bfloat16)",
             stacklevel=3,
         )
-
-
-def _some(names: list[str]) -> str:
-    """Return the names, or the first eight and how many more there are."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
 
 
 def _beside(model: nn.Module, digits: Digits) -> Digits:

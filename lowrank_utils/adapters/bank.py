@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_utils._arguments import check_whole_number
+from lowrank_utils._arguments import check_whole_number, some_of
 from lowrank_utils._blocks import opener
 from lowrank_utils._weight_checks import check_weight_is_all
 from lowrank_utils.adapt import refuse_foreign_adapters
@@ -444,13 +444,13 @@ def _of_model(
     if along := [
         f"{name}.{key}"
         for name, module in plain_modules(source).items()
-        if not is_adapter(module)
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad or key in getattr(module, MARK, ())
+        for key, parameter in _parameters_beside(module)
+        if (parameter.requires_grad or key in getattr(module, MARK, ()))
+        and not _is_as_in(modules.get(name), key, parameter)
     ]:
         raise ValueError(
-            f"{', '.join(along)} was trained along, which can't be switched with the "
-            "adapter; freeze what wasn't trained, or serve that model by itself"
+            f"{some_of(along)} was trained along, which can't be switched with the adapter; freeze what wasn't "
+            "trained (mark_only_adapters_as_trainable), or serve that model by itself"
         )
     adapter = adapter_of(source)
     uses = Counter(map(id, modules.values()))
@@ -477,6 +477,25 @@ def _of_model(
                 f"{layer} is used in several places of the base model, which a bank can't adapt"
             )
     return adapter
+
+
+def _parameters_beside(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module by name, of an adapted layer those that it was
+    put around.
+    """
+    plain = module.linear if is_adapter(module) else module
+    assert isinstance(plain, nn.Module)
+    yield from plain.named_parameters(recurse=False)
+
+
+def _is_as_in(base: nn.Module | None, key: str, parameter: Tensor) -> bool:
+    """Tell whether the base model's linear layer has the same numbers, so that whatever
+    could be trained beside an adapter was not.
+    """
+    if not isinstance(base, nn.Linear) or key not in base._parameters:
+        return False
+    known = base._parameters[key]
+    return known is not None and torch.equal(parameter.detach().to(known), known)
 
 
 def _kept_dtype(adapter: torch.dtype, weight: torch.dtype) -> torch.dtype | None:

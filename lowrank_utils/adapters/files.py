@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lowrank_utils._arguments import some_of
 from lowrank_utils._weight_checks import check_weight_is_all
 from lowrank_utils.adapt import refuse_foreign_adapters
 from lowrank_utils.adapters.config import (
@@ -78,7 +79,7 @@ def load_adapter(
 
     Everything is checked first, so an error leaves ``model`` as it was. The layers
     become ``LinearWithLoRA`` or ``LinearWithDoRA``; to train them on, call
-    ``freeze_linear_layers``. Of what was trained beside the adapters (PEFT's
+    ``mark_only_adapters_as_trainable``. Of what was trained beside the adapters (PEFT's
     ``modules_to_save`` and ``bias``), the values are copied into the model's own
     parameters, which stay trainable or frozen as they are; ``save_adapter`` saves them
     again in either case.
@@ -172,7 +173,7 @@ def read_adapter(
     if changes:
         fail(
             TENSORS,
-            f"{', '.join(changes)} of the base model was trained along, which can't be switched with the adapter; "
+            f"{some_of(list(changes))} of the base model was trained along, which can't be switched with the adapter; "
             "load it with load_adapter into a model of its own",
         )
     return adapter
@@ -265,7 +266,12 @@ def _file_inside(folder: Path, name: str) -> Path:
             ". There is adapter_model.bin, a pickle, which can run any code when it is read and is never read here; "
             "let PEFT save the adapter with safe_serialization"
         )
-        raise FileNotFoundError(f"{folder} has no {name}" + (hint if pickled else ""))
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{name}"))
+        if inside and not pickled:
+            hint = f"; PEFT puts an adapter with a name of its own one folder deeper: there is one in {some_of(inside)}"
+        raise FileNotFoundError(
+            f"{folder} has no {name}" + (hint if pickled or inside else "")
+        )
     if not path.resolve().is_relative_to(folder.resolve()):
         fail(
             name,

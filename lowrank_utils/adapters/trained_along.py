@@ -23,7 +23,7 @@ PEFTS_OWN = [
     *("lora_magnitude_vector", "lora_magnitude_vector.default"),
 ]
 FREEZE = (
-    "Freeze what wasn't trained (freeze_linear_layers, or requires_grad_(False)), "
+    "Freeze what wasn't trained (mark_only_adapters_as_trainable), "
     "or save these weights by yourself and freeze them then"
 )
 

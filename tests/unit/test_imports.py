@@ -46,7 +46,7 @@ ALLOWED = {
         ({"platformdirs"}, "_mnist"),
         (SAFE, "adapters adapters.bank adapters.files adapters.saving"),
         (DATA, "data comparison.settings comparison.shifts"),
-        (BAR, "training checks checks.lora_layer"),
+        (BAR, "training checks checks.lora_layer checks.production"),
         (BAR | {"scipy"}, "comparison.experiment"),
         (BAR | SWEEP, "comparison.__main__ comparison.command"),
         (TABLES, "comparison.tables"),

@@ -2,6 +2,7 @@
 configurations; and what they have that can't be adapted is refused by name.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lowrank_utils import (
     LinearWithLoRA,
     mark_only_adapters_as_trainable,
     replace_linear_layers,
+    save_adapter,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -80,6 +82,38 @@ def recipe():
     return re.search(
         r"```python\n(.*?)\.\.\.  # train as usual\n(.*?)```", page, re.DOTALL
     )
+
+
+def test_the_recipe_for_serving_gives_each_row_its_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
+    serving = re.search(
+        r"```python\n(from lowrank_utils import AdapterBank.*?)```", page, re.DOTALL
+    )[1]
+    x = torch.arange(15).reshape(3, 5)
+    models = {None: llama().eval()}
+    for name in ("anna", "ben"):
+        models[name] = model = copy.deepcopy(models[None])
+        replace_linear_layers(model, LinearWithDoRA, rank=2, alpha=1.0)
+        mark_only_adapters_as_trainable(move_all(model))
+    save_adapter(models["ben"], "adapters/ben")
+    alone = {name: model(x).logits for name, model in models.items()}
+    space = {"base": models[None], "model": models["anna"], "x": x, "copy": copy}
+    space["mark_only_adapters_as_trainable"] = mark_only_adapters_as_trainable
+    exec(serving, space)
+    names = ["anna", None, "ben"]
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(space["y"].logits, expected, rtol=1e-4, atol=1e-5)
+    again, bank = space["again"], space["bank"]
+    torch.testing.assert_close(again(x).logits, alone["anna"], rtol=1e-4, atol=1e-5)
+    assert all(
+        re.search(r"(lora\.A|lora\.B|m)$", name)
+        for name, p in again.named_parameters()
+        if p.requires_grad
+    )
+    assert bank.active == ["ben"]
+    torch.testing.assert_close(bank.model(x).logits, alone["ben"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

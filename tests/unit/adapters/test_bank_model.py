@@ -104,6 +104,18 @@ def test_a_base_weight_that_changed_under_a_c_is_noticed(bank, change, use):
     assert_close(y[:count], model(X)[:count])
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_source_whose_base_was_trained_along_is_refused(part):
+    source = base()
+    replace_linear_layers(source, LinearWithDoRA, 2, 0.7, targets=["0"])
+    getattr(source[0].linear, part).requires_grad_(True)
+    AdapterBank(base()).add("anna", source)
+    with torch.no_grad():
+        getattr(source[0].linear, part)[0].add_(0.1)
+    with pytest.raises(ValueError, match=rf"^0\.{part} was trained along, which"):
+        AdapterBank(base()).add("anna", source)
+
+
 def test_a_weight_that_is_given_for_a_call_is_noticed(bank):
     bank.activate("anna")
     y = bank.model(X)

@@ -545,14 +545,15 @@ def test_a_compiled_model_serves_threads_and_generators(bank):
 
 
 WITHOUT_COMPILER = """
+import copy
 import sys
 import torch
 from torch import nn
 from lowrank_utils import AdapterBank, LinearWithDoRA, replace_linear_layers
 
 source = nn.Sequential(nn.Linear(2, 2))
+bank = AdapterBank(copy.deepcopy(source))
 replace_linear_layers(source, LinearWithDoRA, 1, 1.0)
-bank = AdapterBank(nn.Sequential(nn.Linear(2, 2)))
 bank.add("anna", source)
 
 def steps():

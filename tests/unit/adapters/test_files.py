@@ -559,6 +559,9 @@ def test_a_missing_folder_or_file_is_named(saved, tmp_path):
     refused(saved, pickle, FileNotFoundError)
     (saved / CONFIG).unlink()
     refused(saved, r"has no adapter_config\.json$", FileNotFoundError)
+    (saved / "ben").mkdir()
+    (saved / "ben" / "adapter_config.json").write_text("{}")
+    refused(saved, "one folder deeper: there is one in ben$", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
