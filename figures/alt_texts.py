@@ -29,7 +29,7 @@ ALT_TEXTS = {
     ),
     "lora_on_a_linear_layer": AltText(
         "LoRA on a linear layer",
-        "Inside a LinearWithLoRA, the input x takes two ways: above through the frozen Linear with W and b, below "
+        "Inside a LinearWithLoRA, the input x takes two paths: above through the frozen Linear with W and b, below "
         "through the trained LoRALayer with A, B and the scaling s. The two outputs are added to "
         "y = xWᵀ + b + s·xAB.",
     ),

@@ -31,7 +31,11 @@ def checked_lora_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
         layer: Any = layer_class(6, 4, 2, 3.0).double()
         x = torch.randn(5, 6, dtype=torch.float64)
         A, B = layer.A.normal_(), layer.B.normal_()
-        answer, update = told(layer.forward)(x), x @ A @ B
+        try:
+            answer = told(layer.forward)(x)
+        except ExerciseError as error:
+            raise ExerciseError(_explained(str(error))) from error
+        update = x @ A @ B
     if answer is ... or answer is None:
         print("To do: write the line. Until then the notebook goes on with ours")
 
@@ -47,6 +51,15 @@ def checked_lora_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
     compare("the output", answer, layer.alpha * update, mistakes)
     print("Right: this is your layer from now on")
     return layer_class
+
+
+def _explained(hint: str) -> str:
+    """Add what the hint of an error in the reader's line doesn't say."""
+    if "NameError" in hint:
+        return f"{hint}. Inside the class they are self.A, self.B and self.alpha"
+    if "shapes" in hint:
+        return hint.replace("The shapes are x", "The shapes are A (6, 2), B (2, 4), x")
+    return hint
 
 
 @exercise("2.1")
@@ -121,6 +134,10 @@ def check_freeze_all_but_adapters(function: Callable[[nn.Module], None]) -> None
     ]:
         model.requires_grad_(before)
         function(model)
+        if any("requires_grad" in vars(module) for module in model.modules()):
+            raise ExerciseError(
+                "a module has no requires_grad, only its parameters have: call requires_grad_(True or False)"
+            )
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         adapters = {
             name

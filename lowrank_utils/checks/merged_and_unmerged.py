@@ -52,6 +52,9 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             "the frozen layer's product is missing": thin,
             "that is the frozen layer alone": frozen,
             "A·B isn't built in the unmerged form": frozen + r * n_in * n_out,
+            "A·B isn't built in the unmerged form, and x·(A·B) would cost as much as the frozen product": 2
+            * frozen
+            + r * n_in * n_out,
             "each row of the batch goes through A and B too": frozen
             + r * (n_in + n_out),
             "x·A costs b·in·r; and then the product with B?": frozen + b * r * n_in,
@@ -69,7 +72,7 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             hint = f"the scaling of {what} isn't counted here, only the three matrix products"
             mistakes[hint] = frozen + thin + b * width
         answer = ask(function, batch=b, in_dim=n_in, out_dim=n_out, rank=r)
-        compare("multiplications", answer, frozen + thin, mistakes)
+        compare("multiplications_unmerged", answer, frozen + thin, mistakes)
 
 
 @exercise("3.3")
@@ -129,7 +132,7 @@ def _explained(hint: str, parts: dict[str, Tensor]) -> str:
     }
     for words, meaning in meanings.items():
         if words in hint:
-            return f"{hint}. {meaning[0].upper()}{meaning[1:]}"
+            return f"{hint.rstrip('.')}. {meaning[0].upper()}{meaning[1:]}"
     return hint
 
 

@@ -101,6 +101,14 @@ def train_modules(model, kind):
 ONE_AND_TWO = ("linear1.lora.", "linear2.lora.")
 
 
+def sets_an_attribute(model):
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.requires_grad = True
+            module.A.requires_grad_()
+
+
 def keep_adapters(model):
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     return train(model, lambda name: ".lora." in name and flags[name])
@@ -410,7 +418,7 @@ MISTAKES = {
         "that is A alone": lambda i, _, r: i * r,
         "that is B alone": lambda _, o, r: r * o,
         "in and out may differ": lambda i, _, r: 2 * i * r,
-        "isn't a factor of the product": lambda i, o, r: r * i * o,
+        "count A and B apart": lambda i, o, r: r * i * o,
         "multiply both sides": lambda i, o, r: i + r * o,
         "where is the rank": lambda i, o, _: i + o,
         "isn't right yet": lambda *_: 3_648,
@@ -421,12 +429,15 @@ MISTAKES = {
         "one too many": lambda s, share: first(kept_of(s), share) + 1,
         "is enough": lambda s, share: int((kept_of(s) <= share).sum()) + 1,
         "isn't right yet": lambda s, _: len(s) + 5,
+        "divide by the whole": lambda s, share: first(s.square().cumsum(0), share),
         "don't take the root": lambda s, share: first(kept_of(s).sqrt(), share),
         "1 − relative error²": lambda s, t: first(kept_of(s), 1 - (1 - t) ** 2),
         "got a tensor of shape (1,)": lambda s, t: (kept_of(s) >= t).nonzero()[0] + 1,
         "got a list": lambda s, share: [first(kept_of(s), share)],
         # Right but for rounding: the last entry of the sums is just below 1 here.
-        "more than there are": lambda s, t: first(s.square().cumsum(0), t * s @ s),
+        "finds none of these ranks": lambda s, t: first(
+            s.square().cumsum(0), t * s @ s
+        ),
     },
     "apply_update": {
         "the update is missing": lambda p: p.base,
@@ -458,6 +469,7 @@ MISTAKES = {
         "frozen before": keep_adapters,
         # These are the names in one of the models.
         "everything is frozen": lambda m: train(m, lambda n: n.startswith(ONE_AND_TWO)),
+        "a module has no requires_grad": sets_an_attribute,
         "the pretrained layer as well": lambda m: train_modules(m, LinearWithLoRA),
     },
     "merged_weight": {
@@ -474,6 +486,7 @@ MISTAKES = {
         "frozen layer's product is missing": lambda b, i, o, r: b * r * (i + o),
         "frozen layer alone": lambda b, i, o, _: b * i * o,
         "isn't built": lambda b, i, o, r: b * i * o + r * i * o,
+        "as much as the frozen product": lambda b, i, o, r: (2 * b + r) * i * o,
         "each row of the batch": lambda b, i, o, r: b * i * o + r * (i + o),
         "and then the product with B": lambda b, i, o, r: b * i * o + b * r * i,
         "scaling of the output isn't": lambda b, i, o, r: b * (i * o + r * (i + o) + o),
@@ -685,7 +698,7 @@ MISTAKES = {
 
 # Of these the remarks: the numbers are right, and something else is as it shouldn't be.
 REMARKS = {
-    "smallest_rank": ["more than there are"],
+    "smallest_rank": ["finds none of these ranks"],
     "apply_update": ["A·B was built in full"],
     "dora_output": ["the merged form", "A·B was built in full"],
     "factored_squares": [
@@ -909,6 +922,19 @@ def test_without_the_line_the_notebook_goes_on_with_a_layer_that_has_it(
     assert mine(7, 5, 2, 1.5)(x) is nothing
 
 
+def first_that_reaches(sigma, share):
+    squares = sigma.square()
+    for rank, kept in enumerate(squares.cumsum(0) / squares.sum(), start=1):
+        if kept >= share:
+            return rank
+    return None
+
+
+def test_a_loop_that_finds_no_rank_at_share_one_gets_the_remark(capsys):
+    check("smallest_rank", first_that_reaches)
+    assert "it finds none of these ranks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
@@ -920,6 +946,8 @@ def test_without_the_line_the_notebook_goes_on_with_a_layer_that_has_it(
         (lambda self, x: (x @ self.A @ self.B).T * self.alpha, "is transposed"),
         (lambda self, x: self.alpha * (x @ self.A @ self.B) ** 2, "isn't right yet"),
         (lambda *_: 3.0, "must be a tensor"),
+        (lambda self, x: self.alpha * (x @ A @ self.B), "Inside the class they are"),  # noqa: F821
+        (lambda self, x: x @ self.B, r"shapes are A \(6, 2\), B \(2, 4\), x \(5, 6\)"),
     ],
 )
 def test_a_mistake_in_the_line_gets_its_hint(line, hint):
