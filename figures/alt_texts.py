@@ -65,6 +65,6 @@ ALT_TEXTS = {
         "What the detached norm cuts",
         "Left, how W′ is made: c is m divided by the norm of V, and W′ is c times V. Two bars cut the arrow from V to its "
         "norm, where the gradient is stopped. Right, a row of V and W′ on a circle of radius m. A step across the row turns "
-        "both. A step along it, which only the cut leaves in, makes V longer, and W′ stays.",
+        "both. A step along it, which only the cut leaves in, makes V longer or shorter, and W′ stays.",
     ),
 }

@@ -35,7 +35,7 @@ def row_scale(m: Tensor, norm: Tensor) -> Tensor:
     Returns:
         Shape (out,), in the dtype of m.
     """
-    # Rounded as m is: at the start c is then exactly 1 in every dtype.
+    # In m's dtype, so that c is exactly 1 at the start.
     norm = norm.to(m.dtype)
     zero = norm == 0
     return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)

@@ -108,6 +108,8 @@ def check_dora_scale(function: Callable[..., Tensor]) -> None:
             "that divides by the norms of W; V is W + ΔW": e.m / e.weight.norm(dim=1),
             "upside down: c makes the rows as long as m": 1 / c,
             "alpha is missing in ΔW": e.m / unscaled.norm(dim=1),
+            "alpha is the scaling s itself: don't divide it by the rank": e.m
+            / (e.weight + e.alpha / len(e.B) * (e.A @ e.B).T).norm(dim=1),
             "c must have the shape (out,)": c.unsqueeze(1),
             "that is 1/‖V‖; where is m?": 1 / V.norm(dim=1),
             "that divides by the squared lengths: take the root": e.m

@@ -54,7 +54,7 @@ def check_unit_vector(function: Callable[[Tensor], Tensor]) -> None:
         ),
         (
             (3e-5, 4e-5),
-            "a vector shorter than 1 must become longer: divide by its length, however short",
+            "what is added to the length, or a limit for it, makes short vectors shorter than 1: divide by the length itself",
         ),
     ]:
         v = torch.tensor(entries, dtype=torch.float64)

@@ -517,7 +517,7 @@ MISTAKES = {
         "the vector itself": lambda v: v,
         "a zero in it": lambda v: v / v.norm() if (v != 0).all() else v * 0,
         "sum of 0": lambda v: v / v.norm() if v.sum() != 0 else v * 0,
-        "a vector shorter than 1": lambda v: v / v.norm().clamp(min=1e-3),
+        "shorter than 1": lambda v: v / v.norm().clamp(min=1e-3),
     },
     "split_rows": {
         "one norm per input": lambda w: (w.norm(dim=0), w / w.norm(dim=0)),
@@ -540,6 +540,9 @@ MISTAKES = {
         "take the dot product": lambda gw, _, v: (gw * v / v.norm(), gw),
     },
     "dora_scale": {
+        "don't divide it by the rank": lambda p: (
+            p.m / (p.w + p.a / len(p.B) * (p.A @ p.B).T).norm(dim=1)
+        ),
         "V is W": lambda p: p.m / p.w.norm(dim=1),
         "upside down": lambda p: 1 / p.c,
         "alpha is missing": lambda p: p.m / p.unscaled.norm(dim=1),

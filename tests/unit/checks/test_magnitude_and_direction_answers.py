@@ -84,7 +84,7 @@ WRONG = [
     ("unit_vector", lambda v: v / len(v), "the number of entries"),
     ("unit_vector", lambda v: v.norm(), "the direction is a vector"),
     ("unit_vector", lambda v: v.abs() / v.norm(), "all signs are lost"),
-    ("unit_vector", lambda v: v / (v.norm() + 1e-6), "however short"),
+    ("unit_vector", lambda v: v / (v.norm() + 1e-6), "by the length itself"),
     ("unit_vector", lambda v: (v / v.norm()).tolist(), "must be a tensor; got list"),
     (
         "split_rows",
