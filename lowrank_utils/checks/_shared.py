@@ -7,6 +7,7 @@ An error that the learner's function raises is a hint too, with the line that st
 
 import copy
 import inspect
+import linecache
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -52,7 +53,9 @@ def exercise(number: str) -> Callable[[Callable[[Any], None]], Callable[[Any], N
             except Remark as remark:
                 print(f"Exercise {number}: right, but {remark}")
             else:
-                print(f"Exercise {number}: correct")
+                # Who only runs the folded solution has solved nothing.
+                whose = "Solution" if _is_solution(function) else "Exercise"
+                print(f"{whose} {number}: correct")
 
         return run
 
@@ -80,6 +83,12 @@ def told(function: Any) -> Any:
             raise ExerciseError(_what_stopped(function, inputs, error)) from error
 
     return run
+
+
+def _is_solution(function: Any) -> bool:
+    """Tell whether a notebook's own solution defines the function."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    return linecache.getline(file, 1).startswith("# Solution ")
 
 
 def _what_stopped(function: Any, inputs: tuple[Any, ...], error: Exception) -> str:

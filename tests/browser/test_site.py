@@ -294,7 +294,7 @@ def test_solutions_are_folded_and_unfold(address, page):
         for part in (code, printed):
             expect(part).to_be_visible()
         expect(code).to_contain_text(f"# Solution 3.{place + 1}")
-        expect(printed).to_contain_text(f"Exercise 3.{place + 1}: correct")
+        expect(printed).to_contain_text(f"Solution 3.{place + 1}: correct")
 
 
 def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):

@@ -75,7 +75,7 @@ def test_another_rank_and_seed_run_to_the_end(run):
         rank=2, alpha=4.0, seed=7, adaptation_epochs=2, adaptation_examples=500
     )
     assert "3,518" in printed  # trained parameters of DoRA at rank 2
-    assert "Exercise 6.3: correct" in printed
+    assert "Solution 6.3: correct" in printed
 
 
 @pytest.mark.filterwarnings("ignore")

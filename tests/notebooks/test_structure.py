@@ -188,7 +188,7 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(
         assert f'raise NotImplementedError("{name}: ' in stub.source
         assert text_of_outputs(stub).startswith(f"To do: {name}: ")
         assert solution.source.startswith(f"# Solution {number}.{place}\n")
-        assert f"{name}: correct" in text_of_outputs(solution)
+        assert f"Solution {number}.{place}: correct" in text_of_outputs(solution)
         assert solution.metadata.jupyter.source_hidden
         assert "hide-cell" in tags(solution)
         # The stub and its solution call the same check on a function of the same name.

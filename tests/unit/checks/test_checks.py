@@ -2,6 +2,7 @@
 hint, and shows no answer."""
 
 import itertools
+import linecache
 from functools import cached_property
 
 import pytest
@@ -842,6 +843,16 @@ def asks_for_what_torch_has_not(*_):
 def unpacks_too_much(singular_values, share):
     first, second = singular_values
     return first if second else share
+
+
+def test_a_notebooks_own_solution_announces_no_success_of_the_readers(capsys):
+    source = "# Solution 1.1\ndef count(i, o, r):\n    return r * (i + o)\n"
+    for text, whose in ((source, "Solution"), (source[15:], "Exercise")):
+        linecache.cache["<cell>"] = len(text), None, text.splitlines(True), "<cell>"
+        names = {}
+        exec(compile(text, "<cell>", "exec"), names)
+        checks.check_adapter_parameters(names["count"])
+        assert capsys.readouterr().out == f"{whose} 1.1: correct\n"
 
 
 @pytest.mark.parametrize(
