@@ -35,7 +35,7 @@ def row_scale(m: Tensor, norm: Tensor) -> Tensor:
     Returns:
         Shape (out,), in the dtype of m.
     """
-    # In m's dtype, so that c is exactly 1 at the start.
+    # Rounded to m's dtype: else c isn't exactly 1 at the start.
     norm = norm.to(m.dtype)
     zero = norm == 0
     return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)

@@ -112,6 +112,10 @@ def check_dora_scale(function: Callable[..., Tensor]) -> None:
             / (e.weight + e.alpha / len(e.B) * (e.A @ e.B).T).norm(dim=1),
             "c must have the shape (out,)": c.unsqueeze(1),
             "that is 1/‖V‖; where is m?": 1 / V.norm(dim=1),
+            "that divides by the norms of ΔW; V is W + ΔW": e.m
+            / (V - e.weight).norm(dim=1),
+            "the norm of a sum isn't the sum of the norms: add W and ΔW first": e.m
+            / (e.weight.norm(dim=1) + (V - e.weight).norm(dim=1)),
             "that divides by the squared lengths: take the root": e.m
             / V.square().sum(dim=1),
             "that divides by one norm of the whole V: each row has its own": e.m
@@ -242,6 +246,10 @@ def check_magnitude_gradient(function: Callable[..., Tensor]) -> None:
             "divide by ‖V‖, not by its square": (per_example / norm.square()).sum(
                 dim=0
             ),
+            "where is xVᵀ? m multiplies it": grad_y.sum(dim=0) / norm,
+            "multiply first, and sum over the batch then": grad_y.sum(dim=0)
+            * (e.x @ V.T).sum(dim=0)
+            / norm,
             "m itself drops out of its own derivative": (per_example * e.c).sum(dim=0),
             "m has one entry per output: sum over the batch": per_example / norm,
             "m has one entry per output: sum over the batch, not over the outputs": (

@@ -37,6 +37,10 @@ def check_standard_error(function: Callable[[float, int], float]) -> None:
             "the root goes over n as well": (p * (1 - p)) ** 0.5 / n,
             "the root goes over p(1 − p) as well": p * (1 - p) / n**0.5,
             "the 1 − p is missing": (p / n) ** 0.5,
+            "mind the brackets: √(p·(1 − p)/n)": max(p * 1 - p / n, 0) ** 0.5,
+            "a share, and not a percentage: leave out the 100": 100
+            * (p * (1 - p) / n) ** 0.5,
+            "divide by n, not by n − 1": (p * (1 - p) / (n - 1)) ** 0.5,
         }
         answer = ask(function, accuracy=p, count=n)
         compare("standard_error", answer, (p * (1 - p) / n) ** 0.5, mistakes)
@@ -59,6 +63,14 @@ def check_paired_difference(
         d, root = first - second, len(first) ** 0.5
         mistakes = {
             "the order is first − second": (-d.mean(), None),
+            "the mean comes first, and then its standard error": (
+                d.std() / root,
+                None,
+            ),
+            "take the differences first, and then one standard error": (
+                None,
+                (first.std() - second.std()) / root,
+            ),
             "the sign tells which method is ahead: don't take absolute values": (
                 d.abs().mean(),
                 None,

@@ -74,6 +74,8 @@ def check_scaling(function: Callable[[float, int, bool], float]) -> None:
             "that is the other rule: √r belongs to rsLoRA": alpha
             / (rank if rslora else root),
             "that is the article's rule, alpha as it is": alpha,
+            "`//` cuts off what is behind the point: divide with `/`": alpha
+            // (root if rslora else rank),
             "upside down: alpha stands above, the rank below": (
                 root if rslora else rank
             )
@@ -118,7 +120,8 @@ def _encoder_layer() -> nn.Module:
 
 def _perceptron_with_norm() -> nn.Module:
     model = MultilayerPerceptron(6, 5, 4, 3)
-    model.norm = nn.LayerNorm(3)
+    # An A or a B somewhere in a name makes no adapter.
+    model.AfterBlock = nn.LayerNorm(3)
     replace_linear_layers(model, LinearWithLoRA, rank=2, alpha=1)
     return model
 

@@ -81,8 +81,8 @@ def check_smallest_rank(function: Callable[[Tensor, float], int]) -> None:
     answer = function(sigma.clone(), 1.0)
     if answer is None or answer > len(sigma):
         raise Remark(
-            f"with share = 1 and {len(sigma)} singular values it finds none of these ranks: cumsum and sum round "
-            "differently, so divide by the last entry of cumsum"
+            f"with share = 1 and {len(sigma)} singular values it finds none of these ranks: what is added up step by "
+            "step rounds differently from torch.sum, so divide by the last of your running sums"
         )
 
 

@@ -60,6 +60,9 @@ def check_multiplications(function: Callable[[int, int, int, int], int]) -> None
             "x·A costs b·in·r; and then the product with B?": frozen + b * r * n_in,
             "(xA)·B costs b·r·out; and before it the product x·A?": frozen
             + b * r * n_out,
+            "the last product is x·A, (batch, r), times B": frozen
+            + b * n_in * r
+            + n_in * r * n_out,
             "every product has the batch as one of its sizes": n_in * n_out
             + r * (n_in + n_out),
             "count multiplications alone, not the additions too": 2 * (frozen + thin),

@@ -450,6 +450,7 @@ MISTAKES = {
         "divide instead": lambda a, r, rs: a * (r**0.5 if rs else r),
         "the other rule": lambda a, r, rs: a / (r if rs else r**0.5),
         "article's rule": lambda a, *_: a,
+        "cuts off": lambda a, r, rs: a // (r**0.5 if rs else r),
         "upside down": lambda a, r, rs: (r**0.5 if rs else r) / a,
     },
     "lora_output": {
@@ -471,6 +472,7 @@ MISTAKES = {
         # These are the names in one of the models.
         "everything is frozen": lambda m: train(m, lambda n: n.startswith(ONE_AND_TWO)),
         "a module has no requires_grad": sets_an_attribute,
+        "AfterBlock": lambda m: train(m, lambda n: "A" in n or "B" in n),
         "the pretrained layer as well": lambda m: train_modules(m, LinearWithLoRA),
     },
     "merged_weight": {
@@ -487,6 +489,7 @@ MISTAKES = {
         "frozen layer's product is missing": lambda b, i, o, r: b * r * (i + o),
         "frozen layer alone": lambda b, i, o, _: b * i * o,
         "isn't built": lambda b, i, o, r: b * i * o + r * i * o,
+        "times B": lambda b, i, o, r: b * i * o + b * i * r + i * r * o,
         "as much as the frozen product": lambda b, i, o, r: (2 * b + r) * i * o,
         "each row of the batch": lambda b, i, o, r: b * i * o + r * (i + o),
         "and then the product with B": lambda b, i, o, r: b * i * o + b * r * i,
@@ -547,6 +550,10 @@ MISTAKES = {
         "V is W": lambda p: p.m / p.w.norm(dim=1),
         "upside down": lambda p: 1 / p.c,
         "alpha is missing": lambda p: p.m / p.unscaled.norm(dim=1),
+        "norms of ΔW": lambda p: p.m / (p.V - p.w).norm(dim=1),
+        "add W and ΔW first": lambda p: (
+            p.m / (p.w.norm(dim=1) + (p.V - p.w).norm(dim=1))
+        ),
         "must have the shape (out,)": lambda p: p.c.unsqueeze(1),
         "where is m": lambda p: p.c / p.m,
         "take the root": lambda p: p.m / p.V.square().sum(1),
@@ -589,6 +596,8 @@ MISTAKES = {
         "must return True or False": lambda _: torch.tensor([False, True]),
     },
     "magnitude_gradient": {
+        "where is xVᵀ": lambda gy, _, V: gy.sum(0) / V.norm(dim=1),
+        "multiply first": lambda gy, x, V: gy.sum(0) * (x @ V.T).sum(0) / V.norm(dim=1),
         "don't average": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).mean(0),
         "divide by": lambda gy, x, V: (gy * (x @ V.T)).sum(0),
         "sum over the batch": lambda gy, x, V: gy * (x @ V.T) / V.norm(dim=1),
@@ -597,6 +606,9 @@ MISTAKES = {
         "grad_y, is missing": lambda _, x, V: (x @ V.T / V.norm(dim=1)).sum(0),
     },
     "standard_error": {
+        "mind the brackets": lambda p, n: (p * 1 - p / n) ** 0.5,
+        "leave out the 100": lambda p, n: 100 * (p * (1 - p) / n) ** 0.5,
+        "not by n − 1": lambda p, n: (p * (1 - p) / (n - 1)) ** 0.5,
         "take the root": lambda p, n: p * (1 - p) / n,
         "divide by the number": lambda p, _: (p * (1 - p)) ** 0.5,
         "over n as well": lambda p, n: (p * (1 - p)) ** 0.5 / n,
@@ -605,6 +617,11 @@ MISTAKES = {
         "is the `return` missing": lambda *_: None,
     },
     "paired_difference": {
+        "the mean comes first": lambda a, b: paired(a, b)[::-1],
+        "then one standard error": lambda a, b: (
+            paired(a, b)[0],
+            (a.std() - b.std()) / len(a) ** 0.5,
+        ),
         "first − second": lambda a, b: paired(b, a),
         "absolute values": lambda a, b: ((a - b).abs().mean(), paired(a, b)[1]),
         "unrelated": lambda a, b: (paired(a, b)[0], (a.var() + b.var()).sqrt() / 2),
