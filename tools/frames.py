@@ -5,7 +5,6 @@ What a picture needs of its notebook is run; nothing of it is stored.
 """
 
 import base64
-import contextlib
 import hashlib
 import html
 import io
@@ -14,23 +13,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
-import torch
+from execute_notebooks import execute
 from ipywidgets import SelectionSlider
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from sheets import needed
 
-from lowrank_utils import interactive
+from lowrank_utils.interactive import WITHOUT_A_KERNEL
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Of each slider; of several together, so that a page stays small.
 MOST_PLACES = {1: 24, 2: 9}
-
-
-class _Captured(BaseException):
-    def __init__(self, draw: Any, sliders: dict[str, Any]) -> None:
-        self.draw, self.sliders = draw, sliders
 
 
 def places_of(slider: Any, most: int) -> list[tuple[str, Any]]:
@@ -53,27 +48,20 @@ def places_of(slider: Any, most: int) -> list[tuple[str, Any]]:
 
 
 def picture_of(notebook: NotebookNode, place: int, alt: str) -> str:
-    """Run what the picture in a cell needs, and return its frames as HTML, in the style
-    that the notebook sets.
+    """Run what the picture in a cell needs, in a kernel of its own, and return its
+    frames as HTML.
     """
-
-    def capture(draw: Any, **sliders: Any) -> None:
-        raise _Captured(draw, sliders)
-
-    names: dict[str, Any] = {}
-    dtype, original = torch.get_default_dtype(), interactive.PictureWithSliders
-    interactive.PictureWithSliders = capture  # type: ignore[assignment, misc]
-    with mpl.rc_context(), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            for number in [*needed(notebook, [place]), place]:
-                exec(notebook.cells[number].source, names)  # noqa: S102  # our own
-        except _Captured as found:
-            return picture_with_frames(found.draw, found.sliders, alt)
-        finally:
-            interactive.PictureWithSliders = original  # type: ignore[misc]
-            torch.set_default_dtype(dtype)
-            plt.close("all")
-    raise ValueError(f"cell {place} has no picture with sliders")
+    sources = [
+        *(notebook.cells[number].source for number in needed(notebook, [place])),
+        notebook.cells[place].source,
+        # The picture is what the cell before has shown.
+        f"import sys\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from frames import picture_with_frames\n\n"
+        f"print(picture_with_frames(_.draw, _.sliders, {alt!r}))",
+    ]
+    run = new_notebook(cells=[new_code_cell(source) for source in sources])
+    execute(run, ROOT / "notebooks")
+    return str(run.cells[-1].outputs[-1].text)
 
 
 def picture_with_frames(draw: Any, sliders: dict[str, Any], alt: str) -> str:
@@ -139,6 +127,6 @@ def put_in_frames(notebook: NotebookNode, kept: Path) -> None:
             path.write_text(picture_of(notebook, place, alt), encoding="utf-8")
         shown = {
             "text/html": path.read_text(encoding="utf-8"),
-            "text/plain": interactive.WITHOUT_A_KERNEL,
+            "text/plain": WITHOUT_A_KERNEL,
         }
         cell.outputs = [new_output("display_data", shown)]
