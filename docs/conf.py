@@ -37,7 +37,7 @@ nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 # What the tags of cells fold away; of several, the last says it.
 FOLDED = {
-    "hide-input": "the code of this plot",
+    "hide-input": "the code",
     "hide-output": "what comes out",
     "hide-cell": "the solution",
 }
@@ -94,11 +94,15 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
             cell["source"] = with_links_to_pages(
                 text, path.relative_to(app.srcdir).as_posix()
             )
+        tags = cell["metadata"].get("tags", [])
         for tag, words in FOLDED.items():
-            if tag in cell["metadata"].get("tags", []):
+            if tag in tags:
                 cell["metadata"].setdefault("mystnb", {}).update(
                     code_prompt_show=f"Show {words}", code_prompt_hide=f"Hide {words}"
                 )
+        if {"hide-input", "hide-output"} <= set(tags):
+            # One fold, and not two with one name.
+            tags.append("hide-cell")
     source[0] = nbformat.writes(notebook)
 
 
