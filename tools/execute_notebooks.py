@@ -167,6 +167,12 @@ def reading_minutes(notebook: NotebookNode) -> int:
     return 5 * math.ceil(seconds / 300)
 
 
+def running_text(source: str) -> str:
+    """Return Markdown without what is folded, and without pictures."""
+    folded_or_picture = r"<details>.*?</details>|!\[[^]]*\]\([^)]*\)"
+    return re.sub(folded_or_picture, "", source, flags=re.S)
+
+
 def exercise_minutes(notebook: NotebookNode) -> int:
     """Return the minutes that the exercises' headings allow, all together."""
     headings = [

@@ -8,16 +8,14 @@ import sys
 
 import nbformat
 from alt_texts import ALT_TEXTS
-from execute_notebooks import exercise_minutes, reading_minutes
+from execute_notebooks import exercise_minutes, reading_minutes, running_text
 from slide_types import SLIDE_TYPES, assign_slide_types
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
 LINES_PER_CELL = 15
 # Longer cells, up to 20 lines, each with its reason.
-LONG_CELLS = {
-    ("05_dora", "def properties(layer):"): "four properties that are read side by side",
-}
+LONG_CELLS: dict[tuple[str, str], str] = {}
 
 # Exercises beyond the three, each a section of its own at the end of its notebook:
 # heading → number.
@@ -198,6 +196,19 @@ def test_three_exercises_rise_in_difficulty_with_hints_a_check_and_a_solution(
         )
 
 
+def test_there_is_an_exercise_of_change(notebook):
+    assert any(
+        cell.source.startswith("### Exercise") and "(change, " in cell.source
+        for cell in text_cells(notebook)
+    )
+
+
+def test_the_running_text_is_short(notebook, path):
+    limit = 1600 if int(path.stem[:2]) <= 5 else 2200
+    texts = [running_text(cell.source) for cell in text_cells(notebook)]
+    assert sum(len(text.split()) for text in texts) <= limit
+
+
 def test_an_exercise_of_change_has_a_cell_to_change_and_a_sample_answer(notebook):
     for place, cell in enumerate(notebook.cells):
         if cell.source.startswith("### Exercise") and "(change, " in cell.source:
@@ -272,7 +283,7 @@ def test_code_cells_are_short(notebook, path):
             else LINES_PER_CELL
         )
         assert len(lines) <= limit, f"{len(lines)} lines:\n{cell.source}"
-        assert max(map(len, lines)) <= 120, max(lines, key=len)
+        assert max(map(len, lines)) <= 88, max(lines, key=len)
 
 
 def test_no_output_is_a_by_product(notebook):
