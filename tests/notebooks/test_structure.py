@@ -14,8 +14,6 @@ from slide_types import SLIDE_TYPES, assign_slide_types
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
 LINES_PER_CELL = 15
-# Longer cells, up to 20 lines, each with its reason.
-LONG_CELLS: dict[tuple[str, str], str] = {}
 
 # Exercises beyond the three, each a section of its own at the end of its notebook:
 # heading → number.
@@ -270,18 +268,14 @@ def test_what_is_drawn_or_trained_is_reproducible(notebook):
     assert re.search(r"^use_style\(\)$", everything, flags=re.MULTILINE)
 
 
-def test_code_cells_are_short(notebook, path):
+def test_code_cells_are_short(notebook):
     for cell in code_cells(notebook):
         lines = cell.source.splitlines()
         imports_only = all(
             isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))
             for node in ast.parse(cell.source).body
         )
-        limit = (
-            20
-            if imports_only or (path.stem, lines[0]) in LONG_CELLS
-            else LINES_PER_CELL
-        )
+        limit = 20 if imports_only else LINES_PER_CELL
         assert len(lines) <= limit, f"{len(lines)} lines:\n{cell.source}"
         assert max(map(len, lines)) <= 88, max(lines, key=len)
 
