@@ -44,7 +44,7 @@ compare: ## Run the default comparison, and refresh its results; it goes on wher
 site: ## Build the site from the stored notebooks, into build/site.
 	@$(SETUP) run tools/build_site.py
 
-slides: ## Build the slides from the stored notebooks, into build/slides.
+slides: ## Build the talk, and a handout from each stored notebook, into build/slides.
 	@$(SETUP) run tools/build_slides.py
 
 sheets: ## Make an exercise sheet from each notebook, without solutions, into build/sheets.

@@ -21,7 +21,6 @@ import contents
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from slide_types import assign_slide_types
 from tqdm import tqdm
 
 from lowrank_utils.comparison.kernels import kernel_environment
@@ -31,7 +30,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 # Metadata that says how a cell is used. All the rest (timings, scroll positions) is the
 # editor's.
-KEPT_CELL_METADATA = {"tags", "slideshow", "mystnb", "jupyter"}
+KEPT_CELL_METADATA = {"tags", "mystnb", "jupyter"}
 
 # What "About N minutes" stands for: 120 words a minute, and time to read a line of code,
 # to look at a plot, a drawing or a formula, and to think about a prediction.
@@ -109,7 +108,6 @@ def normalise(notebook: NotebookNode) -> str:
             ]
     fold_predicted_outputs(notebook)
     state_minutes(notebook)
-    assign_slide_types(notebook)
     nbformat.validate(notebook)
     return nbformat.writes(notebook).rstrip("\n") + "\n"
 

@@ -9,7 +9,6 @@ import sys
 import nbformat
 from alt_texts import ALT_TEXTS
 from execute_notebooks import exercise_minutes, reading_minutes, running_text
-from slide_types import SLIDE_TYPES, assign_slide_types
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 
@@ -325,17 +324,6 @@ def test_plots_carry_an_alt_text_that_states_what_they_show(notebook):
             assert not re.match(
                 "(A |The )?(plot|figure|image|picture)", alt, flags=re.IGNORECASE
             ), alt
-
-
-def test_every_cell_has_a_slide_type_and_the_rule_changes_nothing(notebook):
-    for cell in notebook.cells:
-        assert cell.metadata.get("slideshow", {}).get("slide_type") in SLIDE_TYPES, (
-            cell.source
-        )
-    before = nbformat.writes(notebook)
-    assign_slide_types(notebook)
-    assert nbformat.writes(notebook) == before
-    assert notebook.cells[0].metadata.slideshow.slide_type == "slide"
 
 
 NUMBER = re.compile(r"(?<![\w.,/^])[+−-]?\d[\d,]*(?:\.\d+)?%?(?![\w/])")

@@ -1,5 +1,5 @@
-"""No type in a plot or a drawing is smaller than the slides count with, so that the
-last row reads all of it."""
+"""No type in a plot or a drawing is smaller than the talk's test counts with, so that
+the last row reads all of it."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ from lowrank_utils.plots import use_style
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-# In points: what tools/build_slides.py takes for the smallest.
+# In points: what tests/browser/test_slides.py takes for the smallest.
 SMALLEST_IN_PLOTS, SMALLEST_IN_DRAWINGS = 10, 12
 SIZES = {"size", "fontsize", "labelsize", "title_fontsize"}
 
