@@ -18,6 +18,7 @@ last outcome.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -338,19 +340,27 @@ def check_vectors(wanted: str | None, python: str) -> None:
         raise NotOffered(f"this processor has {widest} and not {wanted}")
 
 
+def without_comments(source: str) -> str:
+    """Return the lines of Python code that hold more than comments."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    return "\n".join(line for line in lines if line)
+
+
 def digest() -> str:
-    """Return the SHA-256 of all code cells of the notebooks, with their stored
-    outputs.
+    """Return the SHA-256 of all code of the notebooks, comments left out, with the
+    stored outputs.
     """
     content = hashlib.sha256()
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
-                content.update(
-                    json.dumps(
-                        [cell["source"], cell["outputs"]], sort_keys=True
-                    ).encode()
-                )
+                code = without_comments("".join(cell["source"]))
+                shown = [code, cell["outputs"]]
+                content.update(json.dumps(shown, sort_keys=True).encode())
     return content.hexdigest()
 
 

@@ -259,3 +259,8 @@ def test_the_oldest_peft_that_was_run_is_the_oldest_that_is_allowed(monkeypatch)
         (version,) = [v.split()[1] for v in versions if v.startswith(f"{package} ")]
         asked = lowest(package)
         assert version.split(".")[: asked.count(".") + 1] == asked.split(".")
+
+
+def test_a_comment_changes_no_code():
+    source = 'x = "#1"  # two\n\n# three\ny = f"{x}#4"\n'
+    assert matrix.without_comments(source) == 'x = "#1"\ny = f"{x}#4"'
