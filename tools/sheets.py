@@ -24,7 +24,7 @@ from lowrank_utils.comparison.whole import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"^### Exercise \d", flags=re.MULTILINE)
 SOLUTION = re.compile(
-    r"\n*<details><summary>(?:A sample answer|What we saw)</summary>.*?</details>",
+    r"\n*<details><summary>A sample answer</summary>.*?</details>",
     flags=re.DOTALL,
 )
 

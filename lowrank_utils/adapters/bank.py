@@ -66,10 +66,10 @@ class AdapterBank:
 
     One bank serves many requests at a time. ``rows`` holds for the task or thread that
     opened it and for tasks that are started inside it; ``activate``, ``merge`` and
-    ``restore`` hold for all who have no block of their own. A call of the model goes by what held
-    when it began, to its end. (A compiled model does so from one of its graph breaks to
-    the next, and compiles anew for other rows. Torch 2.5 can't compile it; the pinned
-    release can.)
+    ``restore`` hold for all who have no block of their own. A call of the model goes by
+    what held when it began, to its end. (A compiled model does so from one of its graph
+    breaks to the next, and compiles anew for other rows. Torch 2.5 can't compile it;
+    the pinned release can.)
 
     Args:
         model: the base model, with plain linear layers. It is changed in place.
@@ -210,7 +210,7 @@ class AdapterBank:
                 if other != slot
             }
             for layer, banked in list(self._layers.items()):
-                # Also where this adapter has no part: its rows must be refused from now.
+                # Also without a part of this adapter, whose rows are refused from now.
                 banked.kept.clear()
                 if slot in banked.lora:
                     del banked.lora[slot]

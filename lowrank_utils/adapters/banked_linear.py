@@ -159,9 +159,10 @@ class BankedLinear(AroundLinear):
 
     def formed_weight(self, adapters: Sequence[BankedAdapter]) -> Tensor:
         """Return the weight that ``adapters`` make together, (out, in)."""
-        check_weight_is_all(self.linear)
         if any(adapter.scale is not None for adapter in adapters):
             self.check_weight()
+        else:
+            check_weight_is_all(self.linear)
         W = self.linear.weight
         with without_autocast(W.device):
             wide = W.to(_widest(W.dtype, adapters))

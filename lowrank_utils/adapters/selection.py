@@ -83,8 +83,8 @@ class Selection:
         present: slot → name, of the adapters in the bank.
         layers: the adapted layers by their names in the model.
         had_others: whether a block was ever opened, or ``always`` exchanged after a
-            pass: what is computed once more in a backward pass may then
-            have been another's.
+            pass: what is computed once more in a backward pass may then have been
+            another's.
         lock: to be held while one of these changes, or a choice is made.
     """
 
