@@ -166,6 +166,13 @@ def peak_bytes(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> int:
     run = training_pass(layer, x, grad)
     run()
     drop_gradients(layer, x)
+    return most_allocated(run)
+
+
+def most_allocated(run: Callable[[], None]) -> int:
+    """Return the most bytes that torch's allocator held while ``run`` ran, beyond what
+    it held before.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -67,4 +67,11 @@ ALT_TEXTS = {
         "norm, where the gradient is stopped. Right, a row of V and W′ on a circle of radius m. A step across the row turns "
         "both. A step along it, which only the cut leaves in, makes V longer or shorter, and W′ stays.",
     ),
+    "transformer_block": AltText(
+        "One block of a transformer, and the places for adapters",
+        "A sentence comes in as one vector of 384 numbers for each token. Query, key and value, three frozen weights of 384 "
+        "by 384, feed the attention, which has no weights. Then come a frozen output weight, a sum with what went past, and "
+        "a normalisation. The feed-forward part has two frozen weights, up to 1,536 numbers and back, with a GELU between, "
+        "and again a sum and a normalisation. Beside each of the six frozen weights stands a small A·B.",
+    ),
 }
