@@ -94,6 +94,17 @@ from .promises import (
     constant_weights as constant_weights,
     frozen_weights as frozen_weights,
 )
+from .text import (
+    LABELS as LABELS,
+    LastLayers as LastLayers,
+    SentenceClassifier as SentenceClassifier,
+    Sentences as Sentences,
+    SentenceSplits as SentenceSplits,
+    hidden_after as hidden_after,
+    load_minilm as load_minilm,
+    load_reviews as load_reviews,
+    mean_of_tokens as mean_of_tokens,
+)
 from .training import (
     History as History,
     MultilayerPerceptron as MultilayerPerceptron,

