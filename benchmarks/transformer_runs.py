@@ -62,6 +62,11 @@ LONG_SPLITS = range(1, 2)
 RATES = (0.0003, 0.001, 0.003, 0.01)
 RATES_OF_ALL = (0.00003, 0.0001, 0.0003, 0.001)
 FACTORS = (1, 4, 16, 64)
+# What may be tried beyond them, where the best lies at their edge.
+LADDERS: dict[str, tuple[float, ...]] = {
+    "rate": (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    "factor": (1, 4, 16, 64, 256, 1024),
+}
 # Methods with a part that gets a rate of its own: layer, and pattern of the part.
 OWN_RATE = {
     "DoRA": (LinearWithDoRA, "*.m"),
@@ -299,6 +304,30 @@ def best(rows: list[dict[str, str]], **wanted: Any) -> Run:
     )
 
 
+def widened(rows: list[dict[str, str]], **wanted: Any) -> list[dict[str, str]]:
+    """Try further rates and factors for as long as the best setting of some lies at the
+    edge of those that were tried, and return the rows of all.
+    """
+    while True:
+        some = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+        run = best(some)
+        further = []
+        for field, ladder in LADDERS.items():
+            tried = {float(row[field]) for row in some}
+            place = ladder.index(getattr(run, field))
+            if len(tried) > 1 or field == "rate":
+                further += [
+                    run._replace(**{field: ladder[other]})
+                    for other in (place - 1, place + 1)
+                    if 0 <= other < len(ladder) and ladder[other] not in tried
+                ]
+        known = {key(row) for row in rows}
+        new = [each for each in further if key(each) not in known]
+        if not new:
+            return rows
+        rows = rows + make(new)
+
+
 def main() -> Path:
     """Tune, report, and return the file with the rows."""
     tuning = [Run("LoRA", rate=rate) for rate in RATES]
@@ -309,17 +338,19 @@ def main() -> Path:
         for rate in RATES
     ]
     tuning += [Run("full", rate=rate) for rate in RATES_OF_ALL]
-    tuning += [
-        Run("LoRA", name, rate) for name in PLACES if name != FIRST for rate in RATES
-    ]
+    others = [name for name in PLACES if name != FIRST]
+    tuning += [Run("LoRA", name, rate) for name in others for rate in RATES]
     rows = make(tuning)
+    for method in ("LoRA", *OWN_RATE, "full"):
+        rows = widened(rows, method=method, places=FIRST)
+    for name in others:
+        rows = widened(rows, places=name)
     chosen = [best(rows, method=method, places=FIRST) for method in ("LoRA", *OWN_RATE)]
     one_rate = best(rows, method="DoRA", factor=1)
-    if one_rate not in chosen:
-        chosen.append(one_rate)
-    every = [*chosen, best(rows, method="full"), Run("head")]
-    every += [best(rows, places=name) for name in PLACES if name != FIRST]
+    every = [*chosen, one_rate, best(rows, method="full"), Run("head")]
+    every += [best(rows, places=name) for name in others]
     every += [chosen[0]._replace(dropout=0.1)]
+    every = list(dict.fromkeys(every))
     make([run._replace(split=split) for split in SPLITS for run in every])
     make(
         [

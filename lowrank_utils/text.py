@@ -90,6 +90,10 @@ def load_minilm(
         folder, local_files_only=True
     )
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            # So that a frozen layer gives the same in training, too.
+            module.p = 0.0
     model.to(device=device, dtype=dtype or torch.get_default_dtype())
     return tokenizer, model.requires_grad_(False).eval()
 

@@ -154,6 +154,8 @@ def test_training_the_last_layers_trains_the_classifier(classifier, reviews):
     assert F.cross_entropy(classifier(tokens), labels).item() < before
     right = (classifier(tokens).argmax(dim=1) == labels).double().mean().item()
     assert accuracy(upper, (hidden, labels)) == pytest.approx(right)
+    # The encoder's own dropout is off, in training as well.
+    assert torch.equal(upper.train()(hidden), upper.eval()(hidden))
 
 
 def test_layers_that_are_not_there_are_refused(classifier, reviews):
