@@ -1,5 +1,6 @@
 """What tells torch, MKL and oneDNN to use no wider vector unit than a given one, as on
-an older x86-64 processor. They then add in another order."""
+an older x86-64 processor. They then add in another order.
+"""
 
 import platform
 
