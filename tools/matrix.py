@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
+from processors import IS_X86_64, PROCESSORS, processor
 from tqdm import tqdm
 
 from lowrank_utils.comparison.whole import write_whole
@@ -43,16 +44,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results" / "matrix.json"
 TABLE = ROOT / "docs" / "reproducibility.md"
 ENVIRONMENTS = ROOT / ".matrix"
-
-IS_X86_64 = platform.machine() in ("x86_64", "AMD64")
-# What each vector unit of such a processor is called by torch, twice by Intel's MKL,
-# and by oneDNN. On AMD's processors MKL heeds none of its own names but COMPATIBLE,
-# which is SSE.
-PROCESSORS = {
-    "SSE": ("default", "SSE4_2", "COMPATIBLE", "SSE41"),
-    "AVX2": ("avx2", "AVX2", None, "AVX2"),
-    "AVX-512": ("avx512", "AVX512", None, "AVX512_CORE"),
-}
 
 # As torch names them, from narrow to wide.
 WIDTHS = ("DEFAULT", "AVX2", "AVX512")
@@ -86,28 +77,16 @@ class Setting:
     packages: tuple[str, ...] = ("torch", "matplotlib")
 
 
-def processor(name: str, threads: int) -> Setting:
-    """Return the setting that uses one vector unit, although the processor may have
-    wider ones.
-    """
-    torch, mkl, everywhere, onednn = PROCESSORS[name]
-    variables = {
-        "ATEN_CPU_CAPABILITY": torch,
-        "MKL_ENABLE_INSTRUCTIONS": mkl,
-        "MKL_CBWR": everywhere,
-        "ONEDNN_MAX_CPU_ISA": onednn,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
-    return Setting(
-        f"{name}, {threads} thread{'s' * (threads > 1)}",
-        variables,
-        vectors=torch.upper(),
-    )
-
-
 SETTINGS = [
-    *(processor(name, threads) for name in PROCESSORS for threads in (1, 2)),
+    *(
+        Setting(
+            f"{name}, {threads} thread{'s' * (threads > 1)}",
+            processor(name, threads),
+            vectors=PROCESSORS[name][0].upper(),
+        )
+        for name in PROCESSORS
+        for threads in (1, 2)
+    ),
     *(
         Setting(f"Python {version}", python=version)
         for version in ("3.11", "3.12", "3.13")
@@ -383,7 +362,7 @@ def run(setting: Setting) -> dict[str, str]:
             )
             done = subprocess.run(
                 [*before, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet,
-                 *(setting.tests or ("notebooks",))],
+                 "--own-processor", *(setting.tests or ("notebooks",))],
                 cwd=folder, env=variables, capture_output=True, text=True, check=False,
             )  # fmt: skip
             versions = subprocess.run(

@@ -147,7 +147,8 @@ def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     for name, method in {"first": first, "second": second}.items():
         check_one_of(name, method, METHODS)
     networks = network_means(table)
-    suspects = {_cell(row) for _, row in under_tuned(table).iterrows()}
+    below = _under_tuned(networks, {first, second})
+    suspects = {_cell(row) for _, row in below.iterrows()}
     rows = []
     for values, one, two in _pairs(networks, first, second):
         paired = (
@@ -226,8 +227,12 @@ def under_tuned(table: pd.DataFrame) -> pd.DataFrame:
         score and training_loss (the method's minus the submodel's), count.
     """
     networks = network_means(table)
+    return _under_tuned(networks, networks["method"].unique())
+
+
+def _under_tuned(networks: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
     rows = []
-    for method in networks["method"].unique():
+    for method in methods:
         for submodel in (method, *METHODS[method].contains):
             for values, one, two in _submodels(networks, method, submodel):
                 columns = ["score", "training_loss"]

@@ -50,15 +50,19 @@ def has_picture(cell):
     )
 
 
-def test_it_is_in_normal_form(path, root):
+def test_all_are_in_normal_form_and_what_is_not_is_named(tmp_path, root):
+    spoilt = tmp_path / "spoilt.ipynb"
     script = root / "tools" / "execute_notebooks.py"
+    paths = sorted(root.glob("notebooks/*.ipynb"))
+    spoilt.write_text(paths[0].read_text(encoding="utf-8") + "\n", encoding="utf-8")
     run = subprocess.run(
-        [sys.executable, script, "--check", path],
+        [sys.executable, script, "--check", *paths, spoilt],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
+    said = [line.split(": not in normal form")[0] for line in run.stderr.splitlines()]
+    assert (run.returncode, said) == (1, [str(spoilt)])
 
 
 def test_every_cell_was_executed_in_order(notebook):
