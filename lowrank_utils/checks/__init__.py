@@ -48,3 +48,8 @@ from lowrank_utils.checks.production import (
     check_mixed_batch,
     check_to_peft,
 )
+from lowrank_utils.checks.transformer import (
+    check_accumulated_step,
+    check_mean_of_tokens,
+    check_training_bytes,
+)

@@ -1,5 +1,5 @@
 """What all checks are made of: the frame around a check, the call of the learner's
-function, the comparison.
+function, the comparison, the count of what ran.
 
 An error that the learner's function raises is a hint too, with the line that stopped.
 ``__tracebackhide__`` leaves the check's frames out of the traceback.
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # In float64 this number + 1 is this number again: what is added to it before the rest
 # is lost, and shows the order.
@@ -110,7 +111,13 @@ def _what_stopped(function: Any, inputs: tuple[Any, ...], error: Exception) -> s
         if isinstance(value, Tensor)
     ]
     if isinstance(error, (RuntimeError, IndexError)) and shapes:
-        return f"{hint}. The shapes are {', '.join(shapes)}: is a transpose missing, or one too many?"
+        deep = any(isinstance(v, Tensor) and v.ndim > 2 for v in given.values())
+        question = (
+            "does one of them lack a dimension (unsqueeze)?"
+            if deep and "must match the size" in str(error)
+            else "is a transpose missing, or one too many?"
+        )
+        return f"{hint}. The shapes are {', '.join(shapes)}: {question}"
     return hint
 
 
@@ -220,6 +227,40 @@ def _wrong_kind(answer: Any, expected: Any) -> str | None:
     if answer.dtype != expected.dtype:
         return f"has the wrong dtype: {answer.dtype} instead of {expected.dtype}"
     return None
+
+
+class Watch(TorchDispatchMode):
+    """Note how many operations run, and which results need ``limit`` numbers or more
+    that no input holds.
+    """
+
+    def __init__(self, limit: int, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.limit, self.inputs = limit, inputs
+        self.operations = 0
+        self.large: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        __tracebackhide__ = True
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        taken = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if not isinstance(part, Tensor):
+                continue
+            if part.layout != torch.strided:
+                # Sparse: it has no storage of this kind.
+                if part._nnz() >= self.limit:
+                    self.large.append(part)
+                continue
+            if part.untyped_storage().data_ptr() in taken:
+                continue
+            # The storage counts: what is expanded to a large shape holds few numbers.
+            if part.untyped_storage().nbytes() >= self.limit * part.element_size():
+                self.large.append(part)
+        return result
 
 
 class Parts(NamedTuple):

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_utils.adapt import replace_linear_layers
 from lowrank_utils.checks._shared import (
     ExerciseError,
     Remark,
+    Watch,
     ask,
     compare,
     equal,
@@ -152,40 +152,6 @@ def _wrong_names(answer: Mapping[Any, Any], wanted: set[str]) -> str | None:
     return f"{missing[0]!r} is missing" if missing else None
 
 
-class _Watch(TorchDispatchMode):
-    """Note how many operations run, and which results need ``limit`` numbers or more
-    that no input holds.
-    """
-
-    def __init__(self, limit: int, inputs: list[Tensor]) -> None:
-        super().__init__()
-        self.limit, self.inputs = limit, inputs
-        self.operations = 0
-        self.large: list[Tensor] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        __tracebackhide__ = True
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        taken = {tensor.untyped_storage().data_ptr() for tensor in self.inputs}
-        for part in result if isinstance(result, (tuple, list)) else [result]:
-            if not isinstance(part, Tensor):
-                continue
-            if part.layout != torch.strided:
-                # Sparse: it has no storage of this kind.
-                if part._nnz() >= self.limit:
-                    self.large.append(part)
-                continue
-            if part.untyped_storage().data_ptr() in taken:
-                continue
-            # The storage counts: what is expanded to a large shape holds few numbers.
-            if part.untyped_storage().nbytes() >= self.limit * part.element_size():
-                self.large.append(part)
-        return result
-
-
 @exercise("8.2")
 def check_factored_squares(
     function: Callable[[Tensor, Tensor, Tensor, float], Tensor],
@@ -239,7 +205,7 @@ def _check_that_nothing_large_is_stored(
     )
     # W·A and its like have 400 numbers, W and A·B 60,000, and W·A·B, of which only the
     # diagonal counts, 40,000.
-    with _Watch(200 * 200, [W, A, B]) as watch:
+    with Watch(200 * 200, [W, A, B]) as watch:
         function(W, A, B, 2.0)
     for large in watch.large:
         if large.layout == torch.strided and equal(large, W.square()):
@@ -332,7 +298,7 @@ def _check_that_rows_go_together(
         ]
         inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
         inputs.append(torch.arange(rows) % customers)
-        with _Watch(customers * 50 * 60, inputs) as watch:
+        with Watch(customers * 50 * 60, inputs) as watch:
             function(*inputs)
         if watch.large:
             raise Remark(

@@ -250,6 +250,72 @@ def peft_names_of_state(model):
     return tensors
 
 
+def held_in_training(weights, trained, size, of_each=12):
+    return weights * size + trained * of_each
+
+
+def mean_of_tokens(hidden, mask, dim=1):
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(dim=dim) / weights.sum(dim=dim)
+
+
+def accumulate(
+    model, optimizer, batches, weigh=lambda rows, examples, _: rows / examples
+):
+    """Leave the gradients of all batches, and return the sum of the losses, each
+    multiplied by what ``weigh`` makes of the rows, of all rows and of the batches."""
+    examples = sum(len(y) for _, y in batches)
+    optimizer.zero_grad()
+    total = 0.0
+    for x, y in batches:
+        loss = weigh(len(y), examples, len(batches)) * F.cross_entropy(model(x), y)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def accumulated_step(model, optimizer, batches, **options):
+    total = accumulate(model, optimizer, batches, **options)
+    optimizer.step()
+    return total
+
+
+def weighed(weigh):
+    return lambda *given: accumulated_step(*given, weigh=weigh)
+
+
+def clears_in_the_loop(model, optimizer, batches):
+    examples, total = sum(len(y) for _, y in batches), 0.0
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y, reduction="sum") / examples
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+def never_clears(model, optimizer, batches):
+    optimizer.zero_grad = lambda: None
+    return accumulated_step(model, optimizer, batches)
+
+
+def one_backward(model, optimizer, batches):
+    examples = sum(len(y) for _, y in batches)
+    optimizer.zero_grad()
+    total = sum(
+        F.cross_entropy(model(x), y, reduction="sum") / examples for x, y in batches
+    )
+    total.backward()
+    optimizer.step()
+    return total.item()
+
+
+def one_batch(model, optimizer, batches):
+    whole = tuple(map(torch.cat, zip(*batches, strict=True)))
+    return accumulated_step(model, optimizer, [whole])
+
+
 def factored(p, twice=2, mixed=1, last=2):
     """``mixed`` and ``last`` are the powers of the scaling in these two terms."""
     first = p.squares + twice * p.a**mixed * (p.wA * p.B.T).sum(1)
@@ -348,8 +414,10 @@ ON_MODELS = {
     "finds_bug": finds_bug_without(),
     "fine_tune": fine_tune,
     "to_peft": lambda model: pefts_tensors(model),
+    "accumulated_step": accumulated_step,
 }
 ON_NUMBERS = {
+    "training_bytes": held_in_training,
     "adapter_parameters": lambda i, o, r: r * (i + o),
     "scaling": lambda a, r, rs: a / (r**0.5 if rs else r),
     "multiplications": lambda b, i, o, r: b * i * o + b * r * (i + o),
@@ -357,6 +425,7 @@ ON_NUMBERS = {
     "enough_networks": enough_networks,
 }
 RETURNS_TENSORS = {
+    "mean_of_tokens": mean_of_tokens,
     "apply_update": lambda p: p.base + p.xAB,
     "lora_output": lambda p: p.base + p.b + p.update,
     "merged_weight": lambda p: p.V,
@@ -714,6 +783,70 @@ MISTAKES = {
         "bias is missing": lambda p: p.c * p.y,
         "added up": lambda p: p.c * (p.base + p.by_all.sum(0)) + p.b,
     },
+    "training_bytes": {
+        "weights alone: what is trained": lambda w, _, size: w * size,
+        "the weights are missing": lambda _, t, __: 12 * t,
+        "two of the three": lambda w, t, size: held_in_training(w, t, size, 8),
+        "one of the three": lambda w, t, size: held_in_training(w, t, size, 4),
+        "one number too many": lambda w, t, size: held_in_training(w, t, size, 16),
+        "in float32": lambda w, t, size: held_in_training(w, t, size, 3 * size),
+        "4 bytes each": lambda w, t, size: held_in_training(w, t, size, 3),
+        "for what is trained alone": lambda w, _, size: held_in_training(w, w, size),
+        "frozen weights lie in memory": lambda _, t, size: t * (size + 12),
+        "counted twice": lambda w, t, size: held_in_training(w + t, t, size),
+        "is a weight, too": lambda w, t, size: held_in_training(w - t, t, size),
+        "not 4": lambda w, t, _: held_in_training(w, t, 4),
+        "in bits": lambda *given: 8 * held_in_training(*given),
+        "in bytes already": lambda w, t, size: held_in_training(w, t, size / 8),
+        "in GB": lambda *given: held_in_training(*given) / 1e9,
+        "in MiB": lambda *given: held_in_training(*given) / 2**20,
+        "isn't right yet": lambda *_: 13_600,
+    },
+    "mean_of_tokens": {
+        "over all places": lambda h, _: h.mean(dim=1),
+        "is 0 now, but it is counted": lambda h, m: (h * m[..., None]).mean(dim=1),
+        "in the sum still": lambda h, m: h.sum(1) / m.sum(1)[:, None],
+        "that is the sum: divide": lambda h, m: (h * m[..., None]).sum(1),
+        "the sum over all places": lambda h, _: h.sum(1),
+        "the first place": lambda h, _: h[:, 0],
+        "over the sentences": lambda h, _: h.mean(dim=0),
+        "yours goes over the columns": lambda h, m: (h * m[..., None]).sum(dim=2),
+        "dim=0": lambda h, m: mean_of_tokens(h, m, dim=0),
+        "wrong way round": lambda h, m: mean_of_tokens(h, ~m),
+        "of all sentences": lambda h, m: h[m].mean(0),
+        "by that of all": lambda h, m: (h * m[..., None]).sum(1) / m.sum(),
+        "in front here": lambda h, m: torch.stack(
+            [row[:n].mean(0) for row, n in zip(h, m.sum(1), strict=True)]
+        ),
+        "with a loop": lambda h, m: torch.stack(
+            [row[kept].mean(0) for row, kept in zip(h, m, strict=True)]
+        ),
+        "lack a dimension": lambda h, m: (h * m).sum(1) / m.sum(1),
+        "wrong shape": lambda h, m: mean_of_tokens(h, m)[:, None].expand(-1, 2, -1),
+    },
+    "accumulated_step": {
+        "mean of the batches' means": weighed(lambda *n: 1 / n[2]),
+        "means were added up": weighed(lambda *_: 1),
+        "the sum over all examples": weighed(lambda rows, *_: rows),
+        "by the number of batches": weighed(lambda *n: n[0] / n[2]),
+        "throws away": clears_in_the_loop,
+        "of an earlier step": never_clears,
+        "3 steps: optimizer.step() comes once": lambda model, optimizer, batches: sum(
+            accumulated_step(model, optimizer, [batch]) for batch in batches
+        ),
+        "yours are 2": lambda model, optimizer, batches: (
+            accumulated_step(model, optimizer, batches),
+            optimizer.step(),
+        ),
+        "nothing has moved": accumulate,
+        "are frozen, and have moved": lambda model, *others: accumulated_step(
+            model.requires_grad_(True), *others
+        ),
+        "`return`": lambda *given: accumulated_step(*given) and None,
+        "right, but the activations of all": one_backward,
+        "went through the model at once": one_batch,
+        "isn't right yet": lambda *given: accumulated_step(*given) + 1,
+    },
 }
 
 
@@ -730,6 +863,11 @@ REMARKS = {
         "A·B was built in full",
     ],
     "to_peft": ["lies transposed in memory"],
+    "mean_of_tokens": ["with a loop"],
+    "accumulated_step": [
+        "right, but the activations of all",
+        "went through the model at once",
+    ],
     "mixed_batch": [
         "with a loop",
         "right, but with a loop",
