@@ -47,7 +47,7 @@ RESULTS = ("docs/results", "notebooks/comparison")
 
 # Pages that are written as such, in the order of the navigation.
 DOCUMENTS = {
-    "Using it": ("docs/setup.md", "docs/package.md"),
+    "Using it": ("docs/setup.md", "docs/package.md", "docs/own_model.md"),
     "Teaching": ("docs/teaching.md",),
     "The project": (
         "docs/sources.md",
