@@ -381,9 +381,8 @@ def _check_gradient(
         "only the first batch was used: is the step or the `return` inside the loop?": only[
             0
         ],
-        "only the last batch was used: does backward() stand behind the loop?": only[1],
-        "only the last batch was used, at its share: does backward() stand behind the loop?": [
-            share * part for share, part in zip(shares, only[1], strict=True)
+        "only the last batch was used: does backward() stand behind the loop, or zero_grad() in it?": only[
+            1
         ],
     }
     loops: dict[str, dict[str, Any]] = {
