@@ -342,7 +342,9 @@ def _check_gradient(
 
     def is_step(weights: list[float], **options: Any) -> bool:
         other = make().step(weights, **options)
-        return all(equal(moved[name], other[name]) for name in moved)
+        return moved.keys() == other.keys() and all(
+            equal(moved[name], other[name]) for name in moved
+        )
 
     if is_step(shares):
         return
@@ -379,9 +381,8 @@ def _check_gradient(
         "only the first batch was used: is the step or the `return` inside the loop?": only[
             0
         ],
-        "only the last batch was used: does backward() stand behind the loop?": only[1],
-        "only the last batch was used, at its share: does backward() stand behind the loop?": [
-            share * part for share, part in zip(shares, only[1], strict=True)
+        "only the last batch was used: does backward() stand behind the loop, or zero_grad() in it?": only[
+            1
         ],
     }
     loops: dict[str, dict[str, Any]] = {

@@ -810,7 +810,7 @@ MISTAKES = {
         "the sum over all places": lambda h, _: h.sum(1),
         "the first place": lambda h, _: h[:, 0],
         "over the sentences": lambda h, _: h.mean(dim=0),
-        "yours goes over the columns": lambda h, m: (h * m[..., None]).sum(dim=2),
+        "yours goes over the columns": lambda h, _: h.mean(dim=2),
         "dim=0": lambda h, m: mean_of_tokens(h, m, dim=0),
         "wrong way round": lambda h, m: mean_of_tokens(h, ~m),
         "of all sentences": lambda h, m: h[m].mean(0),
