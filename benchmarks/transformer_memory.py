@@ -105,7 +105,7 @@ def main() -> Path:
                     "trained": trained,
                     "weights": weights,
                     "gradients": 4 * trained,
-                    "adam": 8 * trained,
+                    "Adam": 8 * trained,
                     "activations": most_allocated(there_and_back),
                 }
             )
