@@ -53,6 +53,7 @@ from lowrank_utils.lora import (
     adapter_dtype,
     check_linear,
     is_adapter,
+    is_linear,
 )
 
 __all__ = [
@@ -352,7 +353,7 @@ def _check_layers(
                 TENSORS,
                 f"{name} is already adapted: load into the plain model, or use an AdapterBank",
             )
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             kind = type(module).__name__
             article = "an" if kind[0] in "AEIOU" else "a"
             fail(CONFIG, f"{name} is {article} {kind}; only nn.Linear is supported")
