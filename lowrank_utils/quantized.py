@@ -48,6 +48,7 @@ def even_levels(bits: int) -> Tensor:
     return torch.arange(-largest, largest + 1, device="cpu").float() / largest
 
 
+# By name. Levels of one's own may be put in, under a name of their own.
 LEVELS = {"nf4": nf4_levels(), "int4": even_levels(4), "int8": even_levels(8)}
 
 
@@ -165,26 +166,20 @@ class DequantizedProduct(torch.autograd.Function):
     formed again in the backward pass: what autograd keeps is the codes.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *quantized: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *quantized: Any) -> Tensor:
         """Map x (…, in) to (…, out)."""
+        codes, scales, *ctx.others = quantized
+        ctx.save_for_backward(codes, scales)
         return F.linear(x, dequantize(QuantizedWeight(*quantized)), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        """Keep the codes and their scales for the backward pass, and not W."""
-        _, _, codes, scales, *ctx.others = inputs
-        ctx.save_for_backward(codes, scales)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the bias."""
-        (grad,) = gradients
+        """Return the gradients of x and of the bias; the codes have none."""
+        (to_y,) = gradients
         W = dequantize(QuantizedWeight(*ctx.saved_tensors, *ctx.others))
-        to_x = grad @ W.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = grad.sum_to_size(W.shape[0]) if ctx.needs_input_grad[1] else None
+        to_x = to_y @ W.to(to_y.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = to_y.sum_to_size(len(W)) if ctx.needs_input_grad[1] else None
         return to_x, to_bias, None, None, None, None, None
 
 
