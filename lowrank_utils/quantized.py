@@ -107,11 +107,12 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int = 64) -> QuantizedW
     blocks = F.pad(weight.detach(), (0, -columns % block_size))
     blocks = blocks.unflatten(1, (-1, block_size))
     scales = blocks.abs().amax(dim=2)
+    # A block of zeros has the scale 0, and 0/0 is no number.
     divisors = scales.masked_fill(scales == 0, 1).unsqueeze(2)
-    shares = blocks.to(_precise(weight.dtype)) / divisors
+    shares = blocks.to(torch.promote_types(weight.dtype, torch.float32)) / divisors
     between = ((levels[:-1] + levels[1:]) / 2).to(shares)
-    codes = torch.bucketize(shares, between, out_int32=True)
-    codes = codes.to(torch.uint8).flatten(1)[:, :columns].contiguous()
+    codes = torch.bucketize(shares, between, out_int32=True).to(torch.uint8)
+    codes = codes.flatten(1)[:, :columns].contiguous()
     codes = pack(codes) if len(levels) <= 16 else codes
     return QuantizedWeight(codes, scales, levels, block_size, columns)
 
@@ -123,18 +124,12 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
     codes, scales, levels, block_size, columns = quantized
     codes = unpack(codes, columns) if len(levels) <= 16 else codes
     # Half precision would round the levels first and their products again.
-    levels = levels.to(codes.device, _precise(scales.dtype))
+    wide = torch.promote_types(scales.dtype, torch.float32)
+    levels = levels.to(codes.device, wide)
     # levels[codes] is the same, and takes twice as long.
     values = levels.index_select(0, codes.flatten().int()).view(codes.shape)
     values *= scales.repeat_interleave(block_size, dim=1)[:, :columns]
     return values.to(scales.dtype)
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """Return in which precision a weight of ``dtype`` is quantised: its own, but
-    float32 at least.
-    """
-    return torch.promote_types(dtype, torch.float32)
 
 
 def check_quantizable(weight: Any, levels: Any, block_size: Any) -> None:
