@@ -74,7 +74,8 @@ class AdapterBank:
     the pinned release can.)
 
     Args:
-        model: the base model, with plain linear layers. It is changed in place.
+        model: the base model, with plain or quantised linear layers. It is changed in
+            place.
 
     Raises:
         TypeError: ``model`` isn't a module.
@@ -310,7 +311,8 @@ class AdapterBank:
         """Compute the weights that the active adapters make, so that they cost no time
         in the forward pass.
 
-        The base weights are kept beside them, so ``restore`` brings back every bit.
+        The base weights are kept beside them, so ``restore`` brings back every bit. Of
+        a quantised base the merged weights are whole ones, beside its codes.
         Like ``activate``, this holds for all tasks and threads.
         """
         with self._selection.lock:

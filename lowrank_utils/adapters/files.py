@@ -86,8 +86,9 @@ def load_adapter(
     again in either case.
 
     Args:
-        model: the base model, with plain linear layers where the adapter belongs. It
-            may be inside wrappers (compiled, data parallel, checkpointed, averaged); a
+        model: the base model, with plain or quantised linear layers where the adapter
+            belongs. It may be inside wrappers (compiled, data parallel, checkpointed,
+            averaged); a
             layer that was compiled by itself isn't compiled then.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         may_round: take numbers that the layer's dtype can't hold exactly, such as
