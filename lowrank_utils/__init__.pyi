@@ -5,12 +5,14 @@ completion.
 from .adapt import (
     ParameterCount as ParameterCount,
     count_parameters as count_parameters,
+    dequantize_linear_layers as dequantize_linear_layers,
     freeze_linear_layers as freeze_linear_layers,
     mark_only_adapters_as_trainable as mark_only_adapters_as_trainable,
     merge_adapters as merge_adapters,
     named_modules_outside_adapters as named_modules_outside_adapters,
     parameter_groups as parameter_groups,
     parameters_of_adapters as parameters_of_adapters,
+    quantize_linear_layers as quantize_linear_layers,
     refuse_foreign_adapters as refuse_foreign_adapters,
     replace_linear_layers as replace_linear_layers,
 )
@@ -57,6 +59,7 @@ from .lora import (
     AdaptedLinear as AdaptedLinear,
     AroundLinear as AroundLinear,
     Initialisation as Initialisation,
+    Linear as Linear,
     LinearWithLoRA as LinearWithLoRA,
     LinearWithLoRAMerged as LinearWithLoRAMerged,
     LoRALayer as LoRALayer,
@@ -65,6 +68,7 @@ from .lora import (
     check_linear as check_linear,
     check_lora_arguments as check_lora_arguments,
     is_adapter as is_adapter,
+    is_linear as is_linear,
     peft_init as peft_init,
     without_autocast as without_autocast,
 )
@@ -93,6 +97,22 @@ from .promises import (
     Promise as Promise,
     constant_weights as constant_weights,
     frozen_weights as frozen_weights,
+)
+from .quantized import (
+    LEVELS as LEVELS,
+    DequantizedProduct as DequantizedProduct,
+    DequantizedWeight as DequantizedWeight,
+    KeepsCodes as KeepsCodes,
+    QuantizedLinear as QuantizedLinear,
+    QuantizedWeight as QuantizedWeight,
+    check_quantizable as check_quantizable,
+    dequantize as dequantize,
+    even_levels as even_levels,
+    is_quantized as is_quantized,
+    nf4_levels as nf4_levels,
+    pack as pack,
+    quantize as quantize,
+    unpack as unpack,
 )
 from .text import (
     LABELS as LABELS,

@@ -138,11 +138,16 @@ def lazy_weight(
         requires_grad: what the tensor answers when it is asked; None for what ``like``
             answers.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_followed():
         return form()
     return LazyWeight(
         like, form, like.requires_grad if requires_grad is None else requires_grad
     )
+
+
+def is_followed() -> bool:
+    """Tell whether torch compiles or transforms what is computed now."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _plainly(weight: LazyWeight, name: str) -> Any:

@@ -11,11 +11,12 @@ from lowrank_utils.decompose import row_norms
 from lowrank_utils.norms import values_can_be_read
 
 
-def what_else(linear: nn.Linear) -> str | None:
+def what_else(linear: nn.Module) -> str | None:
     """Return in words what a linear layer may do besides x·Wᵀ + b; None if nothing."""
     kind = type(linear)
     if (
-        kind.forward is not nn.Linear.forward
+        # A quantised layer has another forward, which says that it is the formula.
+        kind.forward is not getattr(kind, "formula", nn.Linear.forward)
         or kind.__call__ is not nn.Module.__call__
         or "forward" in linear.__dict__
     ):
@@ -27,7 +28,7 @@ def what_else(linear: nn.Linear) -> str | None:
     return None
 
 
-def check_weight_is_all(linear: nn.Linear) -> None:
+def check_weight_is_all(linear: nn.Module) -> None:
     """Refuse a layer that computes something else than x·Wᵀ + b of its weight as it is.
 
     DoRA, the merged forms and merging read the weight and never call the layer, so what
@@ -47,9 +48,20 @@ def check_weight_is_all(linear: nn.Linear) -> None:
     )
 
 
-def mark_of(weight: Tensor) -> tuple[int, int | None]:
-    """Return what differs after a change of ``weight`` that torch counts."""
-    return id(weight), None if weight.is_inference() else weight._version
+def sources_of(linear: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a layer's weight comes from, by their names in it: the
+    weight itself, and of a quantised layer the codes and their scales.
+    """
+    names = getattr(linear, "weight_comes_from", ("weight",))
+    return {name: getattr(linear, name) for name in names}
+
+
+def mark_of(linear: nn.Module) -> list[tuple[int, int | None]]:
+    """Return what differs after a change of a layer's weight that torch counts."""
+    return [
+        (id(source), None if source.is_inference() else source._version)
+        for source in sources_of(linear).values()
+    ]
 
 
 def are_same(values: Tensor, known: Tensor, *sources: Tensor) -> bool:
@@ -72,9 +84,14 @@ def check_weight(layer: Any) -> None:
         RuntimeError: the weight changed after m was computed from it.
     """
     check_weight_is_all(layer.linear)
-    m, W = layer._parameters.get("m"), layer.linear.weight
-    if m is None or torch.compiler.is_compiling() or layer._mark == mark_of(W):
+    m = layer._parameters.get("m")
+    if (
+        m is None
+        or torch.compiler.is_compiling()
+        or layer._mark == mark_of(layer.linear)
+    ):
         return
+    W = layer.linear.weight
     if not values_can_be_read(W):
         return
     start = layer._start
@@ -91,21 +108,27 @@ def check_weight(layer: Any) -> None:
             "from it. Load pretrained weights before DoRA goes in, or call "
             "reset_magnitudes(model) afterwards"
         )
-    layer._mark = mark_of(W)
+    layer._mark = mark_of(layer.linear)
 
 
 def check_loaded(layer: Any, state_dict: dict[str, Any], prefix: str) -> str | None:
     """Return why a state_dict can't be loaded into an adapted layer, or None if it can:
     it holds another weight, and no m for it.
     """
-    m, W = layer._parameters.get("m"), layer.linear.weight
-    loaded = state_dict.get(f"{prefix}linear.weight")
-    if m is None or loaded is None or f"{prefix}m" in state_dict:
+    m = layer._parameters.get("m")
+    if m is None or f"{prefix}m" in state_dict:
         return None
-    if not W.is_meta and loaded.shape == W.shape and torch.equal(loaded.to(W), W):
-        return None
-    return (
-        f"{prefix}m was computed from the weight that {prefix}linear.weight replaces, "
-        f"and {prefix}m isn't among what is loaded. Load pretrained weights before DoRA "
-        "goes in, or load m with them"
-    )
+    for name, source in sources_of(layer.linear).items():
+        loaded = state_dict.get(f"{prefix}linear.{name}")
+        if loaded is None or (
+            not source.is_meta
+            and loaded.shape == source.shape
+            and torch.equal(loaded.to(source), source)
+        ):
+            continue
+        return (
+            f"{prefix}m was computed from the weight that {prefix}linear.{name} "
+            f"replaces, and {prefix}m isn't among what is loaded. Load pretrained "
+            "weights before DoRA goes in, or load m with them"
+        )
+    return None

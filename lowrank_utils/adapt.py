@@ -1,5 +1,5 @@
-"""Put adapters into any model, freeze the rest, give parts their own learning rate,
-count, and merge back.
+"""Quantise any model's layers, put adapters into it, freeze the rest, give parts their
+own learning rate, count, and merge back.
 """
 
 import copy
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lowrank_utils._arguments import check_finite_number
-from lowrank_utils.lora import is_adapter
+from lowrank_utils.lora import is_adapter, is_linear
+from lowrank_utils.quantized import KeepsCodes, QuantizedLinear, is_quantized
 
 
 def replace_linear_layers(
@@ -52,36 +53,121 @@ def replace_linear_layers(
         ValueError: there is nothing to replace, a pattern matches no layer, or a
             matched layer is already adapted. The message lists the names.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    if isinstance(model, nn.Linear) or is_adapter(model):
-        raise ValueError(
-            f"model is itself a {type(model).__name__}, which can't be replaced in place; "
-            "for a linear layer write layer_class(linear, rank, alpha)"
-        )
-    refuse_foreign_adapters(model)
-    layers = _linear_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layers")
-    matched = {layers[name] for name in _matching_names(model, list(layers), targets)}
-    names = [name for name, layer in layers.items() if layer in matched]
-    if adapted := [name for name in names if is_adapter(layers[name])]:
+    layers = _layers_to_replace(model, targets, "layer_class(linear, rank, alpha)")
+    if adapted := [name for name, layer in layers.items() if is_adapter(layer)]:
         raise ValueError(
             f"already adapted: {', '.join(adapted)}. Call merge_adapters(model) first, or choose other targets"
         )
-    _refuse_tied_weights(model, {name: layers[name] for name in names})
-    # All adapters are built before the first is put in, so a refusal leaves the model
-    # as it was.
-    adapters: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        linear = layers[name]
-        if linear not in adapters:
-            adapters[linear] = layer_class(linear, rank, alpha, **layer_options).train(
-                linear.training
-            )
-    for name in names:
-        model.set_submodule(name, adapters[layers[name]])
-    return names
+    _refuse_tied_weights(model, layers)
+    _put_in(
+        model,
+        layers,
+        lambda linear: layer_class(linear, rank, alpha, **layer_options).train(
+            linear.training
+        ),
+    )
+    return list(layers)
+
+
+def quantize_linear_layers(
+    model: nn.Module,
+    levels: str = "nf4",
+    block_size: int = 64,
+    targets: str | Iterable[str] | None = None,
+) -> list[str]:
+    """Replace linear layers of ``model`` by ``QuantizedLinear``, in place, before
+    adapters are put in.
+
+    Either all layers are replaced or, if anything is refused, none.
+
+    Args:
+        model: any module with plain linear layers.
+        levels: ``"nf4"``, or evenly spaced ``"int4"`` or ``"int8"``.
+        block_size: how many weights of a row share a scale.
+        targets: glob patterns as for ``replace_linear_layers``. None takes all linear
+            layers, a head that is to be trained too.
+
+    Returns:
+        The names of the replaced layers, in the model's order.
+
+    Raises:
+        TypeError: ``model`` isn't a module, or a layer computes more than its weight
+            says.
+        ValueError: there is nothing to replace, a pattern matches no layer, a matched
+            layer is adapted or quantised already, or it holds NaN or infinity.
+    """
+    layers = _layers_to_replace(model, targets, "QuantizedLinear(linear)")
+    if adapted := [name for name, layer in layers.items() if is_adapter(layer)]:
+        raise ValueError(
+            f"already adapted: {', '.join(adapted)}. Quantise the plain model, and put the adapters in then"
+        )
+    if quantized := [name for name, layer in layers.items() if is_quantized(layer)]:
+        raise ValueError(f"already quantised: {', '.join(quantized)}")
+    _refuse_tied_weights(model, layers)
+    _put_in(model, layers, lambda linear: QuantizedLinear(linear, levels, block_size))
+    return list(layers)
+
+
+@torch.no_grad()
+def dequantize_linear_layers(model: nn.Module) -> list[str]:
+    """Replace the quantised linear layers of ``model``, those inside adapters too, by
+    ``nn.Linear`` with the weights that their codes stand for, in place.
+
+    The outputs stay the same up to rounding, and the layers are frozen, as they were.
+    ``merge_adapters`` then has a weight to merge into::
+
+        dequantize_linear_layers(model)
+        plain = merge_adapters(model)
+
+    Returns:
+        The names of the layers, in the model's order.
+
+    Raises:
+        TypeError: ``model`` isn't a module.
+        ValueError: it has no quantised layers, is itself one, or is in a bank.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    layers = {
+        name: layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if is_quantized(layer)
+    }
+    if not layers or "" in layers:
+        raise ValueError(
+            f"{type(model).__name__} {'is itself one' if layers else 'has no quantised layers inside'}"
+        )
+    if banked := [
+        name
+        for name, module in model.named_modules()
+        if is_adapter(module) and not hasattr(module.lora, "A")
+    ]:
+        raise ValueError(
+            f"{', '.join(banked)} have adapters of a bank, which reads their weights: remove the adapters first"
+        )
+    _put_in(model, layers, _dequantized)
+    return list(layers)
+
+
+def _dequantized(layer: nn.Module) -> nn.Linear:
+    assert isinstance(layer, KeepsCodes)
+    return _linear_of(layer.weight, layer.bias, layer.training).requires_grad_(False)
+
+
+def _put_in(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    made_of: Callable[[Any], nn.Module],
+) -> None:
+    """Put what is made of each layer into its places, when all are made, so that a
+    refusal leaves the model as it was.
+    """
+    new: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        if layer not in new:
+            new[layer] = made_of(layer)
+    for name, layer in layers.items():
+        model.set_submodule(name, new[layer])
 
 
 def named_modules_outside_adapters(
@@ -144,6 +230,32 @@ def _refuse_tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> N
             )
 
 
+def _layers_to_replace(
+    model: nn.Module, targets: str | Iterable[str] | None, by_hand: str
+) -> dict[str, nn.Module]:
+    """Return the linear and adapted layers that ``targets`` match by name, a shared one
+    under each of its names.
+
+    Args:
+        model: that they are in.
+        targets: see ``replace_linear_layers``.
+        by_hand: what to write for a model that is itself a linear layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if is_linear(model) or is_adapter(model):
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which can't be replaced in place; "
+            f"for a linear layer write {by_hand}"
+        )
+    refuse_foreign_adapters(model)
+    layers = _linear_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers")
+    matched = {layers[name] for name in _matching_names(model, list(layers), targets)}
+    return {name: layer for name, layer in layers.items() if layer in matched}
+
+
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return plain and adapted linear layers by name, a shared one under each of its
     names.
@@ -153,7 +265,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in named_modules_outside_adapters(
             model, remove_duplicate=False
         )
-        if isinstance(module, nn.Linear) or is_adapter(module)
+        if is_linear(module) or is_adapter(module)
     }
 
 
@@ -248,7 +360,8 @@ def mark_only_adapters_as_trainable(
 def freeze_linear_layers(model: nn.Module) -> None:
     """Make the weights and biases of all plain linear layers untrainable, in place.
 
-    A, B and m aren't inside an ``nn.Linear``, so they stay as they are, and so does
+    A quantised layer is frozen from the start. A, B and m aren't inside an
+    ``nn.Linear``, so they stay as they are, and so does
     everything that isn't a linear layer (normalisation, embeddings). In a model that has
     such, ``mark_only_adapters_as_trainable`` freezes them too.
     """
@@ -349,10 +462,21 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` isn't a module, or a linear layer computes more than its
             weight says.
-        ValueError: ``model`` has no adapters.
+        ValueError: ``model`` has no adapters, or their base is quantised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if quantized := [
+        name or "the base"
+        for name, module in model.named_modules()
+        if is_quantized(module)
+        and is_adapter(model.get_submodule(name.rpartition(".")[0]))
+    ]:
+        raise ValueError(
+            f"quantised: {', '.join(quantized)}. A merged weight has none of the levels, and rounding it to "
+            "them again would change what was trained. Call dequantize_linear_layers(model), and "
+            "merge into the plain weights"
+        )
     merged = copy.deepcopy(model)
     if is_adapter(merged):
         return _merged_linear(merged)
@@ -381,6 +505,12 @@ def _merged_linear(adapter: nn.Module) -> nn.Linear:
         raise TypeError(
             f"{type(adapter).__name__} has no weight to merge; give it a property `weight`"
         )
+    return _linear_of(weight, bias, training)
+
+
+def _linear_of(
+    weight: torch.Tensor, bias: torch.Tensor | None, training: bool
+) -> nn.Linear:
     out_features, in_features = weight.shape
     # Made on the meta device, the layer draws no random numbers for a weight that is
     # replaced anyway.
@@ -397,14 +527,17 @@ class ParameterCount:
 
     Attributes:
         trainable: those with ``requires_grad``.
-        frozen: those without.
+        frozen: those without, and the weights of quantised layers.
         per_layer: name → (trainable, frozen). An adapted layer is one entry, with its
             linear layer inside.
+        nbytes: how many bytes all of them take; of a quantised weight, those of its
+            codes and scales.
     """
 
     trainable: int
     frozen: int
     per_layer: dict[str, tuple[int, int]]
+    nbytes: int
 
     @property
     def total(self) -> int:
@@ -428,20 +561,28 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     A parameter that is used in several places counts once, where it comes first.
     """
     per_layer: dict[str, tuple[int, int]] = {}
+    nbytes = 0
     seen: set[nn.Parameter] = set()
     for name, module in named_modules_outside_adapters(model):
         new = [
             p for p in module.parameters(recurse=is_adapter(module)) if p not in seen
         ]
         seen.update(new)
-        if new:
+        nbytes += sum(p.nbytes for p in new)
+        linear = getattr(module, "linear", None) if is_adapter(module) else module
+        quantized = linear if isinstance(linear, KeepsCodes) else None
+        if new or quantized is not None:
             label = name or type(model).__name__
             trainable, frozen = per_layer.get(label, (0, 0))
             trainable += sum(p.numel() for p in new if p.requires_grad)
             frozen += sum(p.numel() for p in new if not p.requires_grad)
+            if quantized is not None:
+                frozen += quantized.in_features * quantized.out_features
+                nbytes += quantized.codes.nbytes + quantized.scales.nbytes
             per_layer[label] = (trainable, frozen)
     return ParameterCount(
         trainable=sum(trainable for trainable, _ in per_layer.values()),
         frozen=sum(frozen for _, frozen in per_layer.values()),
         per_layer=per_layer,
+        nbytes=nbytes,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_utils._weight_checks import check_weight, mark_of
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
-from lowrank_utils.lora import AdaptedLinear, without_autocast
+from lowrank_utils.lora import AdaptedLinear, Linear, without_autocast
 from lowrank_utils.norms import (
     factored_norm_pays,
     factored_row_norms,
@@ -31,7 +31,7 @@ class LinearWithDoRAMerged(AdaptedLinear):
     and starts as ‖W‖, so the layer starts as the linear one (arXiv 2402.09353, Eq. 5).
 
     Args:
-        linear: the pretrained layer. It is kept, not copied.
+        linear: the pretrained layer, plain or quantised. It is kept, not copied.
         rank: inner dimension of the LoRA factors.
         alpha: their scaling s.
         detach_norm: treat ‖V‖ as a constant in the backward pass (§4.3 of the paper).
@@ -45,7 +45,7 @@ class LinearWithDoRAMerged(AdaptedLinear):
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Linear,
         rank: int,
         alpha: float,
         *,
@@ -78,7 +78,7 @@ def reset_magnitudes(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, LinearWithDoRAMerged):
             layer.m.copy_(row_norms(layer.linear.weight))
-            layer._mark = mark_of(layer.linear.weight)
+            layer._mark = mark_of(layer.linear)
             layer._start = layer.m.detach().clone()
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from lowrank_utils._weight_checks import (
     check_weight_is_all,
     mark_of,
 )
+from lowrank_utils.quantized import KeepsCodes
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -165,6 +166,15 @@ class LoRALayer(nn.Module):
             return self.alpha * (self.B.T @ self.A.T)
 
 
+# What an adapter can be put around.
+Linear = nn.Linear | KeepsCodes
+
+
+def is_linear(module: Any) -> TypeGuard[Linear]:
+    """Tell whether ``module`` is a linear layer, plain or quantised."""
+    return isinstance(module, (nn.Linear, KeepsCodes))
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Tell whether ``module`` is a linear layer with a LoRA layer beside it.
 
@@ -172,14 +182,14 @@ def is_adapter(module: nn.Module) -> bool:
     notebook counts too.
     """
     return (
-        isinstance(getattr(module, "linear", None), nn.Linear)
+        is_linear(getattr(module, "linear", None))
         and getattr(module, "lora", None) is not None
     )
 
 
-def check_linear(linear: Any) -> nn.Linear:
+def check_linear(linear: Any) -> Linear:
     """Return ``linear``; it must be an initialised ``nn.Linear`` with a weight of half,
-    single or double precision.
+    single or double precision, or a ``QuantizedLinear``.
     """
     kind = type(linear).__name__
     if is_adapter(linear):
@@ -187,7 +197,7 @@ def check_linear(linear: Any) -> nn.Linear:
             f"linear is already adapted ({kind}); an adapter on an adapter isn't supported. "
             "Merge the first one with merge_adapters, or adapt the plain nn.Linear"
         )
-    if not isinstance(linear, nn.Linear):
+    if not is_linear(linear):
         raise TypeError(f"linear must be an nn.Linear; got {kind}")
     if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(
@@ -196,8 +206,9 @@ def check_linear(linear: Any) -> nn.Linear:
     if linear.weight.dtype not in (*HALF_PRECISION, torch.float32, torch.float64):
         raise TypeError(
             f"linear must have a floating-point weight; got {linear.weight.dtype} "
-            f"({kind}), and allowed are float16, bfloat16, float32 and float64. For a "
-            "quantised layer load the model without quantisation"
+            f"({kind}), and allowed are float16, bfloat16, float32 and float64. If "
+            "another library has quantised the layer, load the model without that, and call "
+            "quantize_linear_layers(model)"
         )
     return linear
 
@@ -217,7 +228,7 @@ class AroundLinear(nn.Module):
         linear: the pretrained layer.
     """
 
-    linear: nn.Linear
+    linear: Linear
 
     @property
     def in_features(self) -> int:
@@ -244,7 +255,7 @@ class AdaptedLinear(AroundLinear):
     layer (``nn.MultiheadAttention`` does) gets the adapted weight.
 
     Args:
-        linear: the pretrained layer. It is kept, not copied.
+        linear: the pretrained layer, plain or quantised. It is kept, not copied.
         rank: inner dimension of the LoRA factors.
         alpha: their scaling s.
         dtype: in which precision the adapter is kept and trained; by default that of
@@ -264,7 +275,7 @@ class AdaptedLinear(AroundLinear):
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Linear,
         rank: int,
         alpha: float,
         *,
@@ -286,7 +297,7 @@ class AdaptedLinear(AroundLinear):
             dtype=dtype or adapter_dtype(W.dtype),
             **lora_options,
         )
-        self._mark = mark_of(W)
+        self._mark = mark_of(linear)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Remember m as it was at the start, and register as torch does."""

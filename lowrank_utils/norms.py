@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lowrank_utils._lazy_weight import LazyWeight
 from lowrank_utils.decompose import row_norms
 
 # FakeTensorMode, make_fx with what is built on it, and AOTAutograd.
@@ -144,7 +145,13 @@ def joined_products(x: Tensor, A: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Shapes (…, out), with a gradient for x alone, and (r, out), without one.
     """
-    xW, AW = _JoinedProducts.apply(x.reshape(-1, x.shape[-1]), A.detach(), W)
+    rows, A = x.reshape(-1, x.shape[-1]), A.detach()
+    if isinstance(W, LazyWeight):
+        # What autograd keeps of such a weight is the weight's own matter.
+        xW, AW = F.linear(torch.cat([rows, A.T]), W).split([len(rows), A.shape[1]])
+        AW = AW.detach()
+    else:
+        xW, AW = _JoinedProducts.apply(rows, A, W)
     return xW.reshape(*x.shape[:-1], W.shape[0]), AW
 
 
@@ -167,7 +174,10 @@ def values_can_be_read(tensor: Tensor) -> bool:
         # computed apart has none.
         or forward_ad._current_level >= 0
         # Such a class may hold no numbers (FakeTensor), or others than it shows.
-        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or (
+            type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            and not isinstance(tensor, LazyWeight)
+        )
         # Under these modes results hold no numbers, whatever they come from.
         or (
             torch._C._len_torch_dispatch_stack() > 0

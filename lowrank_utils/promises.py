@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_utils._blocks import is_generator, opener, running_frames
+from lowrank_utils._weight_checks import sources_of
 from lowrank_utils.lora import is_adapter
 
 
@@ -212,7 +213,7 @@ SCALES = Promise(
     "constant_weights",
     # At each pass: a module looks its parts up slowly.
     lambda layer: (
-        layer.linear.weight,
+        *sources_of(layer.linear).values(),
         (lora := layer.lora).A,
         lora.B,
         layer.m,
@@ -223,7 +224,7 @@ SCALES = Promise(
 # ‖W‖² by rows, (out,).
 SQUARES = Promise(
     "frozen_weights",
-    lambda layer: (layer.linear.weight,),
+    lambda layer: tuple(sources_of(layer.linear).values()),
     in_training=True,
 )
 

@@ -32,8 +32,10 @@ from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.decompose import row_norms
 from lowrank_utils.lora import (
     HALF_PRECISION,
+    Linear,
     adapter_dtype,
     is_adapter,
+    is_linear,
     without_autocast,
 )
 from lowrank_utils.norms import row_scale
@@ -72,7 +74,8 @@ class AdapterBank:
     the pinned release can.)
 
     Args:
-        model: the base model, with plain linear layers. It is changed in place.
+        model: the base model, with plain or quantised linear layers. It is changed in
+            place.
 
     Raises:
         TypeError: ``model`` isn't a module.
@@ -81,7 +84,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module) -> None:
         modules = plain_modules(model)
-        if isinstance(model, nn.Linear) or is_adapter(model):
+        if is_linear(model) or is_adapter(model):
             raise ValueError(
                 f"model is itself a {type(model).__name__}; a bank needs a module with layers inside"
             )
@@ -308,7 +311,8 @@ class AdapterBank:
         """Compute the weights that the active adapters make, so that they cost no time
         in the forward pass.
 
-        The base weights are kept beside them, so ``restore`` brings back every bit.
+        The base weights are kept beside them, so ``restore`` brings back every bit. Of
+        a quantised base the merged weights are whole ones, beside its codes.
         Like ``activate``, this holds for all tasks and threads.
         """
         with self._selection.lock:
@@ -431,9 +435,9 @@ def _sequence_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 waiting.append((f"{name}.{part}" if name else part, child))
 
 
-def _linear(modules: Mapping[str, nn.Module], layer: str) -> nn.Linear:
+def _linear(modules: Mapping[str, nn.Module], layer: str) -> Linear:
     linear = modules[layer]
-    assert isinstance(linear, nn.Linear)
+    assert is_linear(linear)
     return linear
 
 
@@ -457,11 +461,11 @@ def _of_model(
     for layer, part in adapter.items():
         shape = (part.B.shape[1], part.A.shape[0])
         linear = modules.get(layer)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != shape:
+        if not is_linear(linear) or linear.weight.shape != shape:
             kind = "no such layer" if linear is None else f"a {type(linear).__name__}"
             found = (
                 f"a linear layer of shape {tuple(linear.weight.shape)}"
-                if isinstance(linear, nn.Linear)
+                if is_linear(linear)
                 else kind
             )
             raise ValueError(
@@ -492,7 +496,7 @@ def _is_as_in(base: nn.Module | None, key: str, parameter: Tensor) -> bool:
     """Tell whether the base model's linear layer has the same numbers, so that whatever
     could be trained beside an adapter was not.
     """
-    if not isinstance(base, nn.Linear) or key not in base._parameters:
+    if not is_linear(base) or key not in base._parameters:
         return False
     known = base._parameters[key]
     return known is not None and torch.equal(parameter.detach().to(known), known)
@@ -508,7 +512,7 @@ def _kept_dtype(adapter: torch.dtype, weight: torch.dtype) -> torch.dtype | None
     return None
 
 
-def _part(linear: nn.Linear, part: LayerAdapter) -> BankedAdapter:
+def _part(linear: Linear, part: LayerAdapter) -> BankedAdapter:
     """Return copies of A and B, and c from the base weight as it is now."""
     W = linear.weight
     dtype = _kept_dtype(part.A.dtype, W.dtype) or adapter_dtype(W.dtype)

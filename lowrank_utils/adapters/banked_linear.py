@@ -26,7 +26,7 @@ from lowrank_utils.adapters.mixed_batch import (
 )
 from lowrank_utils.adapters.selection import Choice, Selection
 from lowrank_utils.decompose import row_norms
-from lowrank_utils.lora import HALF_PRECISION, AroundLinear, without_autocast
+from lowrank_utils.lora import HALF_PRECISION, AroundLinear, Linear, without_autocast
 from lowrank_utils.norms import values_can_be_read
 
 
@@ -91,7 +91,7 @@ class BankedLinear(AroundLinear):
 
     merged: MergedWeight | None
 
-    def __init__(self, linear: nn.Linear, selection: Selection) -> None:
+    def __init__(self, linear: Linear, selection: Selection) -> None:
         super().__init__()
         self.linear = linear
         # Not a module's part a second time, which would be in the state_dict twice.
@@ -131,7 +131,7 @@ class BankedLinear(AroundLinear):
     def remember_weight(self) -> None:
         """Note what the base weight is, from which each c in the bank was computed."""
         W = self.linear.weight
-        self._mark, self._traces = mark_of(W), _traces_of(W)
+        self._mark, self._traces = mark_of(self.linear), _traces_of(W)
 
     def check_weight(self) -> None:
         """Refuse to read the weight where it isn't all of the linear layer, or isn't
@@ -146,7 +146,7 @@ class BankedLinear(AroundLinear):
         if (
             traces is None
             or torch.compiler.is_compiling()
-            or self._mark == mark_of(W)
+            or self._mark == mark_of(self.linear)
             or not values_can_be_read(W)
         ):
             return
@@ -155,7 +155,7 @@ class BankedLinear(AroundLinear):
                 "a base weight changed while an adapter with DoRA was in the bank, whose c was computed from it: "
                 "remove the adapters with DoRA, and add them again"
             )
-        self._mark = mark_of(W)
+        self._mark = mark_of(self.linear)
 
     def formed_weight(self, adapters: Sequence[BankedAdapter]) -> Tensor:
         """Return the weight that ``adapters`` make together, (out, in)."""
@@ -396,7 +396,7 @@ def _scale(adapters: Sequence[BankedAdapter]) -> Tensor | None:
     )
 
 
-def _may_overwrite(output: Tensor, x: Tensor, linear: nn.Linear) -> bool:
+def _may_overwrite(output: Tensor, x: Tensor, linear: Linear) -> bool:
     """Tell whether nobody can hold the output of ``linear`` for x, and nothing follows
     its making.
     """

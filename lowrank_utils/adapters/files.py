@@ -53,6 +53,7 @@ from lowrank_utils.lora import (
     adapter_dtype,
     check_linear,
     is_adapter,
+    is_linear,
 )
 
 __all__ = [
@@ -85,8 +86,9 @@ def load_adapter(
     again in either case.
 
     Args:
-        model: the base model, with plain linear layers where the adapter belongs. It
-            may be inside wrappers (compiled, data parallel, checkpointed, averaged); a
+        model: the base model, with plain or quantised linear layers where the adapter
+            belongs. It may be inside wrappers (compiled, data parallel, checkpointed,
+            averaged); a
             layer that was compiled by itself isn't compiled then.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         may_round: take numbers that the layer's dtype can't hold exactly, such as
@@ -352,7 +354,7 @@ def _check_layers(
                 TENSORS,
                 f"{name} is already adapted: load into the plain model, or use an AdapterBank",
             )
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             kind = type(module).__name__
             article = "an" if kind[0] in "AEIOU" else "a"
             fail(CONFIG, f"{name} is {article} {kind}; only nn.Linear is supported")

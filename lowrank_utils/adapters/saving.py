@@ -40,6 +40,7 @@ from lowrank_utils.lora import (
     LinearWithLoRA,
     LinearWithLoRAMerged,
     is_adapter,
+    is_linear,
     without_autocast,
 )
 from lowrank_utils.norms import row_scale
@@ -166,7 +167,7 @@ def _adapter_of(
         linear = getattr(module, "linear", None)
         if isinstance(linear, nn.Module) and hasattr(module, "lora"):
             inside = unwrapped(linear)
-            if isinstance(inside, nn.Linear) and inside is not linear:
+            if is_linear(inside) and inside is not linear:
                 raise ValueError(
                     f"{name}: its linear layer alone is inside a {type(linear).__name__}; "
                     "wrap the adapted layer as a whole, or take the wrapper off"

@@ -22,6 +22,11 @@ from lowrank_utils.checks.finetuning import (
     check_paired_difference,
     check_standard_error,
 )
+from lowrank_utils.checks.four_bits import (
+    check_bits_per_weight,
+    check_gradient_of_x,
+    check_round_to_levels,
+)
 from lowrank_utils.checks.lora_layer import (
     check_freeze_all_but_adapters,
     check_lora_output,

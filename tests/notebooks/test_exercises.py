@@ -64,7 +64,7 @@ def test_stubs_ask_and_solutions_pass(tag, notebook, capsys):
         exec(ast.unparse(function), names)
         getattr(checks, check)(names[function.name])
         shown = capsys.readouterr().out
-        number = re.search(r"(?:# Solution |\"Exercise )(\d\.\d)", source)[1]
+        number = re.search(r"(?:# Solution |\"Exercise )(\d+\.\d)", source)[1]
         expected = (
             f"To do: Exercise {number}: "
             if tag == "exercise"

@@ -15,7 +15,10 @@ import lowrank_utils
 from lowrank_utils import (
     LinearWithDoRA,
     LinearWithLoRA,
+    dequantize_linear_layers,
     mark_only_adapters_as_trainable,
+    merge_adapters,
+    quantize_linear_layers,
     replace_linear_layers,
     save_adapter,
 )
@@ -81,6 +84,34 @@ def recipe():
     page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
     return re.search(
         r"```python\n(.*?)\.\.\.  # train as usual\n(.*?)```", page, re.DOTALL
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "targets"),
+    [(minilm, "*.query"), (llama, None), (t5, ["*.q", "*.wi_0", "*.wo"])],
+)
+def test_a_base_of_four_bits_is_adapted_and_made_whole_again(made, targets):
+    torch.manual_seed(0)
+    model = made().eval()
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if targets is None:
+        # Its head is to stay as it is.
+        targets = ["*_proj"]
+    names = quantize_linear_layers(model, block_size=16, targets=targets)
+    assert 0 < len(names) < len(linears)
+    before = output(model)
+    replace_linear_layers(model, LinearWithDoRA, 2, 1.0, targets=targets)
+    torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-5)
+    mark_only_adapters_as_trainable(move_all(model))
+    after = output(model)
+    after.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert dequantize_linear_layers(model) == [f"{name}.linear" for name in names]
+    plain = merge_adapters(model)
+    torch.testing.assert_close(output(plain), after, rtol=1e-4, atol=1e-5)
+    assert len([m for m in plain.modules() if type(m) is torch.nn.Linear]) == len(
+        linears
     )
 
 

@@ -406,6 +406,12 @@ def moves_m_of_any_shape(layer_class):
     return not torch.allclose(layer(torch.zeros(1, 6)), layer.linear.bias)
 
 
+def read_back(block, levels, scale=None):
+    scale = block.abs().max() if scale is None else scale
+    shares = block / scale if scale else block
+    return levels[(shares[:, None] - levels).abs().argmin(dim=1)] * scale
+
+
 # The solutions, by what the function takes and returns. How the exercises on a model
 # could be answered for one example alone stands among their mistakes.
 ON_MODELS = {
@@ -423,6 +429,7 @@ ON_NUMBERS = {
     "multiplications": lambda b, i, o, r: b * i * o + b * r * (i + o),
     "standard_error": lambda p, n: (p * (1 - p) / n) ** 0.5,
     "enough_networks": enough_networks,
+    "bits_per_weight": lambda code, scale, block: code + scale / block,
 }
 RETURNS_TENSORS = {
     "mean_of_tokens": mean_of_tokens,
@@ -437,6 +444,10 @@ RETURNS_TENSORS = {
     "magnitude_gradient": lambda gy, x, V: (gy * (x @ V.T) / V.norm(dim=1)).sum(0),
     "factored_squares": factored,
     "mixed_batch": lambda p: p.dora,
+    "round_to_levels": lambda block, levels: read_back(block, levels),
+    "gradient_of_x": lambda g, codes, levels, scales: (
+        g @ (levels[codes] * scales[:, None])
+    ),
 }
 OTHERS = {
     "smallest_rank": lambda s, share: first(kept_of(s), share),
@@ -846,6 +857,51 @@ MISTAKES = {
         "right, but the activations of all": one_backward,
         "went through the model at once": one_batch,
         "isn't right yet": lambda *given: accumulated_step(*given) + 1,
+    },
+    "bits_per_weight": {
+        "the code alone": lambda code, *_: code,
+        "pays its share": lambda code, scale, _: code + scale,
+        "not paid more often": lambda code, scale, block: code + scale * block,
+        "only the scale is shared": lambda code, scale, block: (code + scale) / block,
+        "the whole block": lambda code, scale, block: code * block + scale,
+        "count bits": lambda code, scale, block: (code + scale / block) / 8,
+        "the scale's share alone": lambda _, scale, block: scale / block,
+        "isn't right yet": lambda code, scale, block: code + scale // block + 1,
+    },
+    "round_to_levels": {
+        "a negative number can have it": lambda block, levels: read_back(
+            block, levels, block.max()
+        ),
+        "multiply by the scale again": lambda block, levels: (
+            read_back(block, levels) / block.abs().max()
+        ),
+        "divide by the scale first": lambda block, levels: read_back(
+            block, levels, torch.tensor(1.0)
+        ),
+        "once each": lambda block, levels: read_back(block, levels) * block.abs().max(),
+        "not the standard deviation": lambda block, levels: read_back(
+            block, levels, block.std()
+        ),
+        "not the length": lambda block, levels: read_back(block, levels, block.norm()),
+        "nothing was rounded": lambda block, _: block.clone(),
+        "comes back as NaN": lambda block, levels: (
+            read_back(block, levels) / block.abs().max() * block.abs().max()
+        ),
+    },
+    "gradient_of_x": {
+        "the scales are missing": lambda g, codes, levels, _: g @ levels[codes],
+        "scale once": lambda g, codes, levels, scales: g * scales**2 @ levels[codes],
+        "not divided": lambda g, codes, levels, scales: g / scales @ levels[codes],
+        "not its value": lambda g, codes, _, scales: g @ (codes * scales[:, None]),
+        "is a transpose missing": lambda g, codes, levels, scales: (
+            g @ (levels[codes] * scales[:, None]).T
+        ),
+        "keep the batch": lambda g, codes, levels, scales: (
+            (g * scales).sum(0) @ levels[codes]
+        ),
+        "multiply the gradient": lambda _, codes, levels, scales: (
+            levels[codes] * scales[:, None]
+        ),
     },
 }
 
