@@ -46,6 +46,7 @@ ALLOWED = {
         ({"platformdirs"}, "_mnist"),
         (SAFE, "adapters adapters.bank adapters.files adapters.saving"),
         (DATA, "data comparison.settings comparison.shifts"),
+        (LAYERS | {"numpy", "pandas"}, "text"),
         (BAR, "training checks checks.lora_layer checks.production"),
         (BAR | {"scipy"}, "comparison.experiment"),
         (BAR | SWEEP, "comparison.__main__ comparison.command"),

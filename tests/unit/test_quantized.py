@@ -502,7 +502,6 @@ def hooked():
         (linear_layer, {"block_size": 0}, ValueError, "block_size must be"),
         (linear_layer, {"block_size": True}, TypeError, "block_size must be"),
     ],
-    ids=str,
 )
 def test_what_is_no_layer_to_quantise_is_refused(linear, options, error, message):
     with pytest.raises(error, match=message):
