@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 from quiz import read_questions, section
+from repository import badges
 
 from lowrank_utils.comparison.declared import Declaration, judge, read_declaration
 from lowrank_utils.comparison.report import (
@@ -223,7 +224,7 @@ def whole_mnist() -> str:
 
 # Page → name of a table → what returns it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"series": series},
+    "README.md": {"links": badges, "series": series},
     "docs/teaching.md": {
         "times": times,
         **{name: partial(plan, name) for name in ("90 minutes", "Half a day", "A day")},

@@ -59,9 +59,11 @@ def section(questions: list[Question]) -> str:
             f"`{answer.text}`" if "weight." in answer.text else answer.text
             for answer in one.answers
         ]
-        lines += [
-            f"- {letter}) {text}" for letter, text in zip(letters, shown, strict=True)
-        ]
+        lines.append(
+            "\\\n".join(
+                f"{letter}) {text}" for letter, text in zip(letters, shown, strict=True)
+            )
+        )
         right = next(a for a in zip(letters, one.answers, strict=True) if a[1].right)
         wrong = " ".join(
             f"{letter}) {answer.why}"
