@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import nbformat  # noqa: E402
-from build_site import with_links_to_pages  # noqa: E402
-from frames import put_in_frames  # noqa: E402
+from build_site import MOVING_PICTURE, with_links_to_pages  # noqa: E402
+from docutils import nodes  # noqa: E402
+from drawings import inline  # noqa: E402
+from frames import first_picture, put_in_frames  # noqa: E402
+from repository import launch_options  # noqa: E402
 from web_packages import BUILD  # noqa: E402
 
 from lowrank_utils import __version__  # noqa: E402
@@ -65,18 +68,39 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
     "show_toc_level": 2,
     "use_fullscreen_button": False,
+    # Each page lists its own branch alone, which also halves the time to write them.
+    "collapse_navigation": True,
+    **launch_options(),
 }
 html_favicon = "static/favicon.svg"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_js_files = ["frames.js"]
+html_js_files = ["frames.js", "page.js"]
 html_show_copyright = False
 html_show_sphinx = False
+
+
+def in_one_fold(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Return the cells of a notebook, of which those whose code is folded and that
+    print nothing are joined with such a cell below them.
+    """
+    joined: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        before = joined[-1] if joined else cell
+        folded = [
+            "hide-input" in one["metadata"].get("tags", []) for one in (before, cell)
+        ]
+        if before is not cell and all(folded) and not before["outputs"]:
+            cell["source"] = f"{before['source']}\n\n\n{cell['source']}"
+            joined.pop()
+        joined.append(cell)
+    return joined
 
 
 def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
     """Make the links of a notebook lead to pages, show frames for pictures with
     sliders, and say what is folded; the file that readers download stays as it is.
+    On the start page, show the picture that moves.
 
     Args:
         app: the running Sphinx.
@@ -84,10 +108,15 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
         source: the text that was read, as its only element.
     """
     path = Path(app.env.doc2path(name))
+    if name == "index":
+        lesson = nbformat.read(ROOT / "notebooks" / "05_dora.ipynb", as_version=4)
+        shown = first_picture(lesson, BUILD / "frames")
+        source[0] = source[0].replace(MOVING_PICTURE, shown)
     if path.suffix != ".ipynb":
         return
     notebook = nbformat.reads(source[0], as_version=4)
     put_in_frames(notebook, BUILD / "frames")
+    notebook["cells"] = in_one_fold(notebook["cells"])
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = cell["source"]
@@ -104,6 +133,23 @@ def lead_notebooks_to_pages(app: Sphinx, name: str, source: list[str]) -> None:
             # One fold, and not two with one name.
             tags.append("hide-cell")
     source[0] = nbformat.writes(notebook)
+
+
+def draw_in_page(app: Sphinx, tree: nodes.document, name: str) -> None:
+    """Put the drawings into the pages themselves, so that their words can be selected
+    and searched.
+
+    Args:
+        app: the running Sphinx.
+        tree: the page, changed in place.
+        name: of the page.
+    """
+    del app, name
+    for image in list(tree.findall(nodes.image)):
+        path = ROOT / "figures" / Path(image["uri"]).name
+        if path.suffix == ".svg" and path.is_file():
+            drawn = inline(path, image.get("alt", ""))
+            image.replace_self(nodes.raw("", drawn, format="html"))
 
 
 def escape_bars(
@@ -189,6 +235,7 @@ def name_controls(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Register what the pages need besides the extensions."""
     app.connect("source-read", lead_notebooks_to_pages)
+    app.connect("doctree-resolved", draw_in_page)
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("autodoc-skip-member", skip_bare_fields)
     app.connect("build-finished", name_controls)

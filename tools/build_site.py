@@ -1,4 +1,4 @@
-"""Build the site: the notebooks as they are stored, the README, the results and the
+"""Build the site: a start page, the notebooks as they are stored, the results and the
 package as web pages.
 
     python tools/build_site.py                 into build/site
@@ -9,12 +9,18 @@ and the pages load nothing from another host. Warnings are errors.
 """
 
 import argparse
+import base64
+import html
 import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path, PurePosixPath
 
-from sheets import sheets
+import nbformat
+from contents import lessons
+from quiz import GIFT_FILE, gift, read_questions
+from repository import badges
+from sheets import sheets, solutions
 from sphinx.cmd.build import build_main
 from web_packages import (
     BUILD,
@@ -25,6 +31,9 @@ from web_packages import (
     install_packages,
 )
 
+# In its place docs/conf.py shows the picture of the start page.
+MOVING_PICTURE = "<!-- the picture that moves -->"
+DRAWING = re.compile(r"!\[.*\]\(\.\./(figures/\w+\.svg)\)")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 
 # What the pages link to besides pages, and what they show.
@@ -152,33 +161,91 @@ def report_entry(path: Path) -> str:
     return f"{named} <{path.relative_to(ROOT).with_suffix('').as_posix()}>"
 
 
-def pages() -> dict[str, str]:
-    """Return the pages that are made from other files: the start page and the
-    package.
+def thumbnail(path: Path) -> tuple[str, bytes]:
+    """Return the first picture that a notebook shows without being asked to, or else
+    its first one: the ending of its file's name, and the file.
+
+    Args:
+        path: the notebook.
+    """
+    asked_for = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        drawing = DRAWING.search(cell.source)
+        if cell.cell_type == "markdown" and drawing:
+            return ".svg", (ROOT / drawing[1]).read_bytes()
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                plot = ".png", base64.b64decode(output.data["image/png"])
+                if "hide-output" not in cell.metadata.get("tags", []):
+                    return plot
+                asked_for.append(plot)
+    if not asked_for:
+        raise ValueError(f"{path.name} has no picture for its card on the start page")
+    return asked_for[0]
+
+
+def cards() -> str:
+    """Return a card for each notebook: its picture, its title, its question."""
+    made = [
+        f'<a class="lesson" href="notebooks/{one.path.stem}.html">'
+        f'<img src="_static/cards/{one.path.stem}{thumbnail(one.path)[0]}" alt="" loading="lazy">'
+        f"<strong>{html.escape(one.title)}</strong>"
+        f"<span>{html.escape(one.question)}</span>"
+        f"<small>{one.reading} minutes, and {one.exercises} for the exercises</small></a>"
+        for one in lessons()
+    ]
+    return "\n".join(['<div class="cards">', *made, "</div>"])
+
+
+def start_page() -> str:
+    """Return the start page: docs/start.md with its parts from README.md and from the
+    notebooks.
     """
     readme = with_links_to_pages(
         (ROOT / "README.md").read_text(encoding="utf-8"), "README.md"
     )
-    lessons = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    notebooks = [f"notebooks/{path.stem}" for path in lessons]
+    findings = re.search(r"^## What came out\n.*?(?=^## )", readme, re.M | re.S)
+    sentence = re.search(r"^# .+\n\n(.+?[.!?])(?= |\n)", readme)
+    if findings is None or sentence is None:
+        raise ValueError("README.md has no first sentence, or not what came out")
+    parts = {
+        "SENTENCE": sentence[1],
+        "FIRST": f"notebooks/{lessons()[0].path.stem}.html",
+        "MOVING": MOVING_PICTURE,
+        "BADGES": badges(),
+        "CARDS": cards(),
+        "FINDINGS": findings[0],
+    }
+    text = (DOCS / "start.md").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = re.sub(rf"\b{name}\b", lambda _, part=part: part, text)
+    return text
+
+
+def pages() -> dict[str, str]:
+    """Return the pages that are made from other files: the start page and the
+    package.
+    """
+    stems = [one.path.stem for one in lessons()]
+    notebooks = [f"notebooks/{stem}" for stem in stems]
     reports = [
         report_entry(path) for path in sorted((ROOT / "notebooks/results").glob("*.md"))
     ]
-    exercises = [path.stem for path in lessons]
     documents = [
         toctree(caption, [name.removesuffix(".md") for name in names])
         for caption, names in DOCUMENTS.items()
     ]
     made = {
-        "index.md": readme
+        "index.md": start_page()
         + toctree("The series", [*notebooks, "exercises/index"])
         + toctree("Results", [*RESULTS, *reports])
         + toctree("The package", ["api/index"])
         + "".join(documents),
         "exercises/index.md": "# Exercise sheets\n\n"
         "The exercises of each notebook and what they need, without solutions: to print, "
-        "or to run (the download button of each page has the notebook).\n"
-        + toctree("", exercises, hidden=False).replace(":caption: \n", ""),
+        "or to run (the download button of each page has the notebook). "
+        "[All solutions](solutions.md) are on one page.\n"
+        + toctree("", [*stems, "solutions"], hidden=False).replace(":caption: \n", ""),
         "api/index.md": "# Reference\n\n"
         "What the modules of `lowrank_utils` hold, from their docstrings, in the order in which they can be read.\n"
         + toctree("The package", modules(), hidden=False).replace(
@@ -234,12 +301,22 @@ def assemble(folder: Path) -> None:
         name = path.relative_to(ROOT).as_posix()
         content = path.read_bytes()
         if path.suffix == ".md":
-            content = with_links_to_pages(content.decode(), name).encode()
+            text = with_links_to_pages(content.decode(), name)
+            # What is made along with the site can be had from it.
+            text = text.replace(
+                f"`build/sheets/{GIFT_FILE}`", f"[{GIFT_FILE}]({GIFT_FILE})"
+            )
+            content = text.encode()
         write_if_new(folder / name, content)
         written.add(folder / name)
-    for name, text in sheets("../notebooks").items():
-        write_if_new(folder / "exercises" / name, text.encode())
-        written.add(folder / "exercises" / name)
+    made = {f"exercises/{name}": text for name, text in sheets("../notebooks").items()}
+    made |= {
+        "exercises/solutions.md": solutions(),
+        f"docs/{GIFT_FILE}": gift(read_questions()),
+    }
+    for name, text in made.items():
+        write_if_new(folder / name, text.encode())
+        written.add(folder / name)
     for path in folder.rglob("*"):
         if path.is_file() and path not in written:
             path.unlink()
@@ -263,6 +340,9 @@ def build(output: Path) -> int:
     options = ["-W", "--keep-going", "-q", "-c", str(DOCS), "-d", str(memory)]
     status = build_main([*options, "-b", "html", str(source), str(output)])
     copy_mathjax(packages, output / "_static" / "mathjax")
+    for one in lessons():
+        ending, picture = thumbnail(one.path)
+        write_if_new(output / "_static/cards" / f"{one.path.stem}{ending}", picture)
     return status
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import yaml
+from quiz import read_questions, section
+from repository import badges
 
 from lowrank_utils.comparison.declared import Declaration, judge, read_declaration
 from lowrank_utils.comparison.report import (
@@ -154,6 +156,11 @@ def plan(name: str) -> str:
     return table(*rows)
 
 
+def quiz() -> str:
+    """Return the questions of the quiz, with their answers folded."""
+    return section(read_questions())
+
+
 def stored(name: str = "comparison") -> pd.DataFrame:
     """Return the runs of a comparison."""
     return read_table(ROOT / "notebooks" / "results" / f"{name}.csv")
@@ -217,10 +224,11 @@ def whole_mnist() -> str:
 
 # Page → name of a table → what returns it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"series": series},
+    "README.md": {"links": badges, "series": series},
     "docs/teaching.md": {
         "times": times,
         **{name: partial(plan, name) for name in ("90 minutes", "Half a day", "A day")},
+        "quiz": quiz,
     },
     "docs/results.md": {
         "declared": declared,

@@ -1,5 +1,5 @@
 """Make an exercise sheet from each notebook: its exercises and what they need, without
-solutions.
+solutions. The solutions are a page of their own, and the quiz a file to import.
 
     python tools/sheets.py                  into build/sheets
     python tools/sheets.py --output FOLDER
@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
+from quiz import GIFT_FILE, gift, read_questions
 
 from lowrank_utils.comparison.whole import write_whole
 
@@ -192,6 +193,29 @@ def sheets(notebooks: str) -> dict[str, str]:
     }
 
 
+def solutions() -> str:
+    """Return the solutions of all exercises as one page in Markdown."""
+    parts = [
+        "# Solutions",
+        "Of the [exercises](index.md), notebook by notebook. Other ways are as right.",
+    ]
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        parts.append("## " + cells[0].source.partition("\n")[0].removeprefix("# "))
+        for cell in cells:
+            asked = re.search(r"^### (Exercise .+) \(", cell.source, flags=re.MULTILINE)
+            if cell.cell_type == "markdown" and asked:
+                parts.append(f"### {asked[1]}")
+                parts += [
+                    answer[0].strip() for answer in SOLUTION.finditer(cell.source)
+                ]
+            elif "solution" in cell.metadata.get("tags", []):
+                # What follows two empty lines checks it.
+                code = cell.source.partition("\n")[2].rpartition("\n\n\n")[0]
+                parts.append(f"```python\n{code}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -208,6 +232,9 @@ def main() -> None:
     to_notebooks = os.path.relpath(ROOT / "notebooks", output)
     for name, text in sheets(Path(to_notebooks).as_posix()).items():
         write_whole(output / name, text)
+    # The page's list of exercises is the site's.
+    write_whole(output / "solutions.md", solutions().replace("](index.md)", "](.)"))
+    write_whole(output / GIFT_FILE, gift(read_questions()))
     print(f"The sheets are in {output}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from build_site import modules
+from contents import lessons
 from html_pages import broken_links, loaded_from_elsewhere, pages_of
 from playwright.sync_api import expect
 
@@ -21,6 +22,7 @@ MODULES = [name for name in modules() if name != "checks"]
 LOOKED_AT = (
     "index",
     "docs/results",
+    "docs/teaching",
     "search",
     "notebooks/results/comparison",
     "api/index",
@@ -92,9 +94,13 @@ def test_every_picture_says_what_it_shows(pages):
         for picture in page.pictures
     ]
     assert len(pictures) >= 40
-    # Sphinx puts the address in the place of a missing text.
+    # Sphinx puts the address in the place of a missing text. A card's picture stands
+    # beside the words of the card.
     mute = [
-        picture for picture in pictures if not picture[2] or "_images" in picture[2]
+        picture
+        for picture in pictures
+        if (not picture[2] and "_static/cards/" not in picture[1])
+        or "_images" in (picture[2] or "")
     ]
     assert mute == []
 
@@ -181,10 +187,74 @@ def test_a_page_is_readable_in_light_and_dark(
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
             "the page is wider than its window"
         )
+        if theme == "dark":
+            assert page.evaluate(PAPER) == [], "what is drawn on white has white paper"
         # In full where it is looked at for what it says; the other theme has other
         # colours alone.
         screenshot(page, f"site-{picture}-{theme}", full_page=theme == "light")
+    if name.startswith("notebooks/0"):
+        assert page.evaluate(CUT, ".cell_input pre") == [], "a line of code is cut"
+        look_on_a_phone(page)
+        screenshot(page, f"site-{picture}-phone", full_page=True)
+        look_on_paper(page)
+        screenshot(page, f"site-{picture}-paper", full_page=True)
     assert errors == []
+
+
+# Elements that are shown and hold more than they show.
+CUT = """selector => [...document.querySelectorAll(selector)]
+    .filter(part => part.getClientRects().length && part.scrollWidth > part.clientWidth + 1)
+    .map(part => part.textContent)"""
+
+# Pictures in dark pages that don't stand on white, or on something beside it.
+PAPER = """() => [...document.querySelectorAll('.drawing, .cell_output img')]
+    .filter(part => part.getClientRects().length
+        && getComputedStyle(part).backgroundColor !== 'rgb(255, 255, 255)')
+    .map(part => part.outerHTML.slice(0, 80))"""
+
+# The smallest type in each drawing and plot, in pixels: 12 points in a drawing, in a
+# plot 10 points at 100 dots an inch (tests/project/test_type_sizes.py).
+TYPE = """() => [
+    ...[...document.querySelectorAll('.drawing > svg')]
+        .map(svg => 12 * svg.clientWidth / svg.viewBox.baseVal.width),
+    ...[...document.querySelectorAll('.cell_output img')].filter(img => img.clientWidth)
+        .map(img => 10 / 72 * 100 * img.clientWidth / img.naturalWidth)]"""
+
+
+def look_on_a_phone(page):
+    """Pictures are scrolled and keep their type; the page isn't scrolled sideways."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    sizes = page.evaluate(TYPE)
+    assert min(sizes, default=12) >= 12, sizes
+    found = page.evaluate(
+        "axe.run(document, {runOnly: ['scrollable-region-focusable']})"
+    )
+    assert found["violations"] == []
+
+
+def look_on_paper(page):
+    """Nothing is cut, and what was folded stands at the end; afterwards it is back."""
+    folded = page.evaluate("document.querySelectorAll('details').length")
+    before = page.evaluate("document.querySelector('article').innerText")
+    # As wide as A4 between its margins.
+    page.set_viewport_size({"width": 700, "height": 1000})
+    page.emulate_media(media="print", color_scheme="light")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    for what in ("pre", "div.math", "mjx-container", ".drawing", ".cell_output"):
+        assert page.evaluate(CUT, f"article {what}") == [], what
+    answers = page.locator("article > .answers:last-child details")
+    assert answers.count() > 6
+    for place in range(answers.count()):
+        assert answers.nth(place).get_attribute("open") is not None
+    elsewhere = "article section:not(.answers) > details > summary"
+    for summary in page.locator(elsewhere).all_inner_texts():
+        assert not re.match("Answer|A sample|Solution|Hint", summary), summary
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.querySelectorAll('details').length") == folded
+    assert page.evaluate("document.querySelector('article').innerText") == before
 
 
 def test_formulas_are_typeset(address, page):
@@ -234,6 +304,47 @@ def test_the_theme_is_switched_and_stays(address, new_context):
     picture = page.locator("article img").first
     assert picture.evaluate("picture => getComputedStyle(picture).filter") == "none"
     assert (luminance(ink) + 0.05) / (luminance(paper) + 0.05) > 7
+
+
+def test_the_start_page_leads_on_and_has_a_card_for_each_notebook(address, page):
+    page.goto(f"{address}index.html")
+    for words, place in {
+        "Read notebook 1": f"notebooks/{LESSONS[0].stem}.html",
+        "Run it": "docs/setup.html",
+        "Teach with it": "docs/teaching.html",
+    }.items():
+        start = page.get_by_role("link", name=words, exact=True)
+        expect(start).to_be_in_viewport()
+        expect(start).to_have_attribute("href", place)
+    expect(page.locator(".frames img")).to_be_in_viewport()
+    cards = page.locator("a.lesson")
+    expect(cards).to_have_count(len(LESSONS))
+    for place, one in enumerate(lessons()):
+        assert one.title in cards.nth(place).inner_text()
+        assert one.question in cards.nth(place).inner_text()
+        cards.nth(place).scroll_into_view_if_needed()
+        picture = cards.nth(place).locator("img").element_handle()
+        page.wait_for_function("picture => picture.naturalWidth", arg=picture)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    findings = re.findall(r"^\d\. (.+): \*\*(.+)\*\*$", readme, flags=re.MULTILINE)
+    shown = page.locator("section#what-came-out ol li").all_inner_texts()
+    plain = [f"{words}: {number}".replace("'", "’") for words, number in findings]
+    assert shown == plain
+    assert len(findings) == 3
+
+
+def test_words_in_a_drawing_can_be_selected(address, page):
+    page.goto(f"{address}notebooks/02_lora_layer.html")
+    drawing = page.locator(".drawing").first
+    chosen = drawing.evaluate(
+        "part => { getSelection().selectAllChildren(part); return `${getSelection()}` }"
+    )
+    assert "LinearWithLoRA" in chosen
+    words = drawing.locator("text", has_text="LinearWithLoRA")
+    outlines = words.locator("xpath=preceding-sibling::*[1]")
+    over, under = words.bounding_box(), outlines.bounding_box()
+    assert over["x"] == pytest.approx(under["x"], abs=3)
+    assert over["width"] == pytest.approx(under["width"], rel=0.1)
 
 
 def test_the_search_finds_the_notebook_on_magnitudes(address, page):
@@ -315,6 +426,9 @@ def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):
 def test_a_slider_moves_its_picture_without_a_kernel(stem, address, page):
     page.goto(f"{address}notebooks/{stem}.html")
     expect(page.locator(".frames")).to_have_count(count_tagged(stem, "interactive"))
+    # Those of one notebook are drawn in one kernel, each by its own function.
+    pictures = page.locator(".frames img").all()
+    assert len({one.get_attribute("src") for one in pictures}) == len(pictures)
     frames = page.locator(".frames").first
     slider, picture = frames.get_by_role("slider").first, frames.locator("img")
     assert len(picture.get_attribute("alt")) > 60

@@ -1,10 +1,14 @@
 """What the site is made from: links that lead to pages, and locked packages."""
 
 import json
+import re
 
 import build_site
 import pytest
+import repository
 import web_packages
+from contents import lessons
+from drawings import inline
 
 
 @pytest.mark.parametrize(
@@ -99,3 +103,49 @@ def test_a_fetch_that_failed_is_reported_and_tried_again(tmp_path, monkeypatch):
         with pytest.raises(web_packages.MissingPackages, match="status 1"):
             web_packages.install_packages()
     assert calls == [tmp_path / "npm"] * 2
+
+
+def test_without_an_address_no_link_needs_one():
+    assert repository.address({}) == ""
+    assert repository.launch_options("") == {}
+    assert repository.badges("") == ""
+
+
+def test_with_an_address_the_site_leads_to_binder_and_the_repository(monkeypatch):
+    project = {"urls": {"Repository": "https://github.com/someone/lora-dora/"}}
+    found = repository.address(project)
+    options = repository.launch_options(found)
+    assert options["repository_url"] == found == "https://github.com/someone/lora-dora"
+    assert options["launch_buttons"]["binderhub_url"] == "https://mybinder.org"
+    first = lessons()[0].path.name
+    link = "https://mybinder.org/v2/gh/someone/lora-dora/main?urlpath=lab/tree/"
+    assert f"({link}notebooks/{first})" in repository.badges(found)
+    monkeypatch.setattr(build_site, "badges", lambda: repository.badges(found))
+    assert link in build_site.start_page()
+
+
+@pytest.mark.parametrize("wrong", ["github.com/a/b", "https://example.org/a/b"])
+def test_an_address_whose_links_are_not_known_is_refused(wrong):
+    with pytest.raises(ValueError, match="it must be https"):
+        repository.address({"urls": {"Repository": wrong}})
+
+
+def test_every_part_of_the_start_page_is_filled_in():
+    text = build_site.start_page()
+    assert build_site.MOVING_PICTURE in text
+    for name in ("SENTENCE", "FIRST", "MOVING", "BADGES", "CARDS", "FINDINGS"):
+        assert not re.search(rf"\b{name}\b", text), name
+    assert text.count('class="lesson"') == len(lessons())
+
+
+@pytest.mark.parametrize("path", sorted((build_site.ROOT / "figures").glob("*.svg")))
+def test_each_word_of_a_drawing_is_text(path):
+    drawn = inline(path, 'says "so"')
+    words = re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+    assert re.findall(r"<text [^>]*>(.*?)</text>", drawn) == words
+    ids = re.findall(r'\bid="([^"]*)"', drawn)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]*)', drawn)
+    assert used
+    assert set(used) <= set(ids)
+    assert 'aria-label="says &quot;so&quot;"' in drawn

@@ -12,10 +12,10 @@ import nbformat
 import pytest
 from execute_notebooks import execute
 from frames import picture_with_frames, places_of, put_in_frames
-from ipywidgets import FloatSlider, IntSlider, SelectionSlider
+from ipywidgets import Dropdown, FloatSlider, IntSlider, SelectionSlider
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
-from sheets import needed, sheet_of, sheets
+from sheets import needed, sheet_of, sheets, solutions
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SHEETS = sheets("../notebooks")
@@ -49,6 +49,21 @@ def test_a_sheet_has_every_exercise_and_no_solution(name):
     assert "# Solution " not in asked
     assert "sample answer" not in asked
     assert all(cell.outputs == [] for cell in sheet.cells if cell.cell_type == "code")
+
+
+def test_the_solutions_are_those_of_every_exercise():
+    parts = re.split("^### Exercise ", solutions(), flags=re.MULTILINE)[1:]
+    asked = [
+        number
+        for name in SHEETS
+        for number in re.findall(r"### Exercise (\S+):", SHEETS[name])
+    ]
+    assert [part.partition(":")[0] for part in parts] == asked
+    for part in parts:
+        code = "\n".join(re.findall(r"```python\n(.+?)\n```", part, flags=re.DOTALL))
+        compile(code, part, "exec")
+        assert len(code) > 40 or "<summary>A sample answer</summary>" in part
+        assert "check_" not in code
 
 
 def test_a_sheet_takes_the_last_definitions_and_what_changes_them():
@@ -85,6 +100,18 @@ def test_a_slider_has_few_places_and_the_one_where_it_begins():
     assert places_of(powers, 2) == [("one", 1), ("two", 2)]
 
 
+def test_a_menu_has_all_its_entries_and_moves_a_picture():
+    pairs = Dropdown(options=["a − b", "a < c"], value="a < c", description="pair")
+    assert places_of(pairs, 1) == [("a − b", "a − b"), ("a < c", "a < c")]
+    found = picture_with_frames(
+        lambda pair: plt.figure(figsize=(0.1 * len(pair), 0.1)), {"pair": pairs}, "x"
+    )
+    frames = json.loads(re.search(r"json\">(.*)</script>", found)[1])
+    assert f'src="{frames[1]}"' in found
+    assert "<label>pair <select><option>a − b</option>" in found
+    assert "<option selected>a &lt; c</option></select>" in found
+
+
 def draw(shade, size):
     return plt.figure(figsize=(0.1 * size, 0.2), facecolor=(shade, shade, shade))
 
@@ -119,18 +146,19 @@ def test_frames_are_drawn_by_the_cell_s_own_function(tmp_path):
     ]
     cells[1].metadata["mystnb"] = {"image": {"alt": "a still picture"}}
     cells[2].metadata["tags"] = ["interactive"]
-    # One before it, which defines a name that this one uses.
-    earlier = "def picture(n):\n    return plt.figure(figsize=(9, 9))\n\n\n"
-    earlier += "PictureWithSliders(picture, n=IntSlider(1, min=1, max=2))"
-    cells.insert(2, new_code_cell(earlier))
-    cells[2].metadata["tags"] = ["interactive"]
+    # One after it, which gives a name that this one uses to something else.
+    later = "def picture(n):\n    return plt.figure(figsize=(9, 9))\n\n\n"
+    later += "PictureWithSliders(picture, n=IntSlider(1, min=1, max=2))"
+    cells.append(new_code_cell(later))
+    cells[3].metadata["tags"] = ["interactive"]
     notebook = new_notebook(cells=cells)
     put_in_frames(notebook, tmp_path)
-    shown = notebook.cells[3].outputs[0].data["text/html"]
-    frames = json.loads(re.search(r"json\">(.*)</script>", shown)[1])
-    data = io.BytesIO(base64.b64decode(frames[1].split(",")[1]))
-    assert Image.open(data).size == (100, 50)
-    assert 'alt="a still picture"' in shown
+    for cell, size in zip(notebook.cells[2:], [(100, 50), (450, 450)], strict=True):
+        shown = cell.outputs[0].data["text/html"]
+        frames = json.loads(re.search(r"json\">(.*)</script>", shown)[1])
+        data = io.BytesIO(base64.b64decode(frames[1].split(",")[1]))
+        assert Image.open(data).size == size
+        assert 'alt="a still picture"' in shown
     for kept in tmp_path.iterdir():
         kept.write_text("kept")
     put_in_frames(notebook, tmp_path)

@@ -8,6 +8,7 @@ import contents
 import nbformat
 import pytest
 import yaml
+from quiz import gift, read_questions, section
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
@@ -88,3 +89,101 @@ def test_the_questions_that_a_plan_names_exist():
         assert all(
             1 <= int(number) <= len(questions) for number in re.findall(r"\d+", named)
         )
+
+
+def test_every_question_to_discuss_has_an_answer():
+    part = GUIDE.split("## Questions to discuss")[1].split("\n## ")[0]
+    answered = re.findall(
+        r"^\d+\. .+\?\n\n +<details><summary>Answer</summary>.{100,}</details>$",
+        part,
+        flags=re.MULTILINE,
+    )
+    assert len(answered) == len(re.findall(r"^\d+\. ", part, flags=re.MULTILINE)) == 10
+
+
+def read_gift(text):
+    """Return (name, question, [(mark, answer, what is said about it)]) for each
+    question, by the rules of the format: a blank line ends a question, and a backslash
+    stands before each ~ = # { } : that is meant as such.
+    """
+    sign = r"(?:[^~=#{}:\\\n]|\\[~=#{}:\\])+"
+    entry = re.compile(rf"::({sign})::({sign}) \{{\n((?:\t[=~]{sign}#{sign}\n)+)\}}")
+
+    def meant(words):
+        return re.sub(r"\\(.)", r"\1", words)
+
+    category, *questions = text.rstrip("\n").split("\n\n")
+    assert category.startswith("$CATEGORY: ")
+    found = []
+    for question in questions:
+        match = entry.fullmatch(question)
+        assert match, question
+        answers = re.findall(rf"\t([=~])({sign})#({sign})\n", match[3])
+        found.append(
+            (
+                meant(match[1]),
+                meant(match[2]),
+                [(mark, meant(words), meant(why)) for mark, words, why in answers],
+            )
+        )
+    return found
+
+
+def test_a_learning_platform_reads_the_ten_questions_with_one_right_answer_each():
+    questions = read_questions()
+    found = read_gift(gift(questions))
+    assert len(found) == len({name for name, _, _ in found}) == 10
+    assert len({marks.index("=") for marks in map(marks_of, found)}) > 2
+    for (name, ask, answers), one in zip(found, questions, strict=True):
+        assert (name, ask) == (one.name, one.ask)
+        assert [answer[1:] for answer in answers] == [a[:2] for a in one.answers]
+        assert sorted(mark for mark, _, _ in answers) == ["=", "~", "~", "~"]
+        right = next(answer.text for answer in one.answers if answer.right)
+        assert ("=", right) in [answer[:2] for answer in answers]
+
+
+def marks_of(question):
+    return [mark for mark, _, _ in question[2]]
+
+
+def test_signs_that_the_format_uses_are_meant_as_such():
+    text = (
+        "- {about: 1, name: 'a: b', ask: 'x = {1}, ~2 #3?', answers: "
+        "[{text: 'dim=0', why: 'no: #1'}, {text: '1', why: 'yes', right: true}]}"
+    )
+    (one,) = read_questions(text)
+    ((name, ask, answers),) = read_gift(gift([one]))
+    assert (name, ask, answers[0]) == (one.name, one.ask, ("~", "dim=0", "no: #1"))
+    assert "<b>b)</b> yes" in section([one])
+    for wrong in ("true", "false"):
+        with pytest.raises(ValueError, match=r"'a: b' has [02] right answers"):
+            read_questions(
+                text.replace("why: 'no: #1'", f"why: '', right: {wrong}").replace(
+                    "right: true}]", f"right: {wrong}}}]"
+                )
+            )
+
+
+def test_the_questions_of_the_quiz_that_a_plan_names_come_after_their_notebooks():
+    questions = read_questions()
+    assert [one.about for one in questions] == sorted(one.about for one in questions)
+    plans = yaml.safe_load((ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8"))
+    for plan in plans.values():
+        names = [str(part.get("what", "")) for part in plan["parts"]]
+        quizzes = [n for n in names if n.startswith("Quiz: questions")]
+        for words in quizzes:
+            before = " ".join(names[: names.index(words)])
+            for number in map(int, re.findall(r"\d+", words)):
+                assert f"Notebook {questions[number - 1].about}," in before
+
+
+def test_every_plan_has_minutes_for_trouble_and_merging_before_dora():
+    plans = yaml.safe_load((ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8"))
+    for plan in plans.values():
+        words = [str(part) for part in plan["parts"]]
+        assert "wrong" in words[-1]
+        merged = next(i for i, part in enumerate(words) if "Notebook 3" in part)
+        dora = next(
+            i for i, p in enumerate(words) if "Notebook 5" in p or "'notebook': 5" in p
+        )
+        assert merged < dora

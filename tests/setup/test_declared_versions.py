@@ -82,6 +82,23 @@ def test_conda_environment_carries_the_projects_name_and_installs_only_the_proje
     assert set(project["optional-dependencies"]) >= {"lab", "test"}
 
 
+def test_binder_installs_what_make_lab_installs(conda, project, pins, tool, root):
+    # Binder builds from the first of these that it finds.
+    for earlier in ("binder", ".binder", "Dockerfile", "requirements.txt"):
+        assert not (root / earlier).exists()
+    (line,) = [line for line in conda["dependencies"][-1]["pip"] if "-e" in line]
+    assert line == f"-e .[{','.join(tool.COMMANDS['lab'][0])}]"
+    locked = dict(
+        re.findall(r"^([\w.-]+)==([^\s;]+)", tool.LOCK.read_text("utf-8"), re.MULTILINE)
+    )
+    locked = {canonicalize_name(name): version for name, version in locked.items()}
+    wanted = needed(project, ["lab"])
+    assert len(wanted) > 50
+    assert {name: locked[name] for name in wanted} == {
+        name: pins[name] for name in wanted
+    }
+
+
 def test_the_python_versions_agree(conda, project, tool):
     oldest = ".".join(map(str, tool.MINIMUM))
     assert project["requires-python"] == f">={oldest}"
