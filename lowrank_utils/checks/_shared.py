@@ -230,14 +230,14 @@ def _wrong_kind(answer: Any, expected: Any) -> str | None:
 
 
 class Watch(TorchDispatchMode):
-    """Note how many operations run, and which results need ``limit`` numbers or more
-    that no input holds.
+    """Note how many operations run, which results need ``limit`` numbers or more that
+    no input holds, and how many numbers all results have that aren't an input's.
     """
 
     def __init__(self, limit: int, inputs: list[Tensor]) -> None:
         super().__init__()
         self.limit, self.inputs = limit, inputs
-        self.operations = 0
+        self.operations = self.written = 0
         self.large: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -257,6 +257,7 @@ class Watch(TorchDispatchMode):
                 continue
             if part.untyped_storage().data_ptr() in taken:
                 continue
+            self.written += part.numel()
             # The storage counts: what is expanded to a large shape holds few numbers.
             if part.untyped_storage().nbytes() >= self.limit * part.element_size():
                 self.large.append(part)

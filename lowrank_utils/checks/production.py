@@ -1,7 +1,8 @@
 """The checks of notebook 8, from scratch to production."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ from lowrank_utils.training import MultilayerPerceptron
 _PREFIX = "base_model.model."
 _A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
+_OTHER_MODELS = "not every layer has an adapter, and models have other names"
+
+
+@contextmanager
+def _explained(hints: Mapping[str, str]) -> Iterator[None]:
+    """Put into an error of the learner's function what it is likely to come from, in
+    the place of the general advice about transposes.
+
+    Args:
+        hints: a part of the error's own message → what it comes from.
+    """
+    __tracebackhide__ = True
+    try:
+        yield
+    except ExerciseError as error:
+        for part, hint in hints.items():
+            if part in str(error.__cause__):
+                stopped = str(error).partition(". The shapes are ")[0]
+                raise ExerciseError(f"{stopped}: {hint}") from error.__cause__
+        raise
+
 
 @exercise("8.1")
 def check_to_peft(function: Callable[[nn.Module], Mapping[str, Tensor]]) -> None:
@@ -33,7 +55,14 @@ def check_to_peft(function: Callable[[nn.Module], Mapping[str, Tensor]]) -> None
     transposed: list[str] = []
     for model in _models_with_adapters():
         before = copy.deepcopy(model.state_dict())
-        answer = function(model)
+        with _explained(
+            {
+                "no attribute 'lora'": _OTHER_MODELS,
+                "no attribute 'layers'": _OTHER_MODELS,
+                "no attribute 'm'": "only DoRA layers have an m, as `layer.m`",
+            }
+        ):
+            answer = function(model)
         after = model.state_dict()
         if before.keys() != after.keys() or not all(
             torch.equal(before[name], after[name]) for name in before
@@ -143,13 +172,38 @@ def _wrong_names(answer: Mapping[Any, Any], wanted: set[str]) -> str | None:
             return f"every name begins with `{_PREFIX}`; got {name!r}"
         if name.endswith((".lora_A", ".lora_B")):
             return f"the names of A and B end in `.weight`; got {name!r}"
+        if name.endswith(".m"):
+            return f"the name of m ends in {_M}; got {name!r}"
+        end = name.removeprefix(_PREFIX)
+        if any(known.endswith(f".{end}") for known in wanted):
+            return (
+                "a layer's whole name belongs in, as model.named_modules() gives it; "
+                f"got {name!r}"
+            )
         if name.endswith(_M):
             return f"{name!r} is there, and this layer has no m: it is LoRA"
         return f"{name!r} isn't part of the adapter"
+    if not answer:
+        return (
+            "the dictionary is empty: named_modules() looks into all depths, and "
+            "named_children() doesn't; `return` stands after the loop"
+        )
     missing = sorted(wanted - answer.keys())
     if missing and all(name.endswith(_M) for name in missing):
         return f"{missing[0]!r} is missing: with m left out, another layer is loaded"
+    if missing and not any(
+        _layer_of(name) in map(_layer_of, answer) for name in missing
+    ):
+        return (
+            f"{missing[0]!r} is missing, and so is all of its layer: does `return` "
+            "stand inside the loop?"
+        )
     return f"{missing[0]!r} is missing" if missing else None
+
+
+def _layer_of(name: str) -> str:
+    """Return the part of a tensor's name that names its layer."""
+    return name.partition(".lora_")[0]
 
 
 @exercise("8.2")
@@ -161,6 +215,7 @@ def check_factored_squares(
     for e in examples():
         W, A, B, alpha = e.weight, e.A, e.B, e.alpha
         base, cross = W.square().sum(dim=1), ((W @ A) * B.T).sum(dim=1)
+        root = base.sqrt()
         update = (alpha * (A @ B)).square().sum(dim=0)
         expected = base + 2 * alpha * cross + update
         mistakes = {
@@ -188,6 +243,26 @@ def check_factored_squares(
                 dim=0
             ),
             "that is W alone; the update is missing": base,
+            "the first term is ‖w‖², and yours isn't squared": root
+            + 2 * alpha * cross
+            + update,
+            "the first term is one number for all of W: each row has its own, dim=1": W.square().sum()
+            + 2 * alpha * cross
+            + update,
+            "the first term is one number for all of W: each row has its own, dim=1, "
+            "and it is squared": W.norm() + 2 * alpha * cross + update,
+            "the mixed term is one number for all rows: sum over r alone": base
+            + 2 * alpha * cross.sum()
+            + update,
+            "the last term is one number for all rows: sum over r alone": base
+            + 2 * alpha * cross
+            + update.sum(),
+            "the last term lacks its second B: ‖A·b‖² is bᵀ(AᵀA)b": base
+            + 2 * alpha * cross
+            + alpha**2 * (A.T @ A @ B).sum(dim=0),
+            "the last term lacks AᵀA: ‖A·b‖² is bᵀ(AᵀA)b, and not ‖b‖²": base
+            + 2 * alpha * cross
+            + alpha**2 * B.square().sum(dim=0),
         }
         answer = ask(function, **e.take("weight A B alpha"))
         compare("factored_squares", answer, expected, mistakes)
@@ -221,6 +296,12 @@ def _check_that_nothing_large_is_stored(
             f"on the way a result of shape {tuple(large.shape)} was stored, from which one number per "
             "output is used: multiply thin matrices element by element and sum over r"
         )
+    # The thin way writes a few matrices like W·A, 400 numbers each.
+    if watch.written >= W.numel():
+        raise Remark(
+            f"piece by piece {watch.written:,} numbers were computed, and W has "
+            f"{W.numel():,}: that is all of ΔW. Multiply thin matrices for all rows at once"
+        )
 
 
 @exercise("8.3")
@@ -228,6 +309,10 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
     """Check exercise 8.3, DoRA with another adapter for each row of the batch."""
     __tracebackhide__ = True
     generator = torch.Generator().manual_seed(3)
+    unequal = {
+        "is invalid for input of size": "the customers have unequal numbers of rows, so "
+        "the batch can't be cut into blocks of one size"
+    }
     for e, customers, chosen in zip(
         examples(), [3, 2], [[2, 0, 2, 1, 0], [1, 0, 0, 1, 1, 0]], strict=True
     ):
@@ -244,7 +329,10 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
             [row @ A[k] @ B[k] for row, k in zip(x, chosen, strict=True)]
         )
         norms = (weight + (A @ B).mT).norm(dim=2)
-        first = chosen[0]
+        first, order = chosen[0], choice.argsort(stable=True)
+        picked = x[choice]
+        its_update = (picked.unsqueeze(1) @ A[choice] @ B[choice]).squeeze(1)
+        expected = c[choice] * (base + update) + bias
         mistakes = {
             "every row got the first row's adapter": c[first]
             * (base + x @ A[first] @ B[first])
@@ -274,12 +362,35 @@ def check_mixed_batch(function: Callable[..., Tensor]) -> None:
             "the updates of all adapters were added up": c[choice]
             * (base + sum(x @ A[k] @ B[k] for k in range(customers)))
             + bias,
+            "x[choice] takes other rows: x has the batch's rows already, so choose "
+            "among A, B and c alone": c[choice] * (picked @ weight.T + its_update)
+            + bias,
+            "the update comes of x[choice], which are other rows: x has the batch's rows "
+            "already, so choose among A, B and c alone": c[choice] * (base + its_update)
+            + bias,
+            "the updates stand in the order of the customers: sort them back": c[choice]
+            * (base + update[order])
+            + bias,
         }
-        answer = ask(
-            function, x=x, weight=weight, bias=bias, A=A, B=B, c=c, choice=choice
-        )
-        compare("mixed_batch", answer, c[choice] * (base + update) + bias, mistakes)
+        with _explained(unequal):
+            answer = ask(
+                function, x=x, weight=weight, bias=bias, A=A, B=B, c=c, choice=choice
+            )
+        if (moved := _in_other_order(answer, expected)) is not None:
+            mistakes["the rows are right, and in another order: sort them back"] = moved
+        compare("mixed_batch", answer, expected, mistakes)
     _check_that_rows_go_together(function, generator)
+
+
+def _in_other_order(answer: Any, expected: Tensor) -> Tensor | None:
+    """Return the rows of ``expected`` in the order in which ``answer`` has them, if it
+    has each of them once and in another order.
+    """
+    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+        return None
+    distances = (answer.double().unsqueeze(1) - expected).abs().sum(dim=2)
+    order = distances.argmin(dim=1)
+    return expected[order] if len(order.unique()) == len(expected) else None
 
 
 def _check_that_rows_go_together(
@@ -298,13 +409,20 @@ def _check_that_rows_go_together(
         ]
         inputs = [torch.randn(*shape, generator=generator) for shape in shapes]
         inputs.append(torch.arange(rows) % customers)
-        with Watch(customers * 50 * 60, inputs) as watch:
+        # All rows times all customers, and no weight has fewer numbers for each. (Of few
+        # rows even W would have as many.)
+        with Watch(customers * rows * 60, inputs) as watch:
             function(*inputs)
-        if watch.large:
+        operations.append(watch.operations)
+    for large in watch.large:
+        if {50, 60} <= set(large.shape):
             raise Remark(
                 "a weight was built for every row or customer: multiply x by A first, and that by B"
             )
-        operations.append(watch.operations)
+        raise Remark(
+            "every row went through the adapter of every customer or row, for a result of shape "
+            f"{tuple(large.shape)}: gather A and B with choice, and multiply each row by its own alone"
+        )
     if operations[1] > operations[0] + 10:
         raise Remark(
             f"with a loop: {operations[0]} operations for 4 rows became {operations[1]} for 40. "

@@ -488,7 +488,6 @@ OTHER_SOLUTIONS = {
         lambda p: (
             p.c * (p.base + torch.vmap(lambda x, A, B: x @ A @ B)(p.x, p.A, p.B)) + p.b
         ),
-        lambda p: p.c * (p.base + p.by_all[p.k, torch.arange(len(p.x))]) + p.b,
     ],
 }
 

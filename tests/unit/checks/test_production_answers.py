@@ -123,6 +123,51 @@ def three_layers(model):
     return {f"{PREFIX}{n}.lora_A.weight": model.get_submodule(n).lora.A for n in names}
 
 
+def layers_of_a_perceptron(model):
+    adapted = [layer for layer in model.layers if hasattr(layer, "lora")]
+    return {f"{PREFIX}layers.0.lora_A.weight": layer.lora.A for layer in adapted}
+
+
+def m_of_every_layer(model):
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora")]
+    return {str(i): layer.m for i, layer in enumerate(layers)}
+
+
+def m_by_its_own_name(model):
+    ending = "lora_magnitude_vector"
+    return {
+        name.removesuffix(ending) + "m" * name.endswith(ending): tensor
+        for name, tensor in tensors_of(model).items()
+    }
+
+
+def returns_after_the_first_layer(model):
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora"):
+            start = f"{PREFIX}{name}"
+            return {
+                f"{start}.lora_A.weight": layer.lora.A.T.contiguous(),
+                f"{start}.lora_B.weight": layer.lora.B.T.contiguous(),
+            }
+    return {}
+
+
+def children_alone(model):
+    return {
+        f"{PREFIX}{name}.lora_A.weight": layer.lora.A.T.contiguous()
+        for name, layer in model.named_children()
+        if hasattr(layer, "lora")
+    }
+
+
+def names_from_inside(model):
+    return {
+        f"{PREFIX}{name}.lora_A.weight": layer.lora.A.T.contiguous()
+        for name, layer in model.layers.named_children()
+        if hasattr(layer, "lora")
+    }
+
+
 # --- 8.2: the norm of V without V -----------------------------------------------------
 
 
@@ -146,6 +191,24 @@ def row_by_row(W, A, B, alpha):
         u = alpha * (A @ b)
         squares.append(w @ w + 2 * w @ u + u @ u)
     return torch.stack(squares)
+
+
+def in_chunks(W, A, B, alpha, rows=100):
+    squares = [
+        (w + alpha * (A @ b).T).square().sum(dim=1)
+        for w, b in zip(W.split(rows), B.split(rows, dim=1), strict=True)
+    ]
+    return torch.cat(squares)
+
+
+def over_the_rank(W, A, B, alpha):
+    """Loop over what is thin, which forms nothing large."""
+    squares = torch.linalg.vector_norm(W, dim=1).square()
+    for a, b in zip(A.T, B, strict=True):
+        squares += 2 * alpha * (W @ a) * b
+        for other, its in zip(A.T, B, strict=True):
+            squares += alpha**2 * (a @ other) * b * its
+    return squares
 
 
 def by_qr(W, A, B, alpha):
@@ -183,6 +246,39 @@ def by_one_hot(x, W, b, A, B, c, choice):
     return (mine @ c) * (x @ W.T + update) + b
 
 
+def through_every_customer(x, W, b, A, B, c, choice):
+    update = (x @ A @ B)[choice, torch.arange(len(x))]
+    return c[choice] * (x @ W.T + update) + b
+
+
+def on_the_diagonal(x, W, b, A, B, c, choice):
+    update = (x @ A @ B)[choice].diagonal().T
+    return c[choice] * (x @ W.T + update) + b
+
+
+def through_every_rows_adapter(x, W, b, A, B, c, choice):
+    update = (x @ A[choice] @ B[choice]).diagonal().T
+    return c[choice] * (x @ W.T + update) + b
+
+
+def by_blocks_of_one_size(x, W, b, A, B, c, choice):
+    order = choice.argsort(stable=True)
+    blocks = x[order].view(len(A), -1, x.shape[1]) @ A @ B
+    return c[choice] * (x @ W.T + blocks.flatten(0, 1)[order.argsort()]) + b
+
+
+def sorted_and_never_back(x, W, b, A, B, c, choice):
+    order = choice.argsort(stable=True)
+    return by_matmul(x[order], W, b, A, B, c, choice[order])
+
+
+def updates_never_sorted_back(x, W, b, A, B, c, choice):
+    order = choice.argsort(stable=True)
+    mine = choice[order]
+    update = (x[order].unsqueeze(1) @ A[mine] @ B[mine]).squeeze(1)
+    return c[choice] * (x @ W.T + update) + b
+
+
 def sorted_into_groups(x, W, b, A, B, c, choice):
     y = x @ W.T
     for k in choice.unique():
@@ -198,7 +294,7 @@ RIGHT = {
         by_children,
         lambda model: tensors_of(model, A=lambda t: t.permute(1, 0).data),
     ],
-    "factored_squares": [scaled_first, by_qr],
+    "factored_squares": [scaled_first, by_qr, over_the_rank],
     "mixed_batch": [by_matmul, by_index_select],
 }
 
@@ -210,9 +306,18 @@ REMARKS = {
     "factored_squares": {
         "was built in full": lambda W, A, B, a: (W + a * (A @ B).T).square().sum(1),
         "squares of W were stored": half_of_the_digits,
+        "that is all of ΔW": in_chunks,
+        "piece by piece": row_by_row,
     },
     "mixed_batch": {
         "with a loop": sorted_into_groups,
+        "of every customer or row, for a result of shape (30, 40, 60)": (
+            through_every_customer
+        ),
+        "gather A and B with choice": on_the_diagonal,
+        "of every customer or row, for a result of shape (40, 40, 60)": (
+            through_every_rows_adapter
+        ),
         "a weight was built": lambda x, W, b, A, B, c, k: (
             (c[k, :, None] * (W + (A @ B).mT[k]) @ x[..., None])[..., 0] + b
         ),
@@ -250,13 +355,23 @@ WRONG = {
         "isn't part of the adapter": lambda model: (
             tensors_of(model) | {PREFIX + "layers.2.alpha": torch.ones(1)}
         ),
-        "is missing": lambda _: {},
+        "the dictionary is empty: named_modules() looks": lambda _: {},
+        "named_children() doesn't": children_alone,
+        "does `return` stand inside the loop?": returns_after_the_first_layer,
+        "a layer's whole name belongs in": names_from_inside,
+        "the name of m ends in lora_magnitude_vector; got": m_by_its_own_name,
+        "'lora': not every layer has an adapter, and models have": three_layers,
+        "not every layer has an adapter, and models have": lambda model: (
+            layers_of_a_perceptron(model)
+            if hasattr(model, "words")
+            else tensors_of(model)
+        ),
+        "only DoRA layers have an m": m_of_every_layer,
         "must be a dictionary": lambda model: list(tensors_of(model).items()),
         "must be text": lambda model: dict(enumerate(tensors_of(model).values())),
         "must be a tensor": lambda model: {
             name: tensor.detach().numpy() for name, tensor in tensors_of(model).items()
         },
-        "has no attribute 'lora'": three_layers,
         "is the `return` missing": lambda _: None,
     },
     "factored_squares": {
@@ -265,12 +380,40 @@ WRONG = {
         "the first term": lambda *p: terms(*p)[1] + terms(*p)[2],
         "the mixed term is missing": lambda *p: terms(*p)[0] + terms(*p)[2],
         "that is the norm": lambda *p: sum(terms(*p)).sqrt(),
+        "yours isn't squared": lambda *p: terms(*p)[0].sqrt() + sum(terms(*p)[1:]),
+        "the first term is one number": lambda *p: (
+            torch.linalg.vector_norm(p[0]).square() + sum(terms(*p)[1:])
+        ),
+        "dim=1, and it is squared": lambda *p: (
+            torch.linalg.vector_norm(p[0]) + sum(terms(*p)[1:])
+        ),
+        "the mixed term is one number": lambda *p: (
+            terms(*p)[0] + terms(*p)[1].sum() + terms(*p)[2]
+        ),
+        "the last term is one number": lambda *p: (
+            sum(terms(*p)[:2]) + terms(*p)[2].sum()
+        ),
+        "lacks its second B": lambda W, A, B, a: (
+            sum(terms(W, A, B, a)[:2]) + a**2 * (A.T @ A @ B).sum(dim=0)
+        ),
+        "lacks AᵀA": lambda W, A, B, a: (
+            sum(terms(W, A, B, a)[:2]) + a**2 * B.square().sum(dim=0)
+        ),
         "wrong shape": lambda *p: sum(terms(*p)).sum(),
         "right values in the wrong shape": lambda *p: sum(terms(*p))[:, None],
         "must be a tensor": lambda *p: sum(terms(*p)).tolist(),
     },
     "mixed_batch": {
         "is a transpose missing": lambda x, W, b, *_: x @ W + b,
+        "cut into blocks of one size": by_blocks_of_one_size,
+        "in another order: sort them back": sorted_and_never_back,
+        "the updates stand in the order of the customers": updates_never_sorted_back,
+        "x[choice] takes other rows": lambda x, W, b, A, B, c, k: by_matmul(
+            x[k], W, b, A, B, c, k
+        ),
+        "the update comes of x[choice]": lambda x, W, b, A, B, c, k: (
+            c[k] * (x @ W.T + (x[k].unsqueeze(1) @ A[k] @ B[k]).squeeze(1)) + b
+        ),
         "squeeze it out": lambda x, W, b, A, B, c, k: (
             c[k] * (x @ W.T + x[:, None] @ A[k] @ B[k]) + b
         ),
