@@ -164,7 +164,8 @@ def adapted(run: Run) -> SentenceClassifier:
     if run.method == "full":
         return model.requires_grad_(True)
     if run.method == "head":
-        return model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        return model
     blocks, names, rank = PLACES[run.places]
     layer: type[nn.Module] = OWN_RATE.get(run.method, (LinearWithLoRA, ""))[0]
     options: dict[str, Any] = {"init": "peft"}

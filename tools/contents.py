@@ -34,7 +34,7 @@ OPENING = re.compile(
     r"(?:.|\n)*About (?P<reading>\d+) minutes to read and run, (?P<exercises>\d+) for the exercises"
 )
 TASK = re.compile(
-    r"^### Exercise (?P<number>\d\.\d): (?P<title>.+) \(\S+, (?P<minutes>\d+) minutes\)",
+    r"^### Exercise (?P<number>\d+\.\d): (?P<title>.+) \(\S+, (?P<minutes>\d+) minutes\)",
     flags=re.MULTILINE,
 )
 OWN = "DoRA with m's rate"
@@ -144,7 +144,7 @@ def plan(name: str) -> str:
             minutes, what = found[number].reading, f"Notebook {number}, read and run"
         elif "exercise" in part:
             number = str(part["exercise"])
-            title, minutes = found[int(number[0])].tasks[number]
+            title, minutes = found[int(number.split(".")[0])].tasks[number]
             what = f"Exercise {number}: {title}"
         else:
             minutes, what = part["minutes"], part["what"]
@@ -222,6 +222,24 @@ def whole_mnist() -> str:
     return difference_lines(differences(runs[runs["steps"] == 1280], OWN, "LoRA"))
 
 
+def transformer() -> str:
+    """Return what each method and place reached in MiniLM, and with which rates."""
+    runs = pd.read_csv(ROOT / "notebooks" / "results" / "transformer.csv")
+    runs = runs[(runs["split"] > 0) & (runs["epochs"] == 4)]
+    parts = ["method", "places", "rate", "factor", "dropout", "trained"]
+    found = runs.groupby(parts, as_index=False)["test"].mean()
+    rows = []
+    for row in found.sort_values("test", ascending=False).itertuples():
+        trains_all = row.method in ("full", "head")
+        method = f"{row.method}, dropout {row.dropout}" if row.dropout else row.method
+        rates = "–" if row.method == "head" else f"{row.rate:g}"
+        if row.factor > 1 or row.method == "DoRA":
+            rates += f", × {row.factor}"
+        places = "–" if trains_all else row.places
+        rows.append([method, places, f"{row.trained:,}", rates, f"{row.test:.1f}"])
+    return table(["method", "in", "trained", "learning rate", "right"], *rows)
+
+
 # Page → name of a table → what returns it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"links": badges, "series": series},
@@ -236,6 +254,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "task by task": task_by_task,
         "last layer": last_layer,
         "whole MNIST": whole_mnist,
+        "transformer": transformer,
     },
 }
 
