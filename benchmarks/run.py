@@ -8,6 +8,7 @@ import mixed_batches
 import running_times
 import sweep_speed
 import training_loop
+import transformer_memory
 
 if __name__ == "__main__":
     for benchmark in (
@@ -17,6 +18,7 @@ if __name__ == "__main__":
         adapter_speed,
         merged_forms,
         mixed_batches,
+        transformer_memory,
         running_times,
         first_cell,
     ):

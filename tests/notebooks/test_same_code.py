@@ -23,6 +23,7 @@ BUILT = {
     "02_lora_layer": {"LinearWithLoRA", "freeze_linear_layers"},
     "03_merged_and_unmerged": {"LinearWithLoRAMerged"},
     "05_dora": {"row_scale", "LinearWithDoRAMerged", "LinearWithDoRA"},
+    "09_transformer": {"mean_of_tokens"},
     "10_four_bits": {
         *("nf4_levels", "pack", "unpack", "quantize", "dequantize"),
         *("DequantizedProduct", "QuantizedLinear"),

@@ -43,7 +43,7 @@ def test_a_drawing_is_what_its_script_draws(name, redrawn):
 
 def test_every_drawing_has_a_text_and_a_script():
     assert {path.stem for path in FIGURES.glob("*.svg")} == set(ALT_TEXTS)
-    assert len(ALT_TEXTS) == 9
+    assert len(ALT_TEXTS) == 10
 
 
 @pytest.mark.parametrize("name", ALT_TEXTS)
