@@ -14,7 +14,11 @@ sys.path.insert(0, str(ROOT / "figures"))
 
 # The tests that take minutes each come first, so that no core waits for one of them in
 # the end.
-LONGEST = ("test_comparison_parameters.py", "test_parameters.py")
+LONGEST = (
+    "09_transformer.ipynb",
+    "test_comparison_parameters.py",
+    "test_parameters.py",
+)
 
 
 def pytest_collection_modifyitems(items):
