@@ -1,8 +1,9 @@
 // What a page needs besides its own text.
 
-// A drawing that is wider than the window is scrolled, with keys as well.
+// What is wider than the window is scrolled, with keys as well. The theme sees to code,
+// but only a while after the window has changed.
 const reachable = () => {
-  for (const part of document.querySelectorAll(".drawing, .cell_output")) {
+  for (const part of document.querySelectorAll(".drawing, .cell_output, pre")) {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
     else part.removeAttribute("tabindex");
   }
