@@ -22,11 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank_utils.adapt import parameter_groups, replace_linear_layers
+from lowrank_utils.adapt import (
+    parameter_groups,
+    quantize_linear_layers,
+    replace_linear_layers,
+)
 from lowrank_utils.comparison.controls import LinearWithGain, LinearWithRandomRows
 from lowrank_utils.comparison.whole import write_whole
 from lowrank_utils.dora import LinearWithDoRA
 from lowrank_utils.lora import LinearWithLoRA
+from lowrank_utils.quantized import LEVELS, even_levels
 from lowrank_utils.text import (
     SentenceClassifier,
     Sentences,
@@ -62,6 +67,9 @@ LONG_SPLITS = range(1, 2)
 RATES = (0.0003, 0.001, 0.003, 0.01)
 RATES_OF_ALL = (0.00003, 0.0001, 0.0003, 0.001)
 FACTORS = (1, 4, 16, 64)
+# How the encoder's linear layers are kept: levels and block size.
+LEVELS["two bits"] = even_levels(2)
+BASES = {"32 bits": None, "NF4": ("nf4", 64), "2 bits": ("two bits", 64)}
 # What may be tried beyond them, where the best lies at their edge.
 LADDERS: dict[str, tuple[float, ...]] = {
     "rate": (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
@@ -86,6 +94,7 @@ class Run(NamedTuple):
         dropout: of the adapters.
         epochs: passes over the 1,000 sentences.
         split: which draw of sentences.
+        base: a name in ``BASES``.
     """
 
     method: str
@@ -95,6 +104,7 @@ class Run(NamedTuple):
     dropout: float = 0.0
     epochs: int = EPOCHS
     split: int = TUNING_SPLIT
+    base: str = "32 bits"
 
 
 @cache
@@ -128,10 +138,18 @@ def scores(model: SentenceClassifier, sentences: Sentences) -> tuple[float, floa
     return 100 * correct / len(sentences.labels), loss / len(sentences.labels)
 
 
-@cache
-def fitted_head(split: int) -> dict[str, Tensor]:
-    """Return a head trained on the frozen model's vectors, which are computed once."""
+def pretrained(base: str) -> SentenceClassifier:
+    """Return MiniLM as a base keeps it, with a head that knows nothing."""
     model = SentenceClassifier(load_minilm()[1])
+    if how := BASES[base]:
+        quantize_linear_layers(model, *how, ["encoder.encoder.layer.*"])
+    return model
+
+
+@cache
+def fitted_head(split: int, base: str) -> dict[str, Tensor]:
+    """Return a head trained on the frozen model's vectors, which are computed once."""
+    model = pretrained(base)
     sentences = data(split).train
     with torch.no_grad():
         parts = batches(sentences, 64, None)
@@ -159,8 +177,8 @@ def fitted_head(split: int) -> dict[str, Tensor]:
 def adapted(run: Run) -> SentenceClassifier:
     """Return MiniLM with a fitted head and what the run trains."""
     torch.manual_seed(run.split)
-    model = SentenceClassifier(load_minilm()[1])
-    model.head.load_state_dict(fitted_head(run.split))
+    model = pretrained(run.base)
+    model.head.load_state_dict(fitted_head(run.split, run.base))
     if run.method == "full":
         return model.requires_grad_(True)
     if run.method == "head":
@@ -257,16 +275,18 @@ def key(row: Any) -> tuple[str, ...]:
     return tuple(str(values[field]) for field in Run._fields)
 
 
-def stored() -> list[dict[str, str]]:
+def stored(file: Path) -> list[dict[str, str]]:
     """Return the rows that are there."""
-    if not FILE.exists():
+    if not file.exists():
         return []
-    return list(csv.DictReader(FILE.read_text(encoding="utf-8").splitlines()))
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
-def make(runs: list[Run]) -> list[dict[str, str]]:
-    """Do the runs that aren't there yet, two at a time, and return the rows of all."""
-    rows = stored()
+def make(runs: list[Run], file: Path = FILE) -> list[dict[str, str]]:
+    """Do the runs that aren't in the file yet, two at a time, and return the rows of
+    all.
+    """
+    rows = stored(file)
     known = {key(row) for row in rows}
     missing = [run for run in runs if key(run) not in known]
     if "--list" in sys.argv:
@@ -283,7 +303,7 @@ def make(runs: list[Run]) -> list[dict[str, str]]:
                 writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(sorted(rows, key=key))
-                write_whole(FILE, table.getvalue())
+                write_whole(file, table.getvalue())
     wanted = {key(run) for run in runs}
     return [row for row in rows if key(row) in wanted]
 
@@ -302,10 +322,13 @@ def best(rows: list[dict[str, str]], **wanted: Any) -> Run:
         float(row["dropout"]),
         int(row["epochs"]),
         int(row["split"]),
+        row["base"],
     )
 
 
-def widened(rows: list[dict[str, str]], **wanted: Any) -> list[dict[str, str]]:
+def widened(
+    rows: list[dict[str, str]], file: Path = FILE, **wanted: Any
+) -> list[dict[str, str]]:
     """Try further rates and factors for as long as the best setting of some lies at the
     edge of those that were tried, and return the rows of all.
     """
@@ -326,7 +349,7 @@ def widened(rows: list[dict[str, str]], **wanted: Any) -> list[dict[str, str]]:
         new = [each for each in further if key(each) not in known]
         if not new:
             return rows
-        rows = rows + make(new)
+        rows = rows + make(new, file)
 
 
 def main() -> Path:

@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import version
@@ -39,7 +40,9 @@ MUTMUT = "3.8.1"
 # mutmut puts its own.
 LEFT_OUT = "torch_compile or costs_the_bytes or every_flipped_bit or the_line_that_made"
 LEFT_OUT += " or test_two_processes or test_disks or test_fuzz or test_data"
-LEFT_OUT += " or test_training or test_plots or test_interactive or test_imports"
+LEFT_OUT += (
+    " or test_training or test_text or test_plots or test_interactive or test_imports"
+)
 
 # What mutmut calls a change that a test found. A loop without an end and a crash of
 # Python are found too.
@@ -95,7 +98,7 @@ def prepare(file: str) -> None:
     # Python remembers of a folder on its path that it isn't there, so mutmut's copy of
     # the copy is made first.
     (WORK / "mutants").mkdir(parents=True)
-    for name in ("lowrank_utils", "tests/unit"):
+    for name in ("lowrank_utils", "tests/unit", "docs"):
         shutil.copytree(
             ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -107,7 +110,7 @@ def prepare(file: str) -> None:
     settings = {
         "source_paths": ["lowrank_utils"],
         "only_mutate": [f"lowrank_utils/{file}"],
-        "also_copy": ["conftest.py"],
+        "also_copy": ["conftest.py", "docs"],
         # Without unraisableexception, which collects garbage twice for each change, it
         # takes half the time.
         "pytest_add_cli_args": [
@@ -123,12 +126,16 @@ def prepare(file: str) -> None:
         ],
         "process_isolation": "forkserver",  # torch is loaded once, and no test has run before a change is made
     }
-    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    of_pytest = project["tool"]["pytest"]["ini_options"]
     lines = [
         "[tool.mutmut]",
-        *lines,
+        *(f"{name} = {json.dumps(value)}" for name, value in settings.items()),
         "[tool.pytest.ini_options]",
-        'filterwarnings = ["error"]',
+        *(
+            f"{name} = {json.dumps(of_pytest[name])}"
+            for name in ("filterwarnings", "markers", "pythonpath")
+        ),
     ]
     (WORK / "pyproject.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
