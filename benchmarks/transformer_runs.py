@@ -87,7 +87,8 @@ class Run(NamedTuple):
     """One training run.
 
     Attributes:
-        method: ``"head"``, ``"full"``, ``"LoRA"`` or a name in ``OWN_RATE``.
+        method: ``"head"``, ``"full"``, ``"LoRA"``, a name in ``OWN_RATE``, or
+            ``"gain alone"``, without A and B.
         places: a name in ``PLACES``.
         rate: learning rate.
         factor: that it is multiplied by for the part with its own rate.
@@ -185,7 +186,8 @@ def adapted(run: Run) -> SentenceClassifier:
         model.head.requires_grad_(True)
         return model
     blocks, names, rank = PLACES[run.places]
-    layer: type[nn.Module] = OWN_RATE.get(run.method, (LinearWithLoRA, ""))[0]
+    method = run.method.removesuffix(" alone")
+    layer: type[nn.Module] = OWN_RATE.get(method, (LinearWithLoRA, ""))[0]
     options: dict[str, Any] = {"init": "peft"}
     if run.dropout:
         options["dropout"] = run.dropout
@@ -199,6 +201,10 @@ def adapted(run: Run) -> SentenceClassifier:
         [f"encoder.encoder.layer.{blocks}.{name}" for name in names],
         **options,
     )
+    if method != run.method:
+        for name, parameter in model.named_parameters():
+            if name.endswith((".A", ".B")):
+                parameter.requires_grad_(False)
     return model
 
 

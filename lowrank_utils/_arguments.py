@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def check_whole_number(
@@ -94,6 +95,22 @@ def check_matrix(name: str, value: Any) -> torch.Tensor:
     if value.dim() != 2:
         raise ValueError(
             f"{name} must be a matrix (two dimensions); got shape {tuple(value.shape)}"
+        )
+    return value
+
+
+def check_module(name: str, value: Any) -> nn.Module:
+    """Return ``value``; it must be a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module; got {type(value).__name__}")
+    return value
+
+
+def check_pattern(name: str, value: Any) -> str:
+    """Return ``value``; it must be a text."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a string; got {value!r} ({type(value).__name__})"
         )
     return value
 

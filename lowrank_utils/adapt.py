@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_utils._arguments import check_finite_number
+from lowrank_utils._arguments import (
+    check_finite_number,
+    check_module,
+    check_pattern,
+)
 from lowrank_utils.lora import is_adapter, is_linear
 from lowrank_utils.quantized import KeepsCodes, QuantizedLinear, is_quantized
 
@@ -126,16 +130,17 @@ def dequantize_linear_layers(model: nn.Module) -> list[str]:
         TypeError: ``model`` isn't a module.
         ValueError: it has no quantised layers, is itself one, or is in a bank.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     layers = {
         name: layer
         for name, layer in model.named_modules(remove_duplicate=False)
         if is_quantized(layer)
     }
-    if not layers or "" in layers:
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantised layers")
+    if "" in layers:
         raise ValueError(
-            f"{type(model).__name__} {'is itself one' if layers else 'has no quantised layers inside'}"
+            f"model is itself a {type(model).__name__}, which can't be replaced in place"
         )
     if banked := [
         name
@@ -143,7 +148,8 @@ def dequantize_linear_layers(model: nn.Module) -> list[str]:
         if is_adapter(module) and not hasattr(module.lora, "A")
     ]:
         raise ValueError(
-            f"{', '.join(banked)} have adapters of a bank, which reads their weights: remove the adapters first"
+            f"in a bank, which reads their weights: {', '.join(banked)}. Remove its "
+            "adapters first"
         )
     _put_in(model, layers, _dequantized)
     return list(layers)
@@ -241,8 +247,7 @@ def _layers_to_replace(
         targets: see ``replace_linear_layers``.
         by_hand: what to write for a model that is itself a linear layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     if is_linear(model) or is_adapter(model):
         raise ValueError(
             f"model is itself a {type(model).__name__}, which can't be replaced in place; "
@@ -282,10 +287,7 @@ def _matching_names(
     if not patterns:
         raise ValueError("targets is empty; leave it out to adapt all linear layers")
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"a target must be a string; got {pattern!r} ({type(pattern).__name__})"
-            )
+        check_pattern("a target", pattern)
         if not any(fnmatchcase(name, pattern) for name in names):
             others = [
                 f"{name} ({type(module).__name__})"
@@ -332,8 +334,7 @@ def mark_only_adapters_as_trainable(
         TypeError: ``model`` isn't a module, or a pattern isn't a text.
         ValueError: there is no adapter, or a pattern matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     trained = parameters_of_adapters(model)
     if not trained:
         raise ValueError(
@@ -342,10 +343,7 @@ def mark_only_adapters_as_trainable(
         )
     names = dict(model.named_parameters(remove_duplicate=False))
     for pattern in [also] if isinstance(also, str) else also:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})"
-            )
+        check_pattern("a pattern", pattern)
         matched = [p for name, p in names.items() if fnmatchcase(name, pattern)]
         if not matched:
             raise ValueError(
@@ -401,8 +399,7 @@ def parameter_groups(
             trainable, a pattern matches nothing trainable, or two patterns match the
             same parameter.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     check_finite_number("learning_rate", learning_rate, above=0)
     if factors is not None and not isinstance(factors, Mapping):
         raise TypeError(
@@ -417,10 +414,7 @@ def parameter_groups(
     matched: dict[nn.Parameter, str] = {}
     groups = []
     for pattern, factor in (factors or {}).items():
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"a pattern must be a string; got {pattern!r} ({type(pattern).__name__})"
-            )
+        check_pattern("a pattern", pattern)
         check_finite_number(f"the factor of {pattern!r}", factor, above=0)
         members = [
             p
@@ -464,10 +458,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             weight says.
         ValueError: ``model`` has no adapters, or their base is quantised.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     if quantized := [
-        name or "the base"
+        name
         for name, module in model.named_modules()
         if is_quantized(module)
         and is_adapter(model.get_submodule(name.rpartition(".")[0]))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_utils._arguments import check_module
 from lowrank_utils._blocks import is_generator, opener, running_frames
 from lowrank_utils._weight_checks import sources_of
 from lowrank_utils.lora import is_adapter
@@ -56,10 +57,7 @@ class Promise:
             TypeError: ``model`` isn't a module.
             RuntimeError: at the end, if a source was changed unnoticed.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{self._block}: model must be an nn.Module; got {type(model).__name__}"
-            )
+        check_module(f"{self._block}: model", model)
         return self._given_for(model)
 
     @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_utils._arguments import check_module
 from lowrank_utils.lora import is_adapter
 
 FSDP = "_fsdp_wrapped_module"
@@ -54,8 +55,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules inside ``model`` by name, a shared one under each name, but
     nothing from inside an adapter, and of wrappers what is inside.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_module("model", model)
     return {name: module for name, module in _walk(model, "") if name}
 
 

@@ -1,6 +1,7 @@
 """Adapters in whole models: putting them in, freezing, counting, merging."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ from torch import nn
 
 from lowrank_utils.adapt import (
     count_parameters,
+    dequantize_linear_layers,
     freeze_linear_layers,
     is_adapter,
+    mark_only_adapters_as_trainable,
     merge_adapters,
     named_modules_outside_adapters,
+    parameter_groups,
+    quantize_linear_layers,
     replace_linear_layers,
 )
 from lowrank_utils.comparison.controls import LinearWithRandomRows
@@ -686,3 +691,141 @@ def test_a_copy_of_an_adapted_model_is_independent_of_it():
     move(twin.embed, seed=77)
     assert torch.equal(model(X), expected)
     assert not torch.allclose(twin(X), expected)
+
+
+# --- what is refused, in all its words ---------------------------------------------------------
+
+
+def lora_in(model, targets=None):
+    replace_linear_layers(model, LinearWithLoRA, 2, 1.0, targets)
+    return model
+
+
+def partly_quantized():
+    model = Network()
+    quantize_linear_layers(model, targets=BLOCKS[:2])
+    return model
+
+
+ALL_NAMES = ", ".join(name for name, _ in lora_in(Network()).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: quantize_linear_layers(linear(4, 6)),
+            "model is itself a Linear, which can't be replaced in place; for a linear "
+            "layer write QuantizedLinear(linear)",
+        ),
+        (
+            lambda: quantize_linear_layers(lora_in(Network(), BLOCKS[:2])),
+            "already adapted: blocks.0.query, blocks.0.value. Quantise the plain model, "
+            "and put the adapters in then",
+        ),
+        (
+            lambda: quantize_linear_layers(partly_quantized()),
+            "already quantised: blocks.0.query, blocks.0.value",
+        ),
+        (
+            lambda: dequantize_linear_layers([1]),
+            "model must be an nn.Module; got list",
+        ),
+        (
+            lambda: dequantize_linear_layers(Network()),
+            "Network has no quantised layers",
+        ),
+        (
+            lambda: dequantize_linear_layers(partly_quantized().blocks[0].query),
+            "model is itself a QuantizedLinear, which can't be replaced in place",
+        ),
+        (
+            lambda: mark_only_adapters_as_trainable(Network()),
+            "Network has no adapters; put them in with replace_linear_layers first",
+        ),
+        (
+            lambda: mark_only_adapters_as_trainable(lora_in(Network()), also="head"),
+            f"no parameter matches 'head'; there are: {ALL_NAMES}",
+        ),
+        (
+            lambda: mark_only_adapters_as_trainable(lora_in(Network()), also=[3]),
+            "a pattern must be a string; got 3 (int)",
+        ),
+        (
+            lambda: parameter_groups(lora_in(Network()), 1e-200, {"*.A": 1e-200}),
+            "the learning rate of '*.A' must be a finite number larger than 0; got 0.0",
+        ),
+        (lambda: merge_adapters("a"), "model must be an nn.Module; got str"),
+        (
+            lambda: merge_adapters(lora_in(partly_quantized())),
+            "quantised: blocks.0.query.linear, blocks.0.value.linear. A merged weight "
+            "has none of the levels, and rounding it to them again would change what "
+            "was trained. Call dequantize_linear_layers(model), and merge into the "
+            "plain weights",
+        ),
+    ],
+)
+def test_what_is_refused_is_said_in_whole(call, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+class TiesAgain(Tied):
+    """As a language model of transformers does."""
+
+    def tie_weights(self):
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tied_weight_is_refused_where_the_model_would_tie_it_again():
+    class Config:
+        pass
+
+    message = (
+        "head shares its weight with embedding. Choose other targets, or untie them "
+        "first: head.weight = nn.Parameter(head.weight.clone()), and "
+        "config.tie_word_embeddings = False"
+    )
+    for kind, config, refused in [
+        (TiesAgain, {"tie_word_embeddings": True}, True),
+        (TiesAgain, {"tie_word_embeddings": False}, False),
+        (TiesAgain, {}, False),
+        (TiesAgain, None, False),
+        (Tied, {"tie_word_embeddings": True}, False),
+    ]:
+        model = kind()
+        if config is not None:
+            model.config = Config()
+            vars(model.config).update(config)
+        if refused:
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                lora_in(model)
+        else:
+            assert replace_linear_layers(model, LinearWithLoRA, 2, 1.0) == ["head"]
+
+
+def test_a_name_that_is_the_second_of_a_parameter_is_trained_along():
+    model = Tied()
+    model.other = linear(6, 6)
+    lora_in(model, "other")
+    trained = mark_only_adapters_as_trainable(model, also="head.weight")
+    assert trained == ["embedding.weight", "other.lora.A", "other.lora.B"]
+
+
+def test_a_layer_that_was_quantised_keeps_or_lacks_its_bias():
+    model = partly_quantized()
+    plain = copy.deepcopy(model)
+    assert dequantize_linear_layers(plain) == BLOCKS[:2]
+    assert [plain.get_submodule(name).bias is None for name in BLOCKS[:2]] == [
+        False,
+        True,
+    ]
+    assert_close(plain(X), model(X))
+
+
+def test_a_block_has_64_weights():
+    model = nn.Sequential(linear(130, 2))
+    quantize_linear_layers(model)
+    assert model[0].scales.shape == (2, 3)
+    assert model[0].block_size == 64
