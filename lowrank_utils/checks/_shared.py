@@ -112,11 +112,11 @@ def _what_stopped(function: Any, inputs: tuple[Any, ...], error: Exception) -> s
     ]
     if isinstance(error, (RuntimeError, IndexError)) and shapes:
         deep = any(isinstance(v, Tensor) and v.ndim > 2 for v in given.values())
-        question = (
-            "does one of them lack a dimension (unsqueeze)?"
-            if deep and "must match the size" in str(error)
-            else "is a transpose missing, or one too many?"
-        )
+        question = "is a transpose missing, or one too many?"
+        if deep and "must match the size" in str(error):
+            question = "does one of them lack a dimension (unsqueeze)?"
+        if "out of bounds" in str(error):
+            question = "which dim does argmin or argmax go over?"
         return f"{hint}. The shapes are {', '.join(shapes)}: {question}"
     return hint
 

@@ -13,7 +13,7 @@ from lowrank_utils.quantized import even_levels, nf4_levels
 def check_bits_per_weight(function: Callable[[float, float, int], float]) -> None:
     """Check exercise 10.1, how many bits a weight takes with its share of the scale."""
     __tracebackhide__ = True
-    for code, scale, block in [(4, 32, 128), (8, 16, 64), (3, 24, 5)]:
+    for code, scale, block in [(3, 24, 5), (4, 32, 128), (8, 16, 64)]:
         mistakes = {
             "that is the code alone; the scale takes bits too": code,
             "a scale serves a whole block: each weight pays its share": code + scale,
@@ -28,6 +28,9 @@ def check_bits_per_weight(function: Callable[[float, float, int], float]) -> Non
             "that is how many bits are saved of 32": 32 - (code + scale / block),
             "add the scale's share, don't subtract it": code - scale / block,
             "that is the scale's share alone": scale / block,
+            "a share may be a fraction of a bit: divide with / instead of //": code
+            + scale // block,
+            "the scale's bits are an argument, too; use scale_bits": code + 32 / block,
             "divide the scale's bits by the block size, not the other way round": code
             + block / scale,
         }
@@ -80,6 +83,15 @@ def check_round_to_levels(function: Callable[[Tensor, Tensor], Tensor]) -> None:
                 _read_back(block, levels, block.norm())
             ),
             "nothing was rounded": block,
+            "nearest is the smallest absolute difference; is an abs() missing?": levels[
+                (block.unsqueeze(1) / scale - levels).argmin(dim=1)
+            ]
+            * scale,
+            "the levels needn't be evenly spaced; use those that are given": (
+                block / scale * 7
+            ).round()
+            / 7
+            * scale,
         }
         answer = ask(function, block=block, levels=levels)
         compare("round_to_levels", answer, rounded, mistakes)
@@ -99,7 +111,7 @@ def check_gradient_of_x(
     """Check exercise 10.3, the backward pass of a product with a quantised weight."""
     __tracebackhide__ = True
     generator = torch.Generator().manual_seed(11)
-    for batch, n_in, n_out in [(5, 7, 4), (3, 4, 6), (4, 5, 5)]:
+    for batch, n_in, n_out in [(4, 5, 5), (5, 7, 4), (3, 4, 6)]:
         levels = nf4_levels().double()
         codes = torch.randint(16, (n_out, n_in), generator=generator)
         scales, to_y = (

@@ -892,7 +892,7 @@ MISTAKES = {
         "scale once": lambda g, codes, levels, scales: g * scales**2 @ levels[codes],
         "not divided": lambda g, codes, levels, scales: g / scales @ levels[codes],
         "not its value": lambda g, codes, _, scales: g @ (codes * scales[:, None]),
-        "is a transpose missing": lambda g, codes, levels, scales: (
+        "times W as it is": lambda g, codes, levels, scales: (
             g @ (levels[codes] * scales[:, None]).T
         ),
         "keep the batch": lambda g, codes, levels, scales: (

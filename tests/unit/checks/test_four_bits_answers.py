@@ -32,6 +32,8 @@ def test_bits_in_other_styles_are_right(answer, capsys):
         (lambda code, scale, block: code - scale / block, "don't subtract"),
         (lambda code, scale, block: 32 - code - scale / block, "saved of 32"),
         (lambda code, scale, block: [code, scale / block], "must be one number"),
+        (lambda code, scale, block: code + scale // block, "a fraction of a bit"),
+        (lambda code, _, block: code + 32 / block, "use scale_bits"),
         (lambda code, *_: print(code), "is the `return` missing"),
     ],
 )
@@ -103,6 +105,23 @@ def codes_of(block, levels):
         ),
         (lambda b, levels: levels[b.abs().argmin()] * b.abs().max(), "wrong shape"),
         (lambda b, levels: b @ levels, "your function stopped"),
+        (
+            lambda b, levels: (
+                levels[(b[:, None] / b.abs().max() - levels).argmin(1)] * b.abs().max()
+            ),
+            r"is an abs\(\) missing",
+        ),
+        (
+            lambda b, levels: (
+                levels[(b[:, None] / b.abs().max() - levels).abs().argmin()]
+                * b.abs().max()
+            ),
+            "which dim",
+        ),
+        (
+            lambda b, _: (b / b.abs().max() * 7).round() / 7 * b.abs().max(),
+            "needn't be evenly spaced",
+        ),
     ],
 )
 def test_wrong_rounding_gets_its_hint(answer, hint):
@@ -134,9 +153,15 @@ def test_gradients_in_other_styles_are_right(answer, capsys):
 @pytest.mark.parametrize(
     ("answer", "hint"),
     [
-        (lambda g, codes, levels, _: F.linear(g, levels[codes]), "transpose"),
-        (lambda g, codes, levels, scales: g @ (levels[codes] * scales), "shapes are"),
-        (lambda g, codes, *_: g @ codes, "your function stopped"),
+        (
+            lambda g, codes, levels, scales: g @ (levels[codes] * scales[:, None]).T,
+            "times W as it is",
+        ),
+        (
+            lambda g, codes, levels, scales: g @ (levels[codes] * scales),
+            "yours went to its columns",
+        ),
+        (lambda g, codes, *_: codes @ g.T[:3], "your function stopped"),
         (
             lambda g, codes, levels, scales: ((g * scales) @ levels[codes]).T,
             "transposed",
