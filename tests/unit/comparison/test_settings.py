@@ -30,7 +30,7 @@ TWICE = "must have each entry once; got"
 DEVICE = "device must be one that torch has here, such as 'cpu'"
 WRONG_VALUES = [
     ("data_set", "cifar", "data_set must be one of 'mnist', 'mnist-5k'; got 'cifar'"),
-    ("shift", "mirror", "shift must be one of"),
+    ("shift", "no shift", "shift must be one of"),
     ("rotation", float("nan"), "rotation must be a finite number"),
     ("adaptation_examples", 9, "must be a whole number, 10 or more; got 9"),
     ("methods", [], "methods is empty"),
