@@ -1,6 +1,6 @@
-"""A picture with sliders, which is drawn anew where a slider moves.
+"""A picture with sliders or menus, which is drawn anew where one of them changes.
 
-A page without a kernel, on paper or on the web, can't move a slider. So what is kept of
+A page without a kernel, on paper or on the web, can't do that. So what is kept of
 such a picture in the file of a notebook is one sentence (tools/execute_notebooks.py),
 and a still picture stands beside it.
 """
@@ -14,12 +14,12 @@ from ipywidgets import Image, VBox
 from matplotlib.figure import Figure
 
 WITHOUT_A_KERNEL = (
-    "Run this cell in JupyterLab: a slider appears here, and the picture follows it."
+    "Run this cell in JupyterLab, and choose here what the picture shows."
 )
 
 
 class PictureWithSliders(VBox):
-    """Sliders, and below them what ``draw`` makes of their values.
+    """Sliders or menus, and below them what ``draw`` makes of their values.
 
     As the last expression of a cell it shows itself.
 

@@ -441,6 +441,25 @@ def test_a_slider_moves_its_picture_without_a_kernel(stem, address, page):
     assert slider.input_value() == "0"
 
 
+def test_a_menu_chooses_its_picture_by_keys_without_a_kernel(address, page):
+    page.goto(f"{address}notebooks/07_comparison.html")
+    frames = page.locator(".frames")
+    menu, picture = frames.get_by_label("pair"), frames.locator("img")
+    names = menu.locator("option").all_text_contents()
+    assert names[0] == "DoRA with m's rate − LoRA"
+    shown = [picture.get_attribute("src")]
+    menu.focus()
+    for name in names[1:]:
+        page.keyboard.press("ArrowDown")
+        expect(menu.locator("option:checked")).to_have_text(name)
+        shown.append(picture.get_attribute("src"))
+    assert len({*shown}) == len(names)
+    # The text has to fit every pair.
+    assert "chosen pair" in picture.get_attribute("alt")
+    page.keyboard.press("Home")
+    assert picture.get_attribute("src") == shown[0]
+
+
 def test_no_page_is_heavier_than_three_megabytes(site):
     for path in site.rglob("*.html"):
         assert path.stat().st_size < 3_000_000, path

@@ -93,21 +93,24 @@ def run_all_cells(page, panel):
 
 
 def changes_its_picture(cell, slider, patience=None):
-    """Move a slider by a step, and tell whether the picture below becomes another one.
+    """Move a slider by a step, or a menu to its next entry, and tell whether the picture
+    below becomes another one.
 
     Args:
         cell: the cell in the page.
-        slider: the slider's handle.
+        slider: the slider's handle, or the menu.
         patience: how many milliseconds to wait for the other picture; by default, as
             for all else.
     """
     image = cell.locator(".jp-OutputArea img").last
     before = image.get_attribute("src")
     value = slider.get_attribute("aria-valuenow")
-    slider.press(
-        "ArrowLeft" if value == slider.get_attribute("aria-valuemax") else "ArrowRight"
-    )
-    expect(slider).not_to_have_attribute("aria-valuenow", value)
+    if value is None:
+        slider.press("ArrowDown")
+    else:
+        last = value == slider.get_attribute("aria-valuemax")
+        slider.press("ArrowLeft" if last else "ArrowRight")
+        expect(slider).not_to_have_attribute("aria-valuenow", value)
     try:
         expect(image).not_to_have_attribute("src", before, timeout=patience)
     except AssertionError:

@@ -126,9 +126,9 @@ def test_a_notebook_runs_from_top_to_bottom(page, lab, screenshot, stored):
 
 
 def assert_sliders_change_the_picture(cell):
-    """There is a slider at least, and each changes the picture below, which is no
-    larger than it was drawn."""
-    sliders = cell.get_by_role("slider")
+    """There is a slider or a menu at least, and each changes the picture below, which is
+    no larger than it was drawn."""
+    sliders = cell.get_by_role("slider").or_(cell.get_by_role("combobox"))
     expect(sliders.first).to_be_visible()
     for slider in sliders.all():
         assert changes_its_picture(cell, slider), cell.inner_text()
