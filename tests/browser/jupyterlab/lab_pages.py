@@ -93,8 +93,8 @@ def run_all_cells(page, panel):
 
 
 def changes_its_picture(cell, slider, patience=None):
-    """Move a slider by a step, or a menu to its next entry, and tell whether the picture
-    below becomes another one.
+    """Move a slider by a step, or a menu to its second entry, and tell whether the
+    picture below becomes another one.
 
     Args:
         cell: the cell in the page.
@@ -106,7 +106,8 @@ def changes_its_picture(cell, slider, patience=None):
     before = image.get_attribute("src")
     value = slider.get_attribute("aria-valuenow")
     if value is None:
-        slider.press("ArrowDown")
+        # In JupyterLab a press of an arrow's key left the menu as it was.
+        slider.select_option(index=1)
     else:
         last = value == slider.get_attribute("aria-valuemax")
         slider.press("ArrowLeft" if last else "ArrowRight")

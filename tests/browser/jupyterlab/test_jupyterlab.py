@@ -40,6 +40,11 @@ rank = IntSlider(value=8, min=1, max=8)
 VBox([rank, interactive_output(draw, {"rank": rank})])
 """,
     """\
+@interact(length=[1, 3])
+def of_a_menu(length):
+    draw(length)
+""",
+    """\
 @interact(length=FloatSlider(value=0, min=0, max=1, step=0.1))
 def always_the_same(length):
     draw(2)
@@ -55,8 +60,9 @@ def test_a_slider_whose_picture_stays_the_same_is_noticed(page, lab):
     )
     panel = lab.open(page, lab.put(notebook))
     run_all_cells(page, panel)
-    _, changing, still = panel.locator(".jp-Cell").all()
-    for cell in (changing, still):
+    _, changing, menu, still = panel.locator(".jp-Cell").all()
+    for cell in (changing, menu, still):
         expect(cell.locator(".jp-OutputArea img")).to_have_count(1)
     assert changes_its_picture(changing, changing.get_by_role("slider"))
+    assert changes_its_picture(menu, menu.get_by_role("combobox"))
     assert not changes_its_picture(still, still.get_by_role("slider"), 3_000)
