@@ -23,6 +23,7 @@ def nf4_levels() -> Tensor:
     Eight of them are positive and seven negative (arXiv 2305.14314, §3). The outermost
     quantile lies halfway between 1 − 1/32 and 1 − 1/30, as in bitsandbytes.
     """
+    # How far out: a choice of the authors' code.
     outermost = ((1 - 1 / 32) + (1 - 1 / 30)) / 2
     positive, negative = (
         torch.linspace(0.5, outermost, count, dtype=torch.float64, device="cpu")
