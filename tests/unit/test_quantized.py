@@ -672,6 +672,10 @@ def test_a_promise_keeps_its_norms_and_sees_other_codes(wrapper, monkeypatch):
         assert len(formed) == 1
         dora.load_state_dict(other.state_dict())
         assert_close(dora(X), other(X))
+        # Either of the two alone, with A, B and m as they were.
+        for part in (dora.linear.scales, dora.linear.codes):
+            part.copy_(part.flip(0))
+            assert_close(dora(X), copy.deepcopy(dora)(X))
 
 
 @every_dora_wrapper
