@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What tells about a tensor without its numbers.
 _ATTRIBUTES = (
@@ -128,8 +129,8 @@ def lazy_weight(
 ) -> Tensor:
     """Return a tensor whose numbers ``form`` computes when an operation needs them.
 
-    While torch compiles or transforms functions it is ``form()`` itself, because both
-    follow what is computed with plain tensors.
+    Where torch follows what is computed (see ``is_followed``) it is ``form()`` itself,
+    because that takes plain tensors.
 
     Args:
         like: has the shape, the dtype and the device of what ``form`` returns.
@@ -146,8 +147,15 @@ def lazy_weight(
 
 
 def is_followed() -> bool:
-    """Tell whether torch compiles or transforms what is computed now."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Tell whether torch compiles, traces, transforms or differentiates forward what is
+    computed now.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _plainly(weight: LazyWeight, name: str) -> Any:

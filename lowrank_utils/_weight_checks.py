@@ -72,6 +72,13 @@ def are_same(values: Tensor, known: Tensor, *sources: Tensor) -> bool:
     return torch.allclose(values.to(known), known.detach(), rtol=8 * coarsest, atol=0)
 
 
+def start_of(m: Tensor, linear: Any) -> Tensor:
+    """Return a copy of m that says by its dtype how exactly it is known: in another
+    dtype, a quantised weight is rounded in another way.
+    """
+    return m.detach().to(linear.weight.dtype, copy=True)
+
+
 def check_weight(layer: Any) -> None:
     """Refuse to read the weight of an adapted layer that isn't all of its linear layer,
     or that isn't the one that m was computed from.
@@ -96,12 +103,12 @@ def check_weight(layer: Any) -> None:
         return
     start = layer._start
     # Without numbers at the start, as on the meta device, m's own must do.
-    untrained = start.is_meta or are_same(start.to(m), m)
+    untrained = start.is_meta or are_same(start, m, start)
     if (
         m.shape == W.shape[:1]
         and untrained
         and not layer.lora.B.any()
-        and not are_same(row_norms(W.detach()), m, W)
+        and not are_same(row_norms(W.detach()), m, W, start)
     ):
         raise RuntimeError(
             f"the weight of this {type(layer).__name__} changed after its m was computed "

@@ -16,6 +16,7 @@ from lowrank_utils._arguments import (
     check_module,
     check_pattern,
 )
+from lowrank_utils._weight_checks import check_weight_is_all
 from lowrank_utils.lora import is_adapter, is_linear
 from lowrank_utils.quantized import KeepsCodes, QuantizedLinear, is_quantized
 
@@ -127,7 +128,8 @@ def dequantize_linear_layers(model: nn.Module) -> list[str]:
         The names of the layers, in the model's order.
 
     Raises:
-        TypeError: ``model`` isn't a module.
+        TypeError: ``model`` isn't a module, or a layer computes more than its weight
+            says.
         ValueError: it has no quantised layers, is itself one, or is in a bank.
     """
     check_module("model", model)
@@ -157,6 +159,7 @@ def dequantize_linear_layers(model: nn.Module) -> list[str]:
 
 def _dequantized(layer: nn.Module) -> nn.Linear:
     assert isinstance(layer, KeepsCodes)
+    check_weight_is_all(layer)
     return _linear_of(layer.weight, layer.bias, layer.training).requires_grad_(False)
 
 
@@ -460,10 +463,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     """
     check_module("model", model)
     if quantized := [
-        name
+        f"{name}.linear".lstrip(".")
         for name, module in model.named_modules()
-        if is_quantized(module)
-        and is_adapter(model.get_submodule(name.rpartition(".")[0]))
+        if is_adapter(module) and is_quantized(module.linear)
     ]:
         raise ValueError(
             f"quantised: {', '.join(quantized)}. A merged weight has none of the levels, and rounding it to "
@@ -555,7 +557,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     per_layer: dict[str, tuple[int, int]] = {}
     nbytes = 0
-    seen: set[nn.Parameter] = set()
+    seen: set[torch.Tensor] = set()
     for name, module in named_modules_outside_adapters(model):
         new = [
             p for p in module.parameters(recurse=is_adapter(module)) if p not in seen
@@ -564,12 +566,16 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         nbytes += sum(p.nbytes for p in new)
         linear = getattr(module, "linear", None) if is_adapter(module) else module
         quantized = linear if isinstance(linear, KeepsCodes) else None
+        if quantized is not None and quantized.codes in seen:
+            # Two adapters stand around one layer.
+            quantized = None
         if new or quantized is not None:
             label = name or type(model).__name__
             trainable, frozen = per_layer.get(label, (0, 0))
             trainable += sum(p.numel() for p in new if p.requires_grad)
             frozen += sum(p.numel() for p in new if not p.requires_grad)
             if quantized is not None:
+                seen.add(quantized.codes)
                 frozen += quantized.in_features * quantized.out_features
                 nbytes += quantized.codes.nbytes + quantized.scales.nbytes
             per_layer[label] = (trainable, frozen)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_utils._weight_checks import check_weight, mark_of
+from lowrank_utils._weight_checks import check_weight, mark_of, start_of
 from lowrank_utils.decompose import magnitude_and_direction, row_norms
 from lowrank_utils.lora import AdaptedLinear, Linear, without_autocast
 from lowrank_utils.norms import (
@@ -79,7 +79,7 @@ def reset_magnitudes(model: nn.Module) -> None:
         if isinstance(layer, LinearWithDoRAMerged):
             layer.m.copy_(row_norms(layer.linear.weight))
             layer._mark = mark_of(layer.linear)
-            layer._start = layer.m.detach().clone()
+            layer._start = start_of(layer.m, layer.linear)
 
 
 def scale_and_bias(layer: LinearWithDoRAMerged) -> tuple[Tensor, Tensor | None]:

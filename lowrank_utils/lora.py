@@ -25,6 +25,7 @@ from lowrank_utils._weight_checks import (
     check_weight,
     check_weight_is_all,
     mark_of,
+    start_of,
 )
 from lowrank_utils.quantized import KeepsCodes
 
@@ -303,7 +304,7 @@ class AdaptedLinear(AroundLinear):
         """Remember m as it was at the start, and register as torch does."""
         super().register_parameter(name, param)
         if name == "m" and param is not None and not hasattr(self, "_start"):
-            self._start = param.detach().clone()
+            self._start = start_of(param, self.linear)
 
     def updated_weight(self) -> Tensor:
         """Return W + ΔW, (out, in), in the wider dtype of the two; for DoRA this is V.

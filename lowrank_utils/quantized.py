@@ -53,6 +53,10 @@ def even_levels(bits: int) -> Tensor:
 LEVELS = {"nf4": nf4_levels(), "int4": even_levels(4), "int8": even_levels(8)}
 
 
+# Of fewer bits a number is a code itself.
+_WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class QuantizedWeight(NamedTuple):
     """A weight (out, in) as codes.
 
@@ -105,6 +109,7 @@ def quantize(weight: Tensor, levels: Tensor, block_size: int = 64) -> QuantizedW
     """
     check_quantizable(weight, levels, block_size)
     columns = weight.shape[1]
+    block_size = min(block_size, columns or 1)
     blocks = F.pad(weight.detach(), (0, -columns % block_size))
     blocks = blocks.unflatten(1, (-1, block_size))
     scales = blocks.abs().amax(dim=2)
@@ -136,8 +141,11 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
 def check_quantizable(weight: Any, levels: Any, block_size: Any) -> None:
     """Refuse what ``quantize`` can't quantise."""
     check_whole_number("block_size", block_size, minimum=1)
-    if not check_matrix("weight", weight).is_floating_point():
-        raise TypeError(f"weight must hold floating-point numbers; got {weight.dtype}")
+    if check_matrix("weight", weight).dtype not in _WHOLE:
+        raise TypeError(
+            "weight must hold floating-point numbers of 16 to 64 bits; got "
+            f"{weight.dtype}"
+        )
     if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(
             "weight holds NaN or infinite numbers, which have no scale; did the training diverge?"
@@ -182,9 +190,12 @@ class DequantizedProduct(torch.autograd.Function):
 class DequantizedWeight(LazyWeight):
     """The weight of a quantised layer, formed for those who compute with it. A product
     with it, ``F.linear(x, weight)``, is a ``DequantizedProduct``.
+
+    What shares its memory, such as a row or ``weight.data``, is one as well, but for
+    the codes.
     """
 
-    quantized: QuantizedWeight
+    quantized: QuantizedWeight | None = None
 
     @classmethod
     def __torch_function__(
@@ -197,21 +208,36 @@ class DequantizedWeight(LazyWeight):
         """Refuse a change in place, which the codes wouldn't see."""
         if function is F.linear and torch.is_grad_enabled() and len(args) > 1:
             x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-            if type(weight) is cls and type(x) is Tensor:
+            if type(weight) is cls and type(x) is Tensor and weight.quantized:
                 return DequantizedProduct.apply(x, bias, *weight.quantized)
-        if _is_in_place(function, args) and type(args[0]) is cls:
+        changed = args[0] if _is_in_place(function, args) else (kwargs or {}).get("out")
+        if type(changed) is cls:
             raise RuntimeError(
                 "the weight of a quantised layer is computed from its codes, which a "
                 "change in place wouldn't reach. Change the weight before it is "
                 "quantised, or call dequantize_linear_layers(model) first"
             )
-        return super().__torch_function__(function, types, args, kwargs)
+        result = super().__torch_function__(function, types, args, kwargs)
+        if type(result) is Tensor and any(
+            type(arg) is cls and _share_memory(arg._formed, result) for arg in args
+        ):
+            return cls(result, lambda: result, False)
+        return result
+
+
+def _share_memory(one: Tensor | None, other: Tensor) -> bool:
+    if one is None or other.layout != torch.strided:
+        return False
+    places = one.untyped_storage().data_ptr(), other.untyped_storage().data_ptr()
+    # Without numbers, as on the meta device, the place is 0.
+    return places[0] == places[1] != 0
 
 
 def _is_in_place(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     name = getattr(function, "__name__", "")
     if name == "requires_grad_":
-        return args[1:] != (False,)
+        # What shares its memory must not become a parameter.
+        return args[1:] != (False,) or getattr(args[0], "quantized", args) is None
     return name in ("__setitem__", "__set__") or (
         # add_ and __iadd__, and not is_floating_point or __init__.
         (name.endswith("_") and not name.endswith("__"))
@@ -281,11 +307,27 @@ class KeepsCodes(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight as codes."""
-        levels = LEVELS[self.level_name]
-        return QuantizedWeight(
-            self.codes, self.scales, levels, self.block_size, self.in_features
-        )
+        """The weight as codes.
+
+        Raises:
+            RuntimeError: the codes aren't whole numbers any more, or the scales are to
+                be trained, which they have no gradient for.
+            ValueError: the levels, under a name of one's own, aren't in ``LEVELS``.
+        """
+        codes, scales = self.codes, self.scales
+        if codes.dtype != torch.uint8:
+            raise RuntimeError(
+                f"codes must be uint8; got {codes.dtype}. Convert a quantised layer with "
+                ".to(dtype), and not with .type(dtype)"
+            )
+        if scales.requires_grad:
+            raise RuntimeError(
+                "the scales of a quantised layer can't be trained: they get no gradient"
+            )
+        levels = LEVELS[check_one_of("levels", self.level_name, LEVELS)]
+        # No block is longer than a row.
+        size = min(self.block_size, self.in_features or 1)
+        return QuantizedWeight(codes, scales, levels, size, self.in_features)
 
     @property
     def weight(self) -> Tensor:

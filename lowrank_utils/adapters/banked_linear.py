@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_utils._lazy_weight import lazy_weight
+from lowrank_utils._lazy_weight import is_followed, lazy_weight
 from lowrank_utils._weight_checks import (
     are_same,
     check_weight_is_all,
@@ -113,7 +113,7 @@ class BankedLinear(AroundLinear):
         """
         choice = self.selection.choice()
         if choice.rows is not None:
-            if torch.compiler.is_compiling():
+            if is_followed():
                 # What tells about the weight is right, and nothing computes with it.
                 return torch.empty_like(self.linear.weight, device="meta")
             return lazy_weight(self.linear.weight, _no_weight_for_rows)
@@ -131,7 +131,8 @@ class BankedLinear(AroundLinear):
     def remember_weight(self) -> None:
         """Note what the base weight is, from which each c in the bank was computed."""
         W = self.linear.weight
-        self._mark, self._traces = mark_of(self.linear), _traces_of(W)
+        # Rounded as W is, so that another dtype of W doesn't count as a change.
+        self._mark, self._traces = mark_of(self.linear), _traces_of(W).to(W.dtype)
 
     def check_weight(self) -> None:
         """Refuse to read the weight where it isn't all of the linear layer, or isn't

@@ -493,6 +493,78 @@ MISTAKES = [
         "return self._by_rows(x, choice.rows[::-1], choice.batch_dim)",
         "adapters/test_bank.py::test_every_row_gets_its_own_adapter",
     ),
+    Mistake(
+        "a quantised number is multiplied with the scale of another block",
+        "quantized.py",
+        "scales.repeat_interleave(block_size, dim=1)[:, :columns]",
+        "scales.repeat(1, block_size)[:, :columns]",
+        "test_quantized.py::test_codes_scales_and_weight_are_those_of_loops",
+    ),
+    Mistake(
+        "in half precision levels are rounded first, and their products again",
+        "quantized.py",
+        "wide = torch.promote_types(scales.dtype, torch.float32)",
+        "wide = scales.dtype",
+        "test_quantized.py::test_codes_scales_and_weight_are_those_of_loops",
+    ),
+    Mistake(
+        "the gradient comes from a weight that was rounded once more",
+        "quantized.py",
+        "to_x = to_y @ W.to(to_y.dtype)",
+        "to_x = to_y @ W.bfloat16().to(to_y.dtype)",
+        "test_quantized.py::test_it_has_the_bits_of_a_plain_layer_with_the_same_weight",
+    ),
+    Mistake(
+        "autograd keeps the weight that was to be kept as codes",
+        "quantized.py",
+        "if function is F.linear and torch.is_grad_enabled() and len(args) > 1:",
+        "if False:",
+        "test_quantized.py::test_autograd_keeps_no_weight",
+    ),
+    Mistake(
+        "a kept norm is used after the scales of the codes have changed",
+        "quantized.py",
+        'ClassVar[tuple[str, ...]] = ("codes", "scales")',
+        'ClassVar[tuple[str, ...]] = ("codes",)',
+        "test_quantized.py::test_a_promise_keeps_its_norms_and_sees_other_codes",
+    ),
+    Mistake(
+        "codes are loaded without their scales",
+        "quantized.py",
+        "if found and len(found) < len(parts):",
+        "if False:",
+        "test_quantized.py::test_half_of_a_layer_or_another_kind_is_not_loaded",
+    ),
+    Mistake(
+        "another dtype of a quantised weight is taken for another weight",
+        "_weight_checks.py",
+        "return m.detach().to(linear.weight.dtype, copy=True)",
+        "return m.detach().clone()",
+        "test_quantized.py::test_another_dtype_is_no_other_weight",
+    ),
+    Mistake(
+        "x and A come in another order out of their joined product than into it",
+        "norms.py",
+        "F.linear(torch.cat([rows, A.T]), W)",
+        "F.linear(torch.cat([A.T, rows]), W)",
+        "test_quantized.py::"
+        "test_a_large_one_reads_its_weight_once_for_the_product_and_the_norm",
+    ),
+    Mistake(
+        "a quantised layer is counted with the bytes of the whole weight",
+        "adapt.py",
+        "nbytes += quantized.codes.nbytes + quantized.scales.nbytes",
+        "nbytes += quantized.weight.nbytes",
+        "test_quantized.py::test_numbers_and_bytes_are_counted",
+    ),
+    Mistake(
+        "a layer loses its hooks when it is dequantised",
+        "adapt.py",
+        "    assert isinstance(layer, KeepsCodes)\n    check_weight_is_all(layer)\n",
+        "    assert isinstance(layer, KeepsCodes)\n",
+        "test_quantized.py::"
+        "test_a_layer_that_computes_more_than_its_weight_says_stays_quantised",
+    ),
 ]
 
 

@@ -30,6 +30,7 @@ from support import (
     snapshot,
 )
 from torch import nn
+from torch.autograd import forward_ad
 
 from lowrank_utils import quantized as module
 from lowrank_utils.adapt import (
@@ -154,7 +155,7 @@ def reference(W, levels, block_size):
 @every_dtype
 @pytest.mark.parametrize(
     ("rows", "columns", "block_size"),
-    [(5, 12, 4), (3, 13, 4), (4, 7, 64), (2, 9, 1), (1, 1, 64)],
+    [(5, 12, 4), (3, 13, 4), (4, 7, 64), (2, 9, 1), (1, 1, 64), (2, 5, 2**40)],
     ids=str,
 )
 def test_codes_scales_and_weight_are_those_of_loops(
@@ -174,6 +175,11 @@ def test_codes_scales_and_weight_are_those_of_loops(
     assert torch.equal(quantized.scales.double(), torch.tensor(scales))
     # Rounded to the dtype once.
     assert torch.equal(dequantize(quantized), torch.tensor(values).to(dtype))
+
+
+def test_a_block_that_is_longer_than_a_row_is_the_row():
+    long, row = (quantized_layer(block_size=size) for size in (2**40, 7))
+    assert torch.equal(long(X), row(X))
 
 
 def test_two_codes_stand_in_a_byte_the_first_in_the_upper_half():
@@ -218,6 +224,7 @@ def test_it_is_what_bitsandbytes_computes():
         (([[1.0]], nf4_levels()), TypeError, "weight must be a tensor; got list"),
         ((torch.ones(3), nf4_levels()), ValueError, "weight must be a matrix"),
         ((torch.ones(2, 2).int(), nf4_levels()), TypeError, "got torch.int32"),
+        ((torch.ones(2, 2).to(torch.float8_e4m3fn), nf4_levels()), TypeError, "8_e4m"),
         ((torch.tensor([[1, torch.nan]]), nf4_levels()), ValueError, "holds NaN"),
         ((torch.tensor([[1, torch.inf]]), nf4_levels()), ValueError, "infinite"),
         ((torch.ones(2, 2), nf4_levels(), 0), ValueError, "block_size must be"),
@@ -356,14 +363,55 @@ def test_its_weight_looks_like_one_and_is_formed_when_it_is_needed(monkeypatch):
         lambda weight: nn.init.zeros_(weight),
         lambda weight: weight.requires_grad_(),
         lambda weight: setattr(weight, "data", torch.ones(5, 7)),
+        lambda weight: weight.data.mul_(2),
+        lambda weight: nn.init.zeros_(weight.detach()),
+        lambda weight: weight[3].zero_(),
+        lambda weight: weight.T[2].add_(1),
+        lambda weight: torch.mul(weight, 2, out=weight),
+        lambda weight: nn.Parameter(weight, requires_grad=False),
     ],
-    ids=["mul_", "item", "+=", "init", "requires_grad_", "data"],
+    ids=[
+        *("mul_", "item", "+=", "init", "requires_grad_", "data", "data.mul_"),
+        *("detach", "row", "column", "out", "parameter"),
+    ],
 )
 def test_a_change_of_its_weight_in_place_is_refused(change):
     layer = quantized_layer()
     with pytest.raises(RuntimeError, match="call dequantize_linear_layers"):
         change(layer.weight)
     layer.weight.requires_grad_(False)
+    # What shares no memory with it is a tensor like any other.
+    assert type(layer.weight.clone().mul_(2)) is torch.Tensor
+    assert layer.weight.to_sparse().to_dense().mul_(0).sum() == 0
+    assert_close(F.linear(X, layer.weight.data), F.linear(X, layer.weight))
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda layer: layer.type(torch.float64), RuntimeError, r"with \.to\(dtype\)"),
+        (lambda layer: layer.scales.requires_grad_(), RuntimeError, "no gradient"),
+        (
+            lambda layer: setattr(layer, "scales", nn.Parameter(layer.scales)),
+            RuntimeError,
+            "can't be trained",
+        ),
+        (
+            lambda layer: setattr(layer, "level_name", "mine"),
+            ValueError,
+            "levels must be one of .*got 'mine'",
+        ),
+    ],
+    ids=["type", "scales", "parameter", "levels"],
+)
+def test_what_it_cannot_compute_with_is_refused(kind, change, error, message):
+    layer = quantized_layer(kind=kind)
+    adapter = moved(LinearWithDoRAMerged, layer)
+    change(layer)
+    for each in (layer, adapter):
+        with pytest.raises(error, match=message):
+            each(X)
 
 
 def test_its_weight_cannot_be_replaced():
@@ -437,6 +485,7 @@ def test_it_is_compiled(wrapper):
         assert_close(mine, its)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_transformed_it_is_right_or_refused():
     layer = quantized_layer()
     dora = moved(LinearWithDoRA, layer)
@@ -444,6 +493,11 @@ def test_transformed_it_is_right_or_refused():
     assert_close(torch.func.vmap(gradient)(X), results(dora, dora, X)[1])
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.vmap(layer)(X)
+    trace = torch.jit.trace(dora, (X,))
+    assert_close(trace(2 * X), dora(2 * X))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(dora(forward_ad.make_dual(X, X))).tangent
+    assert_close(tangent, dora(X) - layer.bias)
 
 
 class OnesOwn(KeepsCodes):
@@ -618,6 +672,10 @@ def test_a_promise_keeps_its_norms_and_sees_other_codes(wrapper, monkeypatch):
         assert len(formed) == 1
         dora.load_state_dict(other.state_dict())
         assert_close(dora(X), other(X))
+        # Either of the two alone, with A, B and m as they were.
+        for part in (dora.linear.scales, dora.linear.codes):
+            part.copy_(part.flip(0))
+            assert_close(dora(X), copy.deepcopy(dora)(X))
 
 
 @every_dora_wrapper
@@ -638,6 +696,28 @@ def test_codes_are_not_loaded_without_their_m(wrapper):
     del other["m"]
     with pytest.raises(RuntimeError, match="m was computed from the weight"):
         dora.load_state_dict(other, strict=False)
+
+
+@every_dora_wrapper
+@pytest.mark.parametrize("start", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("end", [torch.float32, torch.float64, torch.bfloat16])
+def test_another_dtype_is_no_other_weight(wrapper, start, end):
+    layer = quantized_layer(70, 50, dtype=start)
+    dora = wrapper(layer, 2, 1.0)
+    bank = AdapterBank(nn.Sequential(copy.deepcopy(layer)))
+    bank.add("anna", nn.Sequential(copy.deepcopy(dora)))
+    bank.activate("anna")
+    x = normal(4, 70)
+    eps = max(torch.finfo(dtype).eps for dtype in (start, end))
+    for model in (dora, bank.model):
+        y = model(x.to(start))
+        assert_close(model.to(end)(x.to(end)), y, rtol=8 * eps)
+    with torch.no_grad():
+        for scales in (layer.scales, bank.model[0].linear.scales):
+            scales.mul_(1.5)
+    for model in (dora, bank.model):
+        with pytest.raises(RuntimeError, match="changed"):
+            model(x.to(end))
 
 
 @every_wrapper
@@ -737,6 +817,27 @@ def test_when_the_last_layer_fails_the_model_is_as_it_was():
 def test_a_model_without_quantised_layers_is_refused(model, error, message):
     with pytest.raises(error, match=message):
         dequantize_linear_layers(model())
+
+
+def test_a_layer_that_computes_more_than_its_weight_says_stays_quantised():
+    hooked = quantized_layer()
+    hooked.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+    for layer in (hooked, Doubled(linear_layer())):
+        model = nn.Sequential(quantized_layer(7, 7), LinearWithLoRA(layer, 2, 1.0))
+        before = list(model.modules())
+        with pytest.raises(TypeError, match=r"linear has (forward hooks|a forward of)"):
+            dequantize_linear_layers(model)
+        assert list(model.modules()) == before
+
+
+def test_a_layer_that_two_adapters_stand_around_counts_once_and_is_not_merged():
+    layer = quantized_layer(7, 7)
+    model = nn.Sequential(layer, *[LinearWithLoRA(layer, 2, 1.0) for _ in range(2)])
+    alone, count = count_parameters(layer), count_parameters(model)
+    assert count.per_layer == {"0": (0, 56), "1": (28, 0), "2": (28, 0)}
+    assert count.nbytes == alone.nbytes + 2 * 28 * 8
+    with pytest.raises(ValueError, match=r"quantised: 1\.linear, 2\.linear"):
+        merge_adapters(model)
 
 
 @every_wrapper

