@@ -207,7 +207,9 @@ def solutions() -> str:
             if cell.cell_type == "markdown" and asked:
                 parts.append(f"### {asked[1]}")
                 # Nothing is folded on a page of solutions.
-                parts += [answer[1].strip() for answer in SOLUTION.finditer(cell.source)]
+                parts += [
+                    answer[1].strip() for answer in SOLUTION.finditer(cell.source)
+                ]
             elif "solution" in cell.metadata.get("tags", []):
                 # What follows two empty lines checks it.
                 code = cell.source.partition("\n")[2].rpartition("\n\n\n")[0]
