@@ -25,7 +25,7 @@ from lowrank_utils.comparison.whole import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"^### Exercise \d", flags=re.MULTILINE)
 SOLUTION = re.compile(
-    r"\n*<details><summary>A sample answer</summary>.*?</details>",
+    r"\n*<details><summary>A sample answer</summary>(.*?)</details>",
     flags=re.DOTALL,
 )
 
@@ -206,8 +206,9 @@ def solutions() -> str:
             asked = re.search(r"^### (Exercise .+) \(", cell.source, flags=re.MULTILINE)
             if cell.cell_type == "markdown" and asked:
                 parts.append(f"### {asked[1]}")
+                # Nothing is folded on a page of solutions.
                 parts += [
-                    answer[0].strip() for answer in SOLUTION.finditer(cell.source)
+                    answer[1].strip() for answer in SOLUTION.finditer(cell.source)
                 ]
             elif "solution" in cell.metadata.get("tags", []):
                 # What follows two empty lines checks it.

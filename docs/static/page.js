@@ -3,7 +3,7 @@
 // What is wider than the window is scrolled, with keys as well. The theme sees to code,
 // but only a while after the window has changed.
 const reachable = () => {
-  for (const part of document.querySelectorAll(".drawing, .cell_output, pre")) {
+  for (const part of document.querySelectorAll(".drawing, .cell_output, pre, p:has(> img)")) {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
     else part.removeAttribute("tabindex");
   }
@@ -34,21 +34,27 @@ addEventListener("beforeprint", () => {
       continue;
     }
     const number = end.querySelectorAll("details").length + 1;
+    const what = name.replace(/^Show (.)/, (_, letter) => letter.toUpperCase());
     const place = document.createElement("p");
     place.className = "asked";
-    place.textContent = `${name.replace("Show what", "What")}: number ${number} at the end.`;
+    place.textContent = `${what}: number ${number} at the end. `;
     const heading = document.createElement("p");
-    heading.innerHTML = `<strong>${number}.</strong>`;
+    heading.innerHTML = "<strong></strong>";
+    heading.firstChild.textContent = `${number}. ${what}`;
     part.replaceWith(place);
     part.classList.add("moved");
+    // Code that only draws isn't printed where it stands, either.
+    part.classList.toggle("outcome", name.startsWith("Show what"));
     end.append(heading, part);
     back.push(() => {
       part.open = was;
-      part.classList.remove("moved");
+      part.classList.remove("moved", "outcome");
       place.replaceWith(part);
     });
   }
   if (!end.querySelector("details")) return;
+  const hints = [...end.querySelectorAll("p > strong")].every((one) => /Hint/.test(one.innerText));
+  if (hints) end.querySelector("h2").textContent = "Hints";
   article.append(end);
   back.push(() => end.remove());
 });

@@ -193,7 +193,7 @@ def test_a_page_is_readable_in_light_and_dark(
         # colours alone.
         screenshot(page, f"site-{picture}-{theme}", full_page=theme == "light")
     if name.startswith("notebooks/0"):
-        assert page.evaluate(CUT, ".cell_input pre") == [], "a line of code is cut"
+        assert page.evaluate(CUT, ".cell pre") == [], "a line is cut"
         look_on_a_phone(page)
         screenshot(page, f"site-{picture}-phone", full_page=True)
         look_on_paper(page)
@@ -247,6 +247,7 @@ def look_on_paper(page):
     assert answers.count() > 6
     for place in range(answers.count()):
         assert answers.nth(place).get_attribute("open") is not None
+        expect(answers.nth(place).locator("summary").first).to_be_hidden()
     elsewhere = "article section:not(.answers) > details > summary"
     for summary in page.locator(elsewhere).all_inner_texts():
         assert not re.match("Answer|A sample|Solution|Hint", summary), summary
@@ -382,10 +383,11 @@ def test_the_notebook_that_is_downloaded_is_the_stored_one(address, page):
     )
 
 
-def count_tagged(stem, tag):
-    """Return how many cells of a notebook have a tag."""
+def count_tagged(stem, tag, but_not=None):
+    """Return how many cells of a notebook have a tag, and not another one."""
     notebook = nbformat.read(ROOT / f"notebooks/{stem}.ipynb", as_version=4)
-    count = sum(tag in cell.metadata.get("tags", []) for cell in notebook.cells)
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    count = sum(tag in some and but_not not in some for some in tags)
     assert count > 0
     return count
 
@@ -410,7 +412,8 @@ def test_solutions_are_folded_and_unfold(address, page):
 
 def test_what_a_prediction_asks_is_folded_and_unfolds(address, page):
     page.goto(f"{address}notebooks/01_low_rank_updates.html")
-    count = count_tagged("01_low_rank_updates", "hide-output")
+    # Where the code is folded too, one fold has both.
+    count = count_tagged("01_low_rank_updates", "hide-output", "hide-input")
     outputs = page.locator("details.hide.below-input")
     expect(outputs).to_have_count(count)
     for place in range(count):
