@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 import lowrank_utils
-from lowrank_utils import LinearWithDoRA, LinearWithLoRA, replace_linear_layers
+from lowrank_utils import (
+    AdapterFileError,
+    LinearWithDoRA,
+    LinearWithLoRA,
+    load_adapter,
+    replace_linear_layers,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -51,6 +57,11 @@ def rows(text, first):
     ]
 
 
+# Rows of two parts, and what the page's training gets from the reader.
+HALVES = slice(0, 3), slice(3, 5)
+REPLACED = "parts_of", "counted"
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=torch.arange(1, 11).reshape(2, 5)).logits
@@ -77,6 +88,10 @@ def test_each_pattern_finds_linear_layers_of_attention_or_feed_forward(page):
         rest = set(names) - attention - feed_forward
         assert rest <= {"lm_head", "score", "classifier"}
         found[kind] = found.get(kind, 0) + 1
+        if kind == "Llama":
+            everywhere = re.findall(r'TARGETS = \["(.*?)", "(.*?)"\]`', page.text)[0]
+            named = {n for n in names for p in everywhere if fnmatchcase(n, p)}
+            assert named == attention | feed_forward
     # Of the two rows for ViT one belongs to this release.
     assert found == dict.fromkeys(models, 1)
 
@@ -99,6 +114,12 @@ def test_a_turned_gpt2_gives_the_same_and_turns_back(page):
     expected = logits(page.gpt2)
     assert not torch.allclose(expected, logits(first), atol=1e-3)
     torch.testing.assert_close(logits(back), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_alone_are_trained_in_a_turned_gpt2(page):
+    trained = [n for n, p in page.gpt2.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 3
+    assert all(re.search(r"\.(lora\.A|lora\.B|m)$", name) for name in trained)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(page):
@@ -139,6 +160,36 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(page):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2", "T5"])
+def test_a_language_model_counts_the_labels_that_the_page_names(page, kind):
+    shifted, all_labels = re.findall(r"`(\(labels.*?\.sum\(\))`", page.text)
+    counted = all_labels if kind == "T5" else shifted
+    model = copy.deepcopy(page.models[kind]).eval()
+    if kind == "Llama":
+        model = transformers.LlamaForCausalLM(page.llama).eval()
+    model.config.decoder_start_token_id = 0
+    ids = torch.randint(1, 50, (5, 7), generator=torch.Generator().manual_seed(4))
+    labels = ids.clone()
+    # Padded to different lengths, and a prompt that isn't asked for.
+    for row, length in enumerate((7, 3, 5, 2, 4)):
+        labels[row, length:] = -100
+    labels[2, :2] = -100
+    mask = (labels != -100).long()
+    whole = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    cut = [{name: value[rows] for name, value in whole.items()} for rows in HALVES]
+    model.train = lambda: model  # dropout stays off
+    gradients, before = [], {n: page.train.__globals__[n] for n in REPLACED}
+    for parts in (cut, [whole]):
+        page.train.__globals__["parts_of"] = lambda _, parts=parts: parts
+        page.train.__globals__["counted"] = eval(f"lambda labels: {counted}")
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        page.train(model, optimizer, SimpleNamespace(step=lambda: None), range(1))
+        gradients.append([p.grad for p in model.parameters()])
+    page.train.__globals__.update(before)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_checkpointing_leaves_the_gradients_as_they_are(page):
     model, found = page.adapted(page.base).train(), []
     for change in (lambda _: None, page.checkpoint_activations):
@@ -150,6 +201,8 @@ def test_checkpointing_leaves_the_gradients_as_they_are(page):
             {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         )
     assert model.is_gradient_checkpointing
+    # It would go into the merged model's file.
+    assert model.config.use_cache
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
 
@@ -159,6 +212,11 @@ def test_what_is_trained_beside_bfloat16_is_in_float32(page):
         wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
         assert parameter.dtype == wanted, name
         assert (parameter.grad is not None) == parameter.requires_grad
+    page.save(page.half, *page.optimizer_of(page.half), 2, page.folder / "half")
+    kept = copy.deepcopy(page.base)
+    kept.score.bfloat16()
+    with pytest.raises(AdapterFileError, match=r"score\.weight .* be rounded"):
+        load_adapter(kept, page.folder / "half" / "adapter")
     # What the page warns of.
     buffers = dict(copy.deepcopy(page.base).bfloat16().named_buffers())
     assert buffers["model.rotary_emb.inv_freq"].dtype == torch.bfloat16
