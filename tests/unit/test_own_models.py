@@ -115,6 +115,28 @@ def test_a_base_of_four_bits_is_adapted_and_made_whole_again(made, targets):
     )
 
 
+def test_the_recipe_of_four_bits_keeps_all_that_is_large_in_codes():
+    torch.manual_seed(0)
+    page = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
+    above, below = re.search(
+        r"```python\n(from lowrank_utils import dequantize.*?)\.\.\.  # train,.*?\n(.*?)```",
+        page,
+        re.DOTALL,
+    ).groups()
+    model = llama().eval()
+    space = {"model": model, "targets": ["*.q_proj", "*.v_proj"]}
+    space |= {name: getattr(lowrank_utils, name) for name in lowrank_utils.__all__}
+    exec(above, space)
+    whole = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    assert whole == ["lm_head"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 3
+    assert all(re.search(r"\.(lora\.A|lora\.B|m)$", name) for name in trained)
+    expected = output(move_all(model))
+    exec(below, space)
+    torch.testing.assert_close(output(space["plain"]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_recipe_for_serving_gives_each_row_its_adapter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -170,8 +192,8 @@ def test_the_recipe_trains_the_adapters_alone_and_merges(made, targets):
     assert all(re.search(r"\.(lora\.A|lora\.B|m)$", name) for name in trained)
     assert len(list(model.parameters())) == expected + len(trained)
     assert sorted({group["lr"] for group in space["optimizer"].param_groups}) == [
-        0.003,
-        pytest.approx(0.09),
+        0.001,
+        pytest.approx(0.004),
     ]
     loss = output(model.train()).square().mean()
     loss.backward()
