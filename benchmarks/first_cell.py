@@ -94,7 +94,7 @@ def main() -> Path:
         bar.update()
         bar.set_postfix_str("environment")
         seconds["environment"] = timed(
-            sys.executable, "tools/environment.py", "check", cwd=clone
+            sys.executable, "tools/environment.py", "lab", "--version", cwd=clone
         )
         bar.update()
         bar.set_postfix_str("first cell")

@@ -6,7 +6,8 @@
 
 It makes a virtual environment in ``.venv``, has uv install the project there in the
 versions of requirements.lock, and runs the command in it. What is whole is used again
-at once; what was cut off, moved or lost its Python is made anew.
+at once; what was cut off, moved or lost its Python is made anew. ``check`` makes
+nothing, and only says what is lacking.
 
 It runs before anything is installed, so it needs the standard library alone, and its
 syntax stays at Python 3.6, so that an old Python can say that it is too old.
@@ -39,7 +40,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # For each command the lists of pyproject.toml that it needs, and what Python runs.
 COMMANDS = {
     "lab": (["lab"], ["tools/lab_server.py"]),
-    "check": (["lab"], ["-m", "lowrank_utils"]),
+    # Says what is lacking, and installs nothing.
+    "check": ([], ["-m", "lowrank_utils"]),
     "test": (["lab", "test"], ["-m", "pytest"]),
     "run": (["lab", "test"], []),
 }
@@ -79,8 +81,8 @@ ADVICE = (
 )
 DESCRIPTION = (
     "Set the series up on a bare Python and run it: lab opens JupyterLab at notebook 1, "
-    "test runs all tests or those of pytest's ARGUMENTS, check checks the set-up, run "
-    "runs Python with ARGUMENTS, clean removes the environment."
+    "test runs all tests or those of pytest's ARGUMENTS, check says what an environment "
+    "that is there lacks, run runs Python with ARGUMENTS, clean removes the environment."
 )
 
 
@@ -186,6 +188,16 @@ def why_anew(stamp: dict, torch: str | None) -> str | None:
     if torch and stamp.get("torch") != torch:
         return f"it wasn't made for torch's {torch} build"
     return None
+
+
+def lacking() -> str | None:
+    """Return what to do before the environment can be checked, in the form of the
+    check's own lines, or None if it can be.
+    """
+    reason = why_anew(read_stamp(), None) if venv_exists() else "there is none"
+    python = "py" if os.name == "nt" else "python3"
+    makes = f"make lab (or {python} tools/environment.py lab) makes {VENV}"
+    return f"FIX Environment: {reason}; {makes}" if reason else None
 
 
 def ensure(extras: list, torch: str | None) -> None:
@@ -406,7 +418,12 @@ def main(words: list) -> int:
         if options.command == "clean":
             return clean()
         extras, module = COMMANDS[options.command]
-        if not options.here:
+        if options.command == "check" and not options.here:
+            line = lacking()
+            if line:
+                say(line)
+                return 1
+        elif not options.here:
             ensure(extras, options.torch)
         if options.command == "test":
             options.arguments = options.arguments or PARALLEL

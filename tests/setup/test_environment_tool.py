@@ -210,7 +210,7 @@ def build_editable(folder, *_):
         wheel.writestr("lora_dora.pth", str(Path.cwd()))
         for file, text in {
             "METADATA": "Metadata-Version: 2.1\\nName: lora-dora\\nVersion: 1\\n"
-            "Provides-Extra: lab\\nRequires-Dist: torch\\n",
+            "Provides-Extra: lab\\nProvides-Extra: test\\nRequires-Dist: torch\\n",
             "WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
             "RECORD": "",
         }.items():
@@ -226,7 +226,7 @@ backend-path = ["."]
 name = "lora-dora"
 version = "1"
 dependencies = ["torch"]
-optional-dependencies = { lab = [] }
+optional-dependencies = { lab = [], test = [] }
 """
 CHECKS = """
 def check_versions(): pass
@@ -236,6 +236,9 @@ if __name__ == "__main__":
     print("checked", torch.__file__, os.getcwd(), sys.argv[1:])
     sys.exit(7)
 """
+
+# Installs what is missing, then runs those checks.
+SET_UP = ["run", "-m", "lowrank_utils"]
 
 
 def wheel(folder, name, version, code):
@@ -317,7 +320,7 @@ def small(root, tmp_path):
 
 
 def test_the_users_settings_lead_to_the_packages_and_not_elsewhere(small):
-    status, said = small("check", "--all", "a b")
+    status, said = small(*SET_UP, "--all", "a b")
     assert status == 7, said
     place = small.project / ".venv"
     assert f"checked {place}" in said
@@ -328,10 +331,22 @@ def test_the_users_settings_lead_to_the_packages_and_not_elsewhere(small):
     lock = small.project / "requirements.lock"
     lock.write_text(lock.read_text().replace("sha256:", "sha256:0")[:-1] + "\n")
     (place / "installed.json").write_text("{}")
-    status, said = small("check")
+    status, said = small(*SET_UP)
     assert status == 1
     assert "cut off" in said
     assert "pip could not bring uv" in said
+
+
+def test_a_check_installs_nothing_and_says_in_a_line_what_to_do(small):
+    place = small.project / ".venv"
+    does = f"make lab (or python3 tools/environment.py lab) makes {place}\n"
+    assert small("check") == (1, f"FIX Environment: there is none; {does}")
+    assert not place.exists()
+    place.mkdir()
+    (place / "installed.json").write_text("{}")
+    cut = "its installation was cut off"
+    assert small("check") == (1, f"FIX Environment: {cut}; {does}")
+    assert [path.name for path in place.iterdir()] == ["installed.json"]
 
 
 def test_without_the_index_of_cpu_builds_the_default_build_serves(small):
@@ -339,16 +354,16 @@ def test_without_the_index_of_cpu_builds_the_default_build_serves(small):
     empty = (small.project / "tools").as_uri()
     text = settings.read_text().replace("no-index = yes", f"index-url = {empty}")
     settings.write_text(text)
-    status, said = small("--torch=cpu", "check")
+    status, said = small("--torch=cpu", *SET_UP)
     assert status == 7, said
     assert "torch's default build is taken, which is larger" in said
     # It isn't asked for again each time.
-    assert small("--torch=cpu", "check")[1].startswith("checked ")
+    assert small("--torch=cpu", *SET_UP)[1].startswith("checked ")
 
 
 def test_what_can_not_be_imported_is_not_called_ready(small):
     (small.project / "lowrank_utils" / "__main__.py").write_text("import nothing")
-    status, said = small("check")
+    status, said = small(*SET_UP)
     assert status == 1
     assert "No module named 'nothing'" in said
     assert "can't be used; see the lines above" in said
@@ -359,7 +374,7 @@ def test_a_file_with_another_hash_is_refused(small):
     lock = small.project / "requirements.lock"
     first = lock.read_text().split("sha256:")[1][:64]
     lock.write_text(lock.read_text().replace(first, first[::-1]))
-    status, said = small("check")
+    status, said = small(*SET_UP)
     assert status == 1
     assert "Hash mismatch for `torch==2.0" in said
     assert "uv could not install it; its lines above say why" in said
@@ -406,7 +421,7 @@ def test_an_unknown_build_or_command_is_refused_with_the_allowed_ones(root):
 
 def test_an_incomplete_project_is_named(small):
     (small.project / "requirements.lock").unlink()
-    status, said = small("check")
+    status, said = small(*SET_UP)
     assert status == 1
     assert "requirements.lock" in said
     assert not (small.project / ".venv").exists()
