@@ -8,14 +8,17 @@ A table stands between two marks with its name. ``make notebooks`` writes them t
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import nbformat
 import pandas as pd
 import yaml
+from minutes import reading_seconds
 from quiz import read_questions, section
 from repository import badges
 
@@ -128,24 +131,55 @@ def times() -> str:
     return f"{table(head, *rows)}\n\n{total}"
 
 
+def section_minutes(path: Path, names: list[str]) -> int:
+    """Return the minutes it takes to read and run some sections of a notebook.
+
+    Raises:
+        SystemExit: it has no section of such a name.
+    """
+    cells: dict[str, list[nbformat.NotebookNode]] = {}
+    name = ""
+    for cell in nbformat.read(path, as_version=4).cells:
+        heading = re.search(r"^## (.+)", cell.source, flags=re.MULTILINE)
+        if cell.cell_type == "markdown" and heading:
+            name = heading[1]
+        cells.setdefault(name, []).append(cell)
+    missing = [name for name in names if name not in cells]
+    if missing:
+        raise SystemExit(f"docs/plans.yaml: {path.name} has no section {missing[0]!r}")
+    return math.ceil(sum(reading_seconds(cells[name]) for name in names) / 60)
+
+
 def plan(name: str) -> str:
     """Return a plan for a class, with the time at which each part begins.
 
     Raises:
-        SystemExit: it takes more minutes than it may.
+        SystemExit: it takes more minutes than it may, or gives sections fewer than
+            they take.
     """
     text = (ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8")
     chosen = yaml.safe_load(text)[name]
     found = {int(one.path.name[:2]): one for one in lessons()}
     rows, now = [["start", "minutes", "what"]], 0
     for part in chosen["parts"]:
-        if "notebook" in part:
+        if "shown" in part:
+            number, names = part["notebook"], part["shown"]
+            counted = section_minutes(found[number].path, names)
+            minutes = part.get("minutes", counted)
+            if minutes < counted:
+                raise SystemExit(
+                    f"docs/plans.yaml: {name} gives {minutes} minutes to {names}, "
+                    f"which take {counted}"
+                )
+            what = f"Notebook {number}, shown: " + ", ".join(f'"{n}"' for n in names)
+        elif "notebook" in part:
             number = part["notebook"]
             minutes, what = found[number].reading, f"Notebook {number}, read and run"
         elif "exercise" in part:
             number = str(part["exercise"])
             title, minutes = found[int(number.split(".")[0])].tasks[number]
-            what = f"Exercise {number}: {title}"
+            how = f", {part['how']}" if "how" in part else ""
+            what = f"Exercise {number}: {title}{how}"
         else:
             minutes, what = part["minutes"], part["what"]
         rows.append([f"{now // 60}:{now % 60:02d}", str(minutes), what])

@@ -10,7 +10,6 @@ then run this script, look at the difference, and commit. Two runs write the sam
 """
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import contents
 import nbformat
+from minutes import exercise_minutes, reading_minutes
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from tqdm import tqdm
@@ -32,12 +32,6 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # editor's.
 KEPT_CELL_METADATA = {"tags", "mystnb", "jupyter"}
 
-# What "About N minutes" stands for: 120 words a minute, and time to read a line of code,
-# to look at a plot, a drawing or a formula, and to think about a prediction.
-SECONDS_PER_WORD = 0.5
-SECONDS_PER_LINE = 8
-SECONDS_PER_PICTURE = 45
-SECONDS_PER_PREDICTION = 60
 MINUTES = re.compile(r"About \d+ minutes to read and run, \d+ for the exercises")
 
 NOTEBOOK_METADATA = {
@@ -135,52 +129,6 @@ def state_minutes(notebook: NotebookNode) -> None:
         f"{exercise_minutes(notebook)} for the exercises",
         notebook.cells[0].source,
     )
-
-
-def reading_minutes(notebook: NotebookNode) -> int:
-    """Return the minutes it takes to read and run what isn't folded, without the
-    exercises, rounded up to five.
-    """
-    seconds = 0.0
-    for cell in notebook.cells:
-        tags = set(cell.metadata.get("tags", []))
-        if cell.cell_type == "markdown":
-            shown = re.sub(
-                r"<details>.*?</details>|!\[[^]]*\]\([^)]*\)",
-                "",
-                cell.source,
-                flags=re.S,
-            )
-            pictures = cell.source.count("](../figures/")
-            looked_at = pictures + shown.count("$$") // 2
-            seconds += SECONDS_PER_WORD * len(shown.split())
-            seconds += SECONDS_PER_PICTURE * looked_at
-            seconds += SECONDS_PER_PREDICTION * shown.count("**Predict.**")
-        elif not tags & {"exercise", "solution"}:
-            if "hide-input" not in tags:
-                lines = [line for line in cell.source.splitlines() if line.strip()]
-                seconds += SECONDS_PER_LINE * len(lines)
-            plots = ["image/png" in o.get("data", {}) for o in cell.outputs]
-            seconds += SECONDS_PER_PICTURE * sum(plots)
-    return 5 * math.ceil(seconds / 300)
-
-
-def running_text(source: str) -> str:
-    """Return Markdown without what is folded, and without pictures."""
-    folded_or_picture = r"<details>.*?</details>|!\[[^]]*\]\([^)]*\)"
-    return re.sub(folded_or_picture, "", source, flags=re.S)
-
-
-def exercise_minutes(notebook: NotebookNode) -> int:
-    """Return the minutes that the exercises' headings allow, all together."""
-    headings = [
-        line
-        for cell in notebook.cells
-        if cell.cell_type == "markdown"
-        for line in cell.source.splitlines()
-        if line.startswith("### Exercise ")
-    ]
-    return sum(int(m) for m in re.findall(r", (\d+) minutes\)", "\n".join(headings)))
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:

@@ -8,7 +8,7 @@ import sys
 
 import nbformat
 from alt_texts import ALT_TEXTS
-from execute_notebooks import exercise_minutes, reading_minutes, running_text
+from minutes import exercise_minutes, reading_minutes, running_text
 
 from lowrank_utils.interactive import WITHOUT_A_KERNEL
 

@@ -23,6 +23,14 @@ def text_of(path):
     )
 
 
+# The rows of each plan, the last of which is its end.
+PLANS = [
+    [line for line in part.splitlines() if re.match(r"\| \d:\d\d ", line)]
+    for part in re.findall(
+        r"^### .*?(?=^##)", GUIDE.split("## Three plans")[1], flags=re.S | re.M
+    )
+][:3]
+
 HEADINGS = {
     int(path.name[:2]): re.findall(r"^#+ (.+)$", text_of(path), flags=re.MULTILINE)
     for path in NOTEBOOKS
@@ -38,25 +46,44 @@ def test_a_plan_adds_up_gives_each_part_its_minutes_and_ends_in_time(
     monkeypatch.setattr(contents, "ROOT", tmp_path)
     lesson = contents.lessons()[3]
     title, minutes = lesson.tasks["4.2"]
+    sections = ["A vector", "Which axis?"]
+    shown = contents.section_minutes(lesson.path, sections)
+    each = [contents.section_minutes(lesson.path, [name]) for name in sections]
+    assert max(each) < shown <= sum(each) < lesson.reading
     plan = {
-        "at most": 70 + lesson.reading + minutes,
+        "at most": 70 + lesson.reading + minutes + shown,
         "parts": [
             {"minutes": 70, "what": "Break"},
             {"notebook": 4},
-            {"exercise": 4.2},
+            {"exercise": 4.2, "how": "in pairs"},
+            {"notebook": 4, "shown": sections},
         ],
     }
-    written.write_text(yaml.safe_dump({"short": plan}))
-    rows = contents.plan("short").splitlines()[2:]
-    assert rows[0] == "| 0:00 | 70 | Break |"
-    assert rows[1] == f"| 1:10 | {lesson.reading} | Notebook 4, read and run |"
-    assert rows[2].endswith(f"| {minutes} | Exercise 4.2: {title} |")
+
+    def rows():
+        written.write_text(yaml.safe_dump({"short": plan}))
+        return contents.plan("short").splitlines()[2:]
+
+    found = rows()
+    assert found[0] == "| 0:00 | 70 | Break |"
+    assert found[1] == f"| 1:10 | {lesson.reading} | Notebook 4, read and run |"
+    assert found[2].endswith(f"| {minutes} | Exercise 4.2: {title}, in pairs |")
+    named = '"A vector", "Which axis?"'
+    assert found[3].endswith(f"| {shown} | Notebook 4, shown: {named} |")
     now = plan["at most"]
-    assert rows[3] == f"| {now // 60}:{now % 60:02d} |  | end |"
+    assert found[4] == f"| {now // 60}:{now % 60:02d} |  | end |"
     plan["at most"] -= 1
-    written.write_text(yaml.safe_dump({"short": plan}))
     with pytest.raises(SystemExit, match=f"short takes {now} minutes"):
-        contents.plan("short")
+        rows()
+    plan["at most"] += 2
+    plan["parts"][3]["minutes"] = shown + 1
+    assert f"| {shown + 1} | Notebook 4, shown: " in rows()[3]
+    plan["parts"][3]["minutes"] = shown - 1
+    with pytest.raises(SystemExit, match=f"which take {shown}"):
+        rows()
+    sections.append("A matrix by columns")
+    with pytest.raises(SystemExit, match="has no section 'A matrix by columns'"):
+        rows()
 
 
 def test_the_headings_that_it_names_are_there():
@@ -167,23 +194,22 @@ def test_signs_that_the_format_uses_are_meant_as_such():
 def test_the_questions_of_the_quiz_that_a_plan_names_come_after_their_notebooks():
     questions = read_questions()
     assert [one.about for one in questions] == sorted(one.about for one in questions)
-    plans = yaml.safe_load((ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8"))
-    for plan in plans.values():
-        names = [str(part.get("what", "")) for part in plan["parts"]]
-        quizzes = [n for n in names if n.startswith("Quiz: questions")]
-        for words in quizzes:
-            before = " ".join(names[: names.index(words)])
-            for number in map(int, re.findall(r"\d+", words)):
-                assert f"Notebook {questions[number - 1].about}," in before
+    asked = 0
+    for rows in PLANS:
+        for place, row in enumerate(rows):
+            for numbers in re.findall(r"Quiz: questions (.+) \|", row):
+                before = " ".join(rows[:place])
+                for number in map(int, re.findall(r"\d+", numbers)):
+                    assert f"Notebook {questions[number - 1].about}," in before
+                    asked += 1
+    assert asked
 
 
 def test_every_plan_has_minutes_for_trouble_and_merging_before_dora():
-    plans = yaml.safe_load((ROOT / "docs" / "plans.yaml").read_text(encoding="utf-8"))
-    for plan in plans.values():
-        words = [str(part) for part in plan["parts"]]
-        assert "wrong" in words[-1]
-        merged = next(i for i, part in enumerate(words) if "Notebook 3" in part)
-        dora = next(
-            i for i, p in enumerate(words) if "Notebook 5" in p or "'notebook': 5" in p
+    for rows in PLANS:
+        assert "wrong" in rows[-2]
+        merged, dora = (
+            next(place for place, row in enumerate(rows) if f"Notebook {number}" in row)
+            for number in (3, 5)
         )
         assert merged < dora
