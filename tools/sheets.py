@@ -5,7 +5,8 @@ solutions. The solutions are a page of their own, and the quiz a file to import.
     python tools/sheets.py --output FOLDER
 
 A sheet is a notebook. JupyterLab runs it, and the site shows it as a page that can be
-printed. It begins with the cells of its notebook that define what the exercises use.
+printed. Before an exercise stand the cells of its notebook that define what it uses and
+that no earlier one has brought along: a lesson's own code may solve an exercise.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from lowrank_utils.comparison.whole import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"^### Exercise \d", flags=re.MULTILINE)
+SET_UP = "*Set-up for what follows: run it first.*"
+# What an exercise's cell does, where there is to write, and what the site folds.
+KEPT_TAGS = {"raises-exception", "exercise", "hide-input"}
 SOLUTION = re.compile(
     r"\n*<details><summary>A sample answer</summary>(.*?)</details>",
     flags=re.DOTALL,
@@ -42,9 +46,15 @@ def exercises(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
     return found
 
 
+def solved(cell: NotebookNode) -> str:
+    """Return the code of a solution, without the lines that check it."""
+    # They follow two empty lines.
+    return cell.source.partition("\n")[2].rpartition("\n\n\n")[0]
+
+
 def needed(notebook: NotebookNode, chosen: list[int]) -> list[int]:
     """Return the places of the set-up and of the cells that define, directly or through
-    others, what the cells in ``chosen`` use, or call a function on it.
+    others, what the cells in ``chosen`` use, or that let a function change it.
     """
     trees = {
         place: ast.parse(cell.source)
@@ -53,13 +63,12 @@ def needed(notebook: NotebookNode, chosen: list[int]) -> list[int]:
         and not {"exercise", "solution", "interactive"}
         & set(cell.metadata.get("tags", []))
     }
-    # Whatever a solution uses, the notebook's set-up has.
     found = {min(trees)}
-    waiting = [
-        (place, ast.parse(notebook.cells[place].source))
-        for place in chosen
-        if notebook.cells[place].cell_type == "code"
-    ]
+    waiting = []
+    for place in chosen:
+        cell = notebook.cells[place]
+        solves = "solution" in cell.metadata.get("tags", [])
+        waiting.append((place, ast.parse(solved(cell) if solves else cell.source)))
     while waiting:
         place, tree = waiting.pop()
         for name in _Names(tree).free - set(dir(builtins)):
@@ -79,8 +88,8 @@ class _Names(ast.NodeVisitor):
     Attributes:
         free: those that it takes from cells before.
         bound: those that it gives to something.
-        given: those of what it gives to a function and expects no answer for, as in
-            ``train(model, images)``.
+        given: those of what it lets a function change: it expects no answer, and gives
+            it first, as in ``train(model, images)``.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -90,7 +99,7 @@ class _Names(ast.NodeVisitor):
         for statement in tree.body:
             call = statement.value if isinstance(statement, ast.Expr) else None
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                names = [a.id for a in call.args if isinstance(a, ast.Name)]
+                names = [a.id for a in call.args[:1] if isinstance(a, ast.Name)]
                 self.given.update(names if call.func.id != "print" else [])
             self.visit(statement)
 
@@ -153,23 +162,37 @@ def sheet_of(notebook: NotebookNode, link: str) -> NotebookNode:
         notebook: one of the series.
         link: leads from the sheet to it.
     """
-    asked = exercises(notebook)
-    places = [place for place, _ in asked]
     title = notebook.cells[0].source.partition("\n")[0].removeprefix("# ")
-    opening = new_markdown_cell(
-        f"# Exercises: {title}\n\n"
-        f"From [the notebook]({link}), which has the solutions. Run the cells in "
-        'order. Where a cell says "To do", write what is missing, and run it again.'
-    )
-    first = [notebook.cells[place] for place in needed(notebook, places)]
-    cells = [opening, *first, new_markdown_cell("## Exercises"), *(c for _, c in asked)]
+    cells = [
+        new_markdown_cell(
+            f"# Exercises: {title}\n\n"
+            f"From [the notebook]({link}), which has the solutions. Run the cells in "
+            "order. Write what is missing where a cell raises `NotImplementedError`, "
+            "and run it again.\n\n## Exercises"
+        )
+    ]
+    brought: set[int] = set()
+    for place, cell in exercises(notebook):
+        if cell.cell_type == "markdown":
+            own = [place + 1]
+            below = notebook.cells[place + 2 : place + 3]
+            if below and "solution" in below[0].metadata.get("tags", []):
+                own.append(place + 2)
+            first = sorted({*needed(notebook, own)} - brought)
+            brought.update([*first, place + 1])
+            if first:
+                cells.append(new_markdown_cell(SET_UP))
+            for earlier in first:
+                cells.append(nbformat.from_dict(notebook.cells[earlier]))
+                cells[-1].metadata.tags = ["hide-input"]
+        cells.append(cell)
     sheet = nbformat.v4.new_notebook(metadata=notebook.metadata)
     for number, original in enumerate(cells, start=1):
         cell = nbformat.from_dict(original)
         cell.id = f"cell-{number:02d}"
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, []
-            tags = {"raises-exception"} & set(cell.metadata.get("tags", []))
+            tags = KEPT_TAGS & set(cell.metadata.get("tags", []))
             cell.metadata = nbformat.from_dict({"tags": sorted(tags)} if tags else {})
         else:
             cell.source, cell.metadata = SOLUTION.sub("", cell.source), {}
@@ -211,9 +234,7 @@ def solutions() -> str:
                     answer[1].strip() for answer in SOLUTION.finditer(cell.source)
                 ]
             elif "solution" in cell.metadata.get("tags", []):
-                # What follows two empty lines checks it.
-                code = cell.source.partition("\n")[2].rpartition("\n\n\n")[0]
-                parts.append(f"```python\n{code}\n```")
+                parts.append(f"```python\n{solved(cell)}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -74,22 +74,59 @@ def test_a_sheet_takes_the_last_definitions_and_what_changes_them():
     sources = [
         "import math",
         "x = [1]",
-        "def grow(values):\n    values.append(math.pi)",
+        "def grow(values, step):\n    values.append(step * math.pi)",
         "x = [2]",
-        "grow(x)",
-        "print(x)",
+        "step = 1",
+        "grow(x, 1)",
+        "grow([], step)",
         "y = [x for x in range(3)]",
-        "assert len(x) == 2 and y",
+        "assert len(x) == 2 and y and step",
     ]
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
-    assert needed(notebook, [7]) == [0, 2, 3, 4, 6]
-    notebook.cells[0] = new_markdown_cell("# 1. Title")
-    asks = new_markdown_cell("### Exercise 1.1: it (core, 1 minutes)\n\nDo it.")
-    asks.source += "\n\n<details><summary>A sample answer</summary>5</details>"
-    notebook.cells.insert(7, asks)
-    sheet = sheet_of(notebook, "a.ipynb")
-    assert "sample" not in sheet.cells[-2].source
-    assert sheet.cells[-1].source == sources[-1]
+    assert needed(notebook, [8]) == [0, 2, 3, 4, 5, 7]
+
+
+def test_what_only_a_later_exercise_or_its_solution_needs_comes_behind_the_earlier():
+    def asks(number):
+        text = f"### Exercise 1.{number}: it (core, 1 minutes)\n\nDo it."
+        text += "\n\n<details><summary>A sample answer</summary>5</details>"
+        return new_markdown_cell(text)
+
+    def code(source, *tags):
+        return new_code_cell(source, metadata={"tags": list(tags)})
+
+    cells = [
+        new_markdown_cell("# 1. Title"),
+        code("import math"),
+        code("def twice(n):\n    return n + n"),
+        code("def half(n):\n    return n / 2"),
+        code("last = 5"),
+        asks(1),
+        code("def double(n):\n    raise NotImplementedError", "exercise"),
+        code("# Solution\ndef double(n):\n    return 2 * n\n\n\nlast", "solution"),
+        asks(2),
+        code("def quarter(n):\n    return twice(n) / 8", "exercise"),
+        code(
+            "# Solution\ndef quarter(n):\n    return half(half(n))\n\n\n1", "solution"
+        ),
+        asks(3),
+        code("twice(half(double(3)))"),
+    ]
+    sheet = sheet_of(new_notebook(cells=cells), "a.ipynb")
+    places = [1, 6, 2, 3, 9, 12]
+    shown = [cell for cell in sheet.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in shown] == [cells[place].source for place in places]
+    folded = ["hide-input" in cell.metadata.get("tags", []) for cell in shown]
+    assert folded == [True, False, True, True, False, False]
+    assert "sample" not in nbformat.writes(sheet)
+
+
+def test_the_sheet_of_dora_shows_no_layer_before_it_is_written_from_memory():
+    before, after = SHEETS["05_dora.ipynb"].split("### Exercise 5.3")
+    assert "### Exercise 5.2: DoRA, from memory" in before
+    for formula in ("scale_and_bias(self)", "row_scale(self.m"):
+        assert formula in after
+        assert formula not in before
 
 
 def test_a_slider_has_few_places_and_the_one_where_it_begins():
