@@ -51,6 +51,14 @@ FILES = (
     "figures/*.svg",
 )
 
+# What is made along with the site can be had from it: the places that docs/teaching.md
+# names, and where each is.
+MADE_ALONG = {
+    "build/sheets": "../exercises/index.md",
+    "build/sheets/solutions.md": "../exercises/solutions.md",
+    f"build/sheets/{GIFT_FILE}": GIFT_FILE,
+}
+
 # The results, and the experiment that they come from.
 RESULTS = ("docs/results", "notebooks/comparison")
 
@@ -302,10 +310,8 @@ def assemble(folder: Path) -> None:
         content = path.read_bytes()
         if path.suffix == ".md":
             text = with_links_to_pages(content.decode(), name)
-            # What is made along with the site can be had from it.
-            text = text.replace(
-                f"`build/sheets/{GIFT_FILE}`", f"[{GIFT_FILE}]({GIFT_FILE})"
-            )
+            for place, page in MADE_ALONG.items():
+                text = text.replace(f"`{place}`", f"[`{place}`]({page})")
             content = text.encode()
         write_if_new(folder / name, content)
         written.add(folder / name)

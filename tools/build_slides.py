@@ -56,13 +56,24 @@ def plot(notebook: Path, words: str) -> tuple[bytes, str]:
     raise ValueError(f"{notebook.name} has no plot that is described by {words!r}")
 
 
+def stacked(image: Image.Image) -> Image.Image:
+    """Return a picture with its right half below its left one."""
+    width, height = image.width // 2, image.height
+    both = Image.new("RGB", (width, 2 * height), "white")
+    for place in (0, 1):
+        half = image.crop((place * width, 0, (place + 1) * width, height))
+        both.paste(half, (0, place * height))
+    return both
+
+
 def picture(source: Path, words: str, options: str, folder: Path) -> str:
     """Put a picture into ``folder``, and return it as HTML.
 
     Args:
         source: a drawing, a plot, or the notebook that has the plot.
         words: what it shows, as docs/talk.md says it.
-        options: which part of it is shown, and where it is cut into steps.
+        options: which part of it is shown, where it is cut into steps, and whether its
+            halves are stacked.
         folder: the talk's pictures.
     """
     part = re.search(r"part (\d+) (\d+) (\d+) (\d+)", options)
@@ -81,20 +92,28 @@ def picture(source: Path, words: str, options: str, folder: Path) -> str:
         image = Image.open(io.BytesIO(data))
         box = [share * n for share, n in zip(shares, image.size * 2, strict=True)]
         image = image.crop([round(n) for n in box])
+        if "stacked" in options:
+            image = stacked(image)
         width, height = image.size
         address = f"pictures/{len(list(folder.iterdir()))}-{source.stem}.png"
         image.save(folder.parent / address)
     steps = re.search(r"(left|top)((?: \d+)+)", options)
     cuts = [0, *map(int, steps[2].split() if steps else ()), 100]
+    below = re.search(r"below (\d+)", options)
+    top = int(below[1]) if below else 0
     layers = ""
     for place, (start, end) in enumerate(pairwise(cuts)):
-        inset = f"0 {100 - end}% 0 {start}%"
+        shape = f"inset({top}% {100 - end}% 0 {start}%)"
         if steps and steps[1] == "top":
-            inset = f"{start}% 0 {100 - end}% 0"
+            shape = f"inset({start}% 0 {100 - end}% 0)"
+        elif top and not place:
+            # What stands above all steps comes with the first.
+            corners = f"0 0, 100% 0, 100% {top}%, {end}% {top}%, {end}% 100%, 0 100%"
+            shape = f"polygon({corners})"
         layers += (
             f'<img src="{address}" alt="{"" if place else html.escape(words)}"'
             f' class="{"fragment" if place else ""}" style="--ratio: {width / height:.4f};'
-            f' clip-path: inset({inset})">'
+            f' clip-path: {shape}">'
         )
     return f'<span class="picture">{layers}</span>'
 
