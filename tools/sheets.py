@@ -26,7 +26,7 @@ from lowrank_utils.comparison.whole import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"^### Exercise \d", flags=re.MULTILINE)
 SET_UP = "*Set-up for what follows: run it first.*"
-# What an exercise's cell does, where there is to write, and what the site folds.
+# Of what is asked and of what the site folds.
 KEPT_TAGS = {"raises-exception", "exercise", "hide-input"}
 SOLUTION = re.compile(
     r"\n*<details><summary>A sample answer</summary>(.*?)</details>",
@@ -185,10 +185,12 @@ def sheet_of(notebook: NotebookNode, link: str) -> NotebookNode:
             for earlier in first:
                 cells.append(nbformat.from_dict(notebook.cells[earlier]))
                 cells[-1].metadata.tags = ["hide-input"]
-        cells.append(cell)
+        cells.append(nbformat.from_dict(cell))
+        if cell.cell_type == "code":
+            # On paper there is room below it.
+            cells[-1].metadata.tags = [*cell.metadata.get("tags", []), "exercise"]
     sheet = nbformat.v4.new_notebook(metadata=notebook.metadata)
-    for number, original in enumerate(cells, start=1):
-        cell = nbformat.from_dict(original)
+    for number, cell in enumerate(cells, start=1):
         cell.id = f"cell-{number:02d}"
         if cell.cell_type == "code":
             cell.execution_count, cell.outputs = None, []
