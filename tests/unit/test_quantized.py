@@ -7,6 +7,7 @@ installed.
 
 import copy
 import io
+import operator
 import pickle
 
 import numpy as np
@@ -354,6 +355,16 @@ def test_its_weight_looks_like_one_and_is_formed_when_it_is_needed(monkeypatch):
     assert formed == [1]
 
 
+# Python makes a @= b of a @ b.
+IN_PLACE = [
+    getattr(operator, name)
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand"),
+        *("ior", "ixor", "ilshift", "irshift"),
+    )
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -369,16 +380,26 @@ def test_its_weight_looks_like_one_and_is_formed_when_it_is_needed(monkeypatch):
         lambda weight: weight.T[2].add_(1),
         lambda weight: torch.mul(weight, 2, out=weight),
         lambda weight: nn.Parameter(weight, requires_grad=False),
+        *(
+            lambda weight, change=change: change(weight, torch.ones(5, 7))
+            for change in IN_PLACE
+        ),
     ],
     ids=[
         *("mul_", "item", "+=", "init", "requires_grad_", "data", "data.mul_"),
         *("detach", "row", "column", "out", "parameter"),
+        *(change.__name__ for change in IN_PLACE),
     ],
 )
 def test_a_change_of_its_weight_in_place_is_refused(change):
     layer = quantized_layer()
-    with pytest.raises(RuntimeError, match="call dequantize_linear_layers"):
+    with pytest.raises(RuntimeError) as caught:
         change(layer.weight)
+    assert str(caught.value) == (
+        "the weight of a quantised layer is computed from its codes, which a change in "
+        "place wouldn't reach. Change the weight before it is quantised, or call "
+        "dequantize_linear_layers(model) first"
+    )
     layer.weight.requires_grad_(False)
     # What shares no memory with it is a tensor like any other.
     assert type(layer.weight.clone().mul_(2)) is torch.Tensor
@@ -391,7 +412,11 @@ def test_a_change_of_its_weight_in_place_is_refused(change):
     ("change", "error", "message"),
     [
         (lambda layer: layer.type(torch.float64), RuntimeError, r"with \.to\(dtype\)"),
-        (lambda layer: layer.scales.requires_grad_(), RuntimeError, "no gradient"),
+        (
+            lambda layer: layer.scales.requires_grad_(),
+            RuntimeError,
+            "^the scales of a quantised layer can't be trained: they get no gradient$",
+        ),
         (
             lambda layer: setattr(layer, "scales", nn.Parameter(layer.scales)),
             RuntimeError,
@@ -542,16 +567,32 @@ def hooked():
 @pytest.mark.parametrize(
     ("linear", "options", "error", "message"),
     [
-        (lambda: nn.Conv1d(2, 2, 1), {}, TypeError, "must be an nn.Linear; got Conv1d"),
-        (quantized_layer, {}, TypeError, "quantised already"),
+        (
+            lambda: nn.Conv1d(2, 2, 1),
+            {},
+            TypeError,
+            "^linear must be an nn.Linear; got Conv1d$",
+        ),
+        (
+            quantized_layer,
+            {},
+            TypeError,
+            "^linear must be an nn.Linear; got QuantizedLinear, which is quantised already$",
+        ),
         (lambda: LinearWithLoRA(linear_layer(), 1, 1.0), {}, TypeError, "got LinearW"),
-        (lambda: nn.LazyLinear(3), {}, ValueError, "no shape yet"),
+        (
+            lambda: nn.LazyLinear(3),
+            {},
+            ValueError,
+            r"^linear \(LazyLinear\) has no shape yet: pass one batch through the model "
+            "first$",
+        ),
         (hooked, {}, TypeError, "forward hooks"),
         (
             linear_layer,
             {"levels": "fp4"},
             ValueError,
-            "'int4', 'int8', 'nf4'; got 'fp4'",
+            "^levels must be one of 'int4', 'int8', 'nf4'.*; got 'fp4'$",
         ),
         (linear_layer, {"block_size": 0}, ValueError, "block_size must be"),
         (linear_layer, {"block_size": True}, TypeError, "block_size must be"),
@@ -560,6 +601,37 @@ def hooked():
 def test_what_is_no_layer_to_quantise_is_refused(linear, options, error, message):
     with pytest.raises(error, match=message):
         QuantizedLinear(linear(), **options)
+
+
+def test_what_it_says_of_itself():
+    layer = QuantizedLinear(linear_layer(bias=True))
+    sizes = f"in_features={layer.in_features}, out_features={layer.out_features}"
+    kind = "levels='nf4', block_size=64)"
+    assert repr(layer) == f"QuantizedLinear({sizes}, bias=True, {kind}"
+    bare = QuantizedLinear(linear_layer(bias=False))
+    assert repr(bare) == f"QuantizedLinear({sizes}, bias=False, {kind}"
+
+
+def test_a_block_of_one_weight_keeps_its_magnitude():
+    linear = linear_layer()
+    layer = QuantizedLinear(linear, block_size=1)
+    assert_close(layer.weight + 0, linear.weight.detach(), rtol=1e-6)
+
+
+def test_levels_and_what_is_stored_are_on_the_cpu_whatever_the_default_device():
+    layer = quantized_layer()
+    with torch.device("meta"):
+        assert nf4_levels().device.type == "cpu"
+        assert even_levels(4).device.type == "cpu"
+        state = layer.get_extra_state()
+    assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
+    assert (layer.to("meta").weight + 0).device.type == "meta"
+
+
+def test_a_product_knows_its_weight_by_name_too():
+    layer = quantized_layer()
+    assert_close(F.linear(X, weight=layer.weight), F.linear(X, layer.weight))
+    assert_close(F.linear(input=X, weight=layer.weight), F.linear(X, layer.weight))
 
 
 # --- What is stored ---------------------------------------------------------------------------
@@ -577,18 +649,27 @@ def test_a_state_dict_gives_the_same_layer_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("0.scales"), "there is only codes, _extra_state"),
+        (
+            lambda state: state.pop("0.scales"),
+            "of 0.codes, 0.scales, 0._extra_state there is only codes, _extra_state, and "
+            "each means nothing without the others",
+        ),
         (lambda state: state.pop("0.codes"), "there is only scales, _extra_state"),
         (lambda state: state.pop("0._extra_state"), "there is only codes, scales"),
         (
             lambda state: state.update(quantized_state(kind="int4")),
-            "quantised as 'int4 4', and this layer as 'nf4 4'",
+            r"0.codes are quantised as 'int4 4', and this layer as 'nf4 4' \(levels and "
+            r"block size\)",
         ),
         (
             lambda state: state.update(quantized_state(block_size=5)),
             "quantised as 'nf4 5'",
         ),
-        (lambda state: state.update({"0.weight": torch.ones(5, 7)}), "isn't quantised"),
+        (
+            lambda state: state.update({"0.weight": torch.ones(5, 7)}),
+            "0.weight isn't quantised, and this layer is: load it into the plain model "
+            "and quantise that",
+        ),
         (
             lambda state: state.update({"0.codes": state["0.codes"].float()}),
             "codes must be uint8; got torch.float32",
