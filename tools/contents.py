@@ -274,6 +274,18 @@ def transformer() -> str:
     return table(["method", "in", "trained", "learning rate", "right"], *rows)
 
 
+def four_bits() -> str:
+    """Return what MiniLM reached on bases of 32, four and two bits."""
+    runs = pd.read_csv(ROOT / "notebooks" / "results" / "four_bits_training.csv")
+    found = runs.groupby(["method", "base"])["test"].mean()
+    bases = ["32 bits", "NF4", "2 bits"]
+    rows = [
+        [method, *(f"{found[method, base]:.1f}" for base in bases)]
+        for method in ("head", "gain alone", "LoRA")
+    ]
+    return table(["trained", *bases], *rows)
+
+
 # Page → name of a table → what returns it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"links": badges, "series": series},
@@ -289,6 +301,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "last layer": last_layer,
         "whole MNIST": whole_mnist,
         "transformer": transformer,
+        "four bits": four_bits,
     },
 }
 
