@@ -46,6 +46,17 @@ def test_in_training_it_is_peft_s_with_the_same_mask(layer_class, bias):
     assert not torch.allclose(outputs[0], ours(x))
 
 
+@pytest.mark.parametrize("layer_class", UNMERGED)
+def test_in_training_the_output_is_as_narrow_as_the_layer_s(layer_class):
+    linear = linear_layer().bfloat16()
+    layer = layer_class(linear, 2, 1.5, dropout=0.4).train()
+    x = normal(6, 7).bfloat16()
+    assert layer(x).dtype == linear(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = layer_class(linear_layer().float(), 2, 1.5, dropout=0.4)(x.float())
+    assert wide.dtype == torch.bfloat16
+
+
 def test_in_training_a_part_is_left_out_and_the_rest_grows():
     layer = LoRALayer(1000, 1, 1, 1.0, dropout=0.25, init=nn.init.ones_)
     nn.init.ones_(layer.B)

@@ -222,6 +222,11 @@ def test_weights_that_are_copied_in_are_noticed_at_the_next_output(wrapper):
         model(X)
     reset_magnitudes(model)
     assert_close(model(X), pretrained(X))
+    # And the next change is noticed, too.
+    with torch.no_grad():
+        model[0].linear.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed after its m was computed"):
+        model(X)
 
 
 @every_dora_wrapper
