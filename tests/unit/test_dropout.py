@@ -72,7 +72,10 @@ def test_in_training_a_part_is_left_out_and_the_rest_grows():
 def test_no_weight_is_formed_in_training(layer_class):
     layer = moved(layer_class, dropout=0.4)
     assert layer.weight.dtype == torch.float64
-    with pytest.raises(RuntimeError, match=r"has dropout=0\.4, which a weight can't"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"^{layer_class.__name__} has dropout=0\.4, which a weight can't express in training. Use LinearWithLoRA or LinearWithDoRA, or call eval\(\)$",
+    ):
         layer.weight.sum()
     if layer_class in MERGED:
         with pytest.raises(RuntimeError, match="Use LinearWithLoRA or LinearWithDoRA"):

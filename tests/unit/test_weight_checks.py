@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import (
     DORA,
     assert_close,
@@ -260,6 +261,16 @@ def test_what_changes_no_number_and_what_training_does_are_no_faults(wrapper):
         optimizer.zero_grad()
         layer(X).square().sum().backward()
         optimizer.step()
+
+
+@every_dora_wrapper
+def test_an_m_of_ones_own_is_not_taken_for_the_one_at_the_start(wrapper):
+    layer = wrapper(linear_layer(), 2, 1.5)
+    layer.m = nn.Parameter(2 * layer.m.detach())
+    with torch.no_grad():
+        layer.linear.weight.mul_(1.0)
+    twice = 2 * F.linear(X, layer.linear.weight) + layer.linear.bias
+    assert_close(layer(X), twice)
 
 
 def only_m_trained(wrapper, how):

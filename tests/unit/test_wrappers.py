@@ -321,3 +321,21 @@ def test_an_encoder_layer_gives_the_merged_models_outputs_in_both_modes(wrapper)
     # Where torch has a fast path, it takes the merged model's weights.
     with torch.no_grad():
         assert_close(encoder(x), merged(x))
+
+
+@every_wrapper
+@pytest.mark.parametrize("trained", [(), ("W",), ("B",), ("W", "B")])
+def test_the_weight_says_whether_it_has_a_gradient(wrapper, trained):
+    layer = wrapper(linear_layer(), 2, 1.0).requires_grad_(False)
+    layer.linear.weight.requires_grad_("W" in trained)
+    layer.lora.B.requires_grad_("B" in trained)
+    assert layer.weight.requires_grad == bool(trained)
+
+
+@every_wrapper
+def test_a_weight_is_formed_in_its_own_dtype_beside_narrower_factors(wrapper):
+    layer = wrapper(linear_layer(), 2, 1.5, dtype=torch.float32)
+    nn.init.ones_(layer.lora.B)
+    wide = copy.deepcopy(layer).double()
+    assert (layer.weight + 0).dtype == torch.float64
+    assert_close(layer.weight + 0, wide.weight + 0)
