@@ -87,13 +87,12 @@ def load_minilm(
 
     transformers.utils.logging.disable_progress_bar()
     # Both from the folder on this disk, so that no revision is to be named.
-    auto, here = transformers, {"local_files_only": True}
+    auto: Any = transformers
+    here: dict[str, Any] = {"local_files_only": True}
     tokenizer = auto.AutoTokenizer.from_pretrained(folder, **here)  # nosec B615
+    # So that a frozen layer gives the same in training, too.
+    here |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = auto.AutoModel.from_pretrained(folder, **here)  # nosec B615
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            # So that a frozen layer gives the same in training, too.
-            module.p = 0.0
     model.to(device=device, dtype=dtype or torch.get_default_dtype())
     return tokenizer, model.requires_grad_(False).eval()
 

@@ -99,6 +99,7 @@ SETTINGS = [
         # crashes in several threads, and fully_shard came with 2.6.
         tests=(
             "tests/unit/test_peft_parity.py",
+            "tests/unit/test_text.py",
             "tests/unit/adapters",
             "-k",
             "not compiled and not in_dtensors and not in_pieces",
