@@ -245,8 +245,9 @@ def test_with_the_oldest_peft_all_tests_must_have_run(
         row["versions"]
         == "Python 3.11.7, peft 0.18.0, transformers 4.52.1, torch 2.5.0"
     )
-    assert commands[0][-4:-1] == [
+    assert commands[0][-5:-1] == [
         "tests/unit/test_peft_parity.py",
+        "tests/unit/test_text.py",
         "tests/unit/adapters",
         "-k",
     ]

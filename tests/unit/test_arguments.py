@@ -185,3 +185,22 @@ def test_what_is_allowed_is_part_of_the_message_and_a_limit_is_not_itself_allowe
 ):
     with pytest.raises(ValueError, match=message):
         check()
+
+
+@every_wrapper
+def test_a_layer_that_cannot_be_adapted_is_refused_with_the_way_out(wrapper):
+    with pytest.raises(TypeError) as caught:
+        wrapper(moved(wrapper), 2, 1.0)
+    assert str(caught.value) == (
+        f"linear is already adapted ({wrapper.__name__}); an adapter on an adapter isn't "
+        "supported. Merge the first one with merge_adapters, or adapt the plain nn.Linear"
+    )
+    whole = linear_layer()
+    whole.weight = nn.Parameter(torch.ones(5, 7, dtype=torch.int8), False)
+    with pytest.raises(TypeError) as caught:
+        wrapper(whole, 2, 1.0)
+    assert str(caught.value) == (
+        "linear must have a floating-point weight; got torch.int8 (Linear), and allowed "
+        "are float16, bfloat16, float32 and float64. If another library has quantised the "
+        "layer, load the model without that, and call quantize_linear_layers(model)"
+    )

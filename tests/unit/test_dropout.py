@@ -99,3 +99,9 @@ def test_merging_leaves_it_out_and_the_model_in_training(layer_class):
 def test_a_dropout_that_is_no_share_is_refused(dropout):
     with pytest.raises(ValueError, match="dropout"):
         LinearWithLoRA(linear_layer(), 2, 1.0, dropout=dropout)
+
+
+def test_a_dropout_that_is_no_number_is_refused_by_its_name():
+    message = r"^dropout must be a finite number; got '0\.1' \(str\)$"
+    with pytest.raises(TypeError, match=message):
+        LinearWithLoRA(linear_layer(), 2, 1.0, dropout="0.1")
