@@ -195,6 +195,10 @@ def lacking() -> str | None:
     check's own lines, or None if it can be.
     """
     reason = why_anew(read_stamp(), None) if venv_exists() else "there is none"
+    found = [PYTHON, "-Ic", "import lazy_loader, packaging"]
+    # What this tool made was imported before it was called ready.
+    if not (reason or STAMP.exists()) and run(*found, capture_output=True).returncode:
+        reason = "it is empty, or not complete"
     python = "py" if os.name == "nt" else "python3"
     makes = f"make lab (or {python} tools/environment.py lab) makes {VENV}"
     return f"FIX Environment: {reason}; {makes}" if reason else None
