@@ -152,7 +152,9 @@ def is_followed() -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        # vmap, grad, jvp, jacfwd, functionalize.
         or torch._C._are_functorch_transforms_active()
+        # torch.jit.trace, and the older of ONNX's two exports.
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
     )

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from lowrank_utils._lazy_weight import LazyWeight
+from lowrank_utils._lazy_weight import LazyWeight, is_followed
 from lowrank_utils.decompose import row_norms
 
 # FakeTensorMode, make_fx with what is built on it, and AOTAutograd.
@@ -163,18 +162,13 @@ def values_can_be_read(tensor: Tensor) -> bool:
     Args:
         tensor: that the result comes from.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    # Differentiated forward, steps without gradients pass on tangents nevertheless, and
+    # ‖W‖² that was computed apart has none.
+    if is_followed() or tensor.is_meta:
         return False
     return not (
-        # vmap, grad, jvp, jacfwd, functionalize.
-        torch._C._are_functorch_transforms_active()
-        # torch.jit.trace, and the older of ONNX's two exports.
-        or torch._C._is_tracing()
-        # Steps without gradients pass on tangents nevertheless, and ‖W‖² that was
-        # computed apart has none.
-        or forward_ad._current_level >= 0
         # Such a class may hold no numbers (FakeTensor), or others than it shows.
-        or (
+        (
             type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
             and not isinstance(tensor, LazyWeight)
         )
